@@ -1,0 +1,82 @@
+"""`Machine`: devices with their caps, bandwidths and links, and the measured cost coefficients; TOML both ways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+DEFAULT_RUNTIME_MIB = 480.0  # a CUDA context with its library workspaces, outside the engine's own figures
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One GPU (or RPC worker) as the engine names it; memory in MiB, bandwidths in 1e9 bytes per second."""
+
+    name: str
+    total_mib: float
+    usable_mib: float  # all that the engine may take, its runtime included
+    runtime_mib: float
+    bandwidth_gb_per_s: float
+    link_gb_per_s: float
+    description: str = ""
+    address: str | None = None  # "host:port" of an RPC worker
+    uuid: str | None = None
+    compute_capability: str | None = None  # "8.9"
+    tflops: float | None = None  # dense half-precision matrix throughput, for prompts
+
+    @property
+    def is_rpc(self) -> bool:
+        """Whether the device is a remote worker: no operation offload, no CUDA padding."""
+        return self.name.startswith("RPC")
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the CUDA backend's rules hold (row padding, op offload, pinned host memory)."""
+        return self.name.startswith("CUDA")
+
+    @property
+    def engine_name(self) -> str:
+        """The name that `-dev` and `-ot` take: "CUDA0", or "RPC0[host:port]"."""
+        return f"{self.name}[{self.address}]" if self.address else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """The host: what the engine may take of its memory, and how fast it reads it."""
+
+    usable_mib: float
+    bandwidth_gb_per_s: float
+    threads: int
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficient:
+    """One cost coefficient: `source` is default, detected or calibrated; unknown uncertainty is None."""
+
+    value: float
+    unit: str
+    source: str = "default"
+    date: str | None = None
+    n_samples: int | None = None
+    uncertainty: float | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices in the engine's order, the host, and coefficients by name."""
+
+    name: str
+    devices: tuple[Device, ...]
+    cpu: Cpu
+    coefficients: dict[str, Coefficient] = field(default_factory=dict)
+
+    def device(self, name: str) -> Device:
+        """The device of that name.
+
+        Raises:
+            KeyError: the machine has none.
+        """
+        for device in self.devices:
+            if device.name == name:
+                return device
+        raise KeyError(name)

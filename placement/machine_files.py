@@ -1,0 +1,200 @@
+"""Machine files: TOML text to `Machine` and back, and the search for a machine by name.
+
+Reading validates every field by hand (pydantic would double the start-up time of `place solve`): what comes out
+has positive capacities, unique device names and known coefficients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from placement.errors import InputError
+from placement.files import search_folders, write_atomically
+from placement.machine import DEFAULT_RUNTIME_MIB, Coefficient, Cpu, Device, Machine
+
+REFERENCE_MACHINE = "rtx4090-rtx5070ti"
+
+_DEVICE_NAME = re.compile(r"[A-Za-z]+\d+")
+_ADDRESS = re.compile(r"[A-Za-z0-9_.:\[\]-]+:\d{1,5}")
+_DEVICE_NUMBERS = ("total_mib", "usable_mib", "runtime_mib", "bandwidth_gb_per_s", "link_gb_per_s", "tflops")
+_DEVICE_TEXTS = ("name", "description", "address", "uuid", "compute_capability")
+_CPU_NUMBERS = ("usable_mib", "bandwidth_gb_per_s", "threads")
+DEFAULT_LINK_GB_PER_S = 25.0  # PCIe 4.0 x16 as measured
+DEFAULT_RPC_BANDWIDTH_GB_PER_S = 50.0
+
+
+def machine_folders() -> list[Path]:
+    """Folders searched for NAME.toml, nearest first."""
+    return search_folders("machines")
+
+
+def resolve_machine(name: str) -> Machine:
+    """Read the machine file of that path, or of that name in the search folders.
+
+    Raises:
+        InputError: nothing has that name (the nearest names are suggested), or the file breaks a rule.
+    """
+    path = Path(name)
+    if path.suffix == ".toml" or path.is_file():
+        return read_machine(path)
+    known: dict[str, Path] = {}
+    for folder in reversed(machine_folders()):
+        known.update({file.stem: file for file in folder.glob("*.toml")})
+    if name in known:
+        return read_machine(known[name])
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
+    raise InputError("--machine", f"no machine of that name; known: {', '.join(near)}", value=name)
+
+
+def read_machine(path: Path) -> Machine:
+    """Parse and validate a machine file.
+
+    Raises:
+        InputError: the file cannot be read, is not TOML, or a field breaks its rule.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "is not UTF-8 text"
+        raise InputError(path, f"cannot be read: {reason}") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise InputError(path, f"is not TOML: {exc}") from exc
+    return _machine(table, path)
+
+
+def _machine(table: dict[str, Any], path: Path) -> Machine:
+    _known_keys(table, {"name", "devices", "cpu", "coefficients", "history"}, path, "")
+    rows = table.get("devices", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(path, "must be a list of [[devices]] tables", field="devices")
+    devices = tuple(_device(row, f"devices[{i}]", path) for i, row in enumerate(rows))
+    names = [device.name for device in devices]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(path, "two devices have this name", field="devices.name", value=name)
+    coefficients = table.get("coefficients", {})
+    if not isinstance(coefficients, dict):
+        raise InputError(path, "must be a table", field="coefficients")
+    return Machine(
+        name=_text(table, "name", path, path.stem),
+        devices=devices,
+        cpu=_cpu(table.get("cpu"), path),
+        coefficients={name: _coefficient(name, row, path) for name, row in coefficients.items()},
+    )
+
+
+def _device(row: dict[str, Any], where: str, path: Path) -> Device:
+    _known_keys(row, {*_DEVICE_NUMBERS, *_DEVICE_TEXTS}, path, where)
+    name = _text(row, "name", path)
+    if not _DEVICE_NAME.fullmatch(name):
+        raise InputError(path, 'must be letters and a number, as "CUDA0"', field=f"{where}.name", value=name)
+    address = row.get("address")
+    is_rpc = name.startswith("RPC")
+    if is_rpc and (not isinstance(address, str) or not _ADDRESS.fullmatch(address)):
+        raise InputError(path, 'an RPC worker needs "host:port"', field=f"{where}.address", value=address)
+    if not is_rpc and address is not None:
+        raise InputError(path, "only an RPC worker has an address", field=f"{where}.address", value=address)
+    total = _number(row, "total_mib", path, where)
+    usable = _number(row, "usable_mib", path, where, total)
+    if usable > total:
+        raise InputError(path, f"must be at most total_mib = {total:g}", field=f"{where}.usable_mib", value=usable)
+    return Device(
+        name=name,
+        total_mib=total,
+        usable_mib=usable,
+        runtime_mib=_number(row, "runtime_mib", path, where, 0.0 if is_rpc else DEFAULT_RUNTIME_MIB, least=0.0),
+        bandwidth_gb_per_s=_number(
+            row, "bandwidth_gb_per_s", path, where, DEFAULT_RPC_BANDWIDTH_GB_PER_S if is_rpc else None
+        ),
+        link_gb_per_s=_number(row, "link_gb_per_s", path, where, 1.0 if is_rpc else DEFAULT_LINK_GB_PER_S),
+        description=_text(row, "description", path, ""),
+        address=address,
+        uuid=row.get("uuid"),
+        compute_capability=row.get("compute_capability"),
+        tflops=_number(row, "tflops", path, where) if "tflops" in row else None,
+    )
+
+
+def _cpu(row: Any, path: Path) -> Cpu:
+    if not isinstance(row, dict):
+        raise InputError(path, "the table is missing", field="cpu")
+    _known_keys(row, {*_CPU_NUMBERS, "description"}, path, "cpu")
+    return Cpu(
+        usable_mib=_number(row, "usable_mib", path, "cpu"),
+        bandwidth_gb_per_s=_number(row, "bandwidth_gb_per_s", path, "cpu"),
+        threads=int(_number(row, "threads", path, "cpu")),
+        description=_text(row, "description", path, ""),
+    )
+
+
+def _coefficient(name: str, row: Any, path: Path) -> Coefficient:
+    where = f"coefficients.{name}"
+    if not isinstance(row, dict):
+        raise InputError(path, "must be a table with value and unit", field=where, value=row)
+    _known_keys(row, {field.name for field in dataclasses.fields(Coefficient)}, path, where)
+    source = _text(row, "source", path, "default")
+    if source not in ("default", "detected", "calibrated"):
+        raise InputError(path, "must be default, detected or calibrated", field=f"{where}.source", value=source)
+    return Coefficient(
+        value=_number(row, "value", path, where, least=0.0),
+        unit=_text(row, "unit", path),
+        source=source,
+        date=str(row["date"]) if "date" in row else None,
+        n_samples=int(_number(row, "n_samples", path, where, least=0)) if "n_samples" in row else None,
+        uncertainty=_number(row, "uncertainty", path, where, least=0.0) if "uncertainty" in row else None,
+    )
+
+
+def _known_keys(row: dict[str, Any], known: set[str], path: Path, where: str) -> None:
+    for key in row:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(path, f"unknown field{hint}", field=".".join(filter(None, (where, key))))
+
+
+def _number(
+    row: dict[str, Any], key: str, path: Path, where: str = "", default: float | None = None, least: float | None = None
+) -> float:
+    value = row.get(key, default)
+    field = ".".join(filter(None, (where, key)))
+    if value is None:
+        raise InputError(path, "is missing", field=field)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value > 1e12:
+        raise InputError(path, "must be a number", field=field, value=value)
+    if (value < least) if least is not None else (value <= 0):
+        rule = f"must be at least {least:g}" if least is not None else "must be positive"
+        raise InputError(path, rule, field=field, value=value)
+    return float(value)
+
+
+def _text(row: dict[str, Any], key: str, path: Path, default: str | None = None) -> str:
+    value = row.get(key, default)
+    if not isinstance(value, str):
+        raise InputError(path, "must be text" if key in row else "is missing", field=key, value=value)
+    return value
+
+
+def machine_toml(machine: Machine) -> str:
+    """The machine file's text; `read_machine` of it gives the same machine."""
+    import tomli_w
+
+    def row(record: Any) -> dict[str, Any]:
+        values = dataclasses.asdict(record)
+        return {key: value for key, value in values.items() if value is not None and value != ""}
+
+    table: dict[str, Any] = {"name": machine.name, "devices": [row(device) for device in machine.devices]}
+    table["cpu"] = row(machine.cpu)
+    if machine.coefficients:
+        table["coefficients"] = {name: row(value) for name, value in machine.coefficients.items()}
+    return tomli_w.dumps(table)
+
+
+def save_machine(machine: Machine, path: Path) -> None:
+    """Write the machine file atomically, keeping the old one as a backup beside it."""
+    write_atomically(path, machine_toml(machine))
