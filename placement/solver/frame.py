@@ -1,0 +1,108 @@
+"""`Frame`: one placement question in whole numbers, all that the solver sees of a model and a machine.
+
+A frame fixes the device order, the batch sizes and the load mode. Position 0 is the CPU; positions 1, 2, … are
+the GPUs in the engine's order. Layers (the output counts as the last one) take non-decreasing positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where a layer's movable groups go, given its home; costs and KiB are the whole layer's.
+
+    `kib` holds (position, KiB) pairs; `is_host` says that weights of a GPU-homed layer stay in host memory.
+    """
+
+    groups: tuple[int, ...]
+    decode_us: int
+    prompt_us: int
+    kib: tuple[tuple[int, int], ...]
+    is_host: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTable:
+    """Choices per home position; the first of each is "all at home"; an empty tuple forbids that home.
+
+    Layers of one `kind` have equal tables and may be exchanged.
+    """
+
+    kind: int
+    choices: tuple[tuple[Choice, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A placement question: minimise Σ cost of the layers' choices under every position's cap.
+
+    `host_kib[p]` is taken from position p's cap once any layer keeps weights in host memory or lives there.
+    `hidden_us` is (decode, prompt) time saved when a layer with host experts is the last of its device: its
+    return split and the boundary's are one. `fixed_us` is (decode, prompt) time of every answer.
+    With `is_pipelined` the prompt time is the longest device's instead of the sum, and `hidden_us` is zero.
+    """
+
+    positions: tuple[str, ...]
+    layers: tuple[LayerTable, ...]
+    cap_kib: tuple[int, ...]
+    host_kib: tuple[int, ...]
+    hidden_us: tuple[int, int] = (0, 0)
+    fixed_us: tuple[int, int] = (0, 0)
+    is_pipelined: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One point of a frame: `homes[i]` a position, `picks[i]` an index into that home's choices."""
+
+    homes: tuple[int, ...]
+    picks: tuple[int, ...]
+
+
+def is_host_used(frame: Frame, answer: Answer) -> bool:
+    """Whether any layer lives in host memory or keeps weights there."""
+    return any(
+        home == 0 or frame.layers[i].choices[home][pick].is_host
+        for i, (home, pick) in enumerate(zip(answer.homes, answer.picks, strict=True))
+    )
+
+
+def used_kib(frame: Frame, answer: Answer) -> list[int]:
+    """KiB taken at each position, the host extra included."""
+    used = [0] * len(frame.positions)
+    for table, home, pick in zip(frame.layers, answer.homes, answer.picks, strict=True):
+        for position, kib in table.choices[home][pick].kib:
+            used[position] += kib
+    if is_host_used(frame, answer):
+        used = [a + b for a, b in zip(used, frame.host_kib, strict=True)]
+    return used
+
+
+def times_us(frame: Frame, answer: Answer) -> tuple[int, int]:
+    """(decode, prompt) microseconds of an answer: the objective recomputed without the solver."""
+    decode, prompt = frame.fixed_us
+    stages = [0] * len(frame.positions)
+    for i, (table, home, pick) in enumerate(zip(frame.layers, answer.homes, answer.picks, strict=True)):
+        choice = table.choices[home][pick]
+        decode += choice.decode_us
+        stages[home] += choice.prompt_us
+        ends_device = i + 1 < len(answer.homes) and 1 <= home < answer.homes[i + 1]
+        if choice.is_host and ends_device:
+            decode -= frame.hidden_us[0]
+            prompt -= frame.hidden_us[1]
+    prompt += max(stages) if frame.is_pipelined else sum(stages)
+    return decode, prompt
+
+
+def is_valid(frame: Frame, answer: Answer) -> bool:
+    """Whether positions never decrease, every GPU has a layer, homes are allowed and every cap holds."""
+    homes = answer.homes
+    if any(a > b for a, b in zip(homes, homes[1:], strict=False)):
+        return False
+    if not set(range(1, len(frame.positions))) <= set(homes):
+        return False
+    if any(pick >= len(frame.layers[i].choices[homes[i]]) for i, pick in enumerate(answer.picks)):
+        return False
+    return all(used <= cap for used, cap in zip(used_kib(frame, answer), frame.cap_kib, strict=True))
