@@ -1,0 +1,209 @@
+"""Turns an assignment into exact bytes per device: weights, KV caches and recurrent state.
+
+Mirrors the buffers of llama-model-loader.cpp, ggml-backend.cpp and ggml-cuda.cu, the context rounding of
+llama-context.cpp, and llama-kv-cache*.cpp and llama-memory-*.cpp. Compute buffers are not here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from placement.architecture import INPUT, Architecture, Cache, LayerFacts, PlacedTensor, describe
+from placement.machine import Device, Machine
+from placement.model import Model, Tensor
+from placement.problem import CPU, Assignment, Settings
+from placement.quants import block, row_bytes
+from placement.units import pad
+
+HOST = "Host"
+CUDA_ALIGNMENT_BYTES = 128
+CPU_ALIGNMENT_BYTES = 32
+CUDA_ROW_PADDING = 512  # elements; MATRIX_ROW_PADDING of ggml-cuda
+CACHE_PADDING_CELLS = 256
+STATE_BYTES = 4  # states are always F32
+
+_NO_CUDA_MATMUL = frozenset({"TQ1_0", "TQ2_0"})
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes on one device: weights, and the context (KV caches plus recurrent state)."""
+
+    weights_bytes: int
+    context_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ContextSize:
+    """What llama-context.cpp makes of the settings: cells per stream, streams, and the real ubatch."""
+
+    cells: int
+    n_streams: int
+    n_sequences: int
+    batch_tokens: int
+    ubatch_tokens: int
+
+
+def context_size(model: Model, settings: Settings) -> ContextSize:
+    """The context after the engine's rounding (llama-context.cpp)."""
+    n_ctx = settings.ctx_tokens or describe(model).n_ctx_train
+    n_slots = max(settings.n_slots, 1)
+    batch = min(n_ctx, settings.batch_tokens)
+    ubatch = min(batch, settings.ubatch_tokens or settings.batch_tokens)
+    padded = pad(n_ctx, CACHE_PADDING_CELLS)
+    if settings.is_kv_unified:
+        return ContextSize(padded, 1, n_slots, batch, ubatch)
+    return ContextSize(pad(padded // n_slots, CACHE_PADDING_CELLS), n_slots, n_slots, batch, ubatch)
+
+
+def weight_bytes(tensor: Tensor, device: Device | None) -> int:
+    """Bytes that a tensor takes in a weight buffer; `device` None is host memory.
+
+    CUDA aligns to 128 bytes and, once per quantised tensor, adds what its row lacks to a multiple of 512
+    elements (ggml_backend_cuda_buffer_type_get_alloc_size); the CPU, and RPC workers on one, align to 32.
+    """
+    if device is None or not device.is_cuda:
+        return pad(tensor.n_bytes, CPU_ALIGNMENT_BYTES)
+    n_bytes, rest = tensor.n_bytes, tensor.shape[0] % CUDA_ROW_PADDING
+    if rest and block(tensor.type)[0] > 1:
+        n_bytes += row_bytes(tensor.type, CUDA_ROW_PADDING - rest)
+    return pad(n_bytes, CUDA_ALIGNMENT_BYTES)
+
+
+def tensor_devices(model: Model, machine: Machine, assignment: Assignment) -> dict[str, str]:
+    """Every loaded tensor's device name, or "CPU".
+
+    The second copy of a tied embedding appears as "output.weight", unless the embedding's own device already
+    serves as the output's. Tensors shared by all layers appear with their first layer's device.
+    """
+    return {
+        placed.name: device
+        for placed, device in _placements(model, machine, assignment)
+        if not (placed.is_shared and device != assignment.homes[0])
+    }
+
+
+def _placements(model: Model, machine: Machine, assignment: Assignment) -> list[tuple[PlacedTensor, str]]:
+    """Every allocation of a tensor with its device: tied and shared tensors may have several."""
+    moved = dict(assignment.moved)
+    homes = assignment.homes
+    found: list[tuple[PlacedTensor, str]] = []
+    for placed in describe(model).tensors:
+        device = moved.get(placed.tensor.name) if moved else None
+        if placed.is_copy:
+            device = device or homes[-1]
+            if device != moved.get(placed.tensor.name, CPU):
+                found.append((placed, device))
+        elif device is not None:
+            found.append((placed, device))
+        elif placed.is_shared:
+            found.extend((placed, home) for home in dict.fromkeys(homes[:-1]))
+        else:
+            found.append((placed, CPU if placed.layer is None else homes[placed.layer]))
+    if not any(device.name in assignment.devices and device.is_cuda for device in machine.devices):
+        return found
+    return [(placed, _supported(placed, device)) for placed, device in found]
+
+
+def _supported(placed: PlacedTensor, device: str) -> str:
+    """The device, or the CPU where CUDA has no kernel for the tensor's type (weight_buft_supported)."""
+    if device != CPU and placed.kind != INPUT and placed.tensor.type in _NO_CUDA_MATMUL:
+        return CPU
+    return device
+
+
+def layer_context_bytes(model: Model, settings: Settings) -> tuple[int, ...]:
+    """KV cache plus recurrent state of each layer at its home, in bytes; `n_layer_all` entries."""
+    architecture = describe(model)
+    size = context_size(model, settings)
+    return tuple(
+        _cache_bytes(architecture, layer, settings, size) + _state_bytes(architecture, layer, size)
+        for layer in architecture.layers
+    )
+
+
+def layer_kv_bytes(model: Model, settings: Settings) -> tuple[int, ...]:
+    """KV caches alone of each layer, indexer keys included, in bytes."""
+    architecture = describe(model)
+    size = context_size(model, settings)
+    return tuple(_cache_bytes(architecture, layer, settings, size) for layer in architecture.layers)
+
+
+def cache_cells(cache: Cache, settings: Settings, size: ContextSize) -> int:
+    """Cells per stream of one cache (llama-kv-cache-iswa.cpp, llama-kv-cache-dsv4.cpp)."""
+    if cache.ratio > 1:
+        return pad(max(1, -(-size.cells // cache.ratio)), CACHE_PADDING_CELLS)
+    if cache.window_tokens is None or settings.is_swa_full:
+        return size.cells
+    n_windows = 1 if cache.is_per_sequence or not settings.is_kv_unified else size.n_sequences
+    wanted = cache.window_tokens * n_windows + size.ubatch_tokens
+    return pad(min(size.cells, wanted), CACHE_PADDING_CELLS)
+
+
+def _row_bytes(architecture: Architecture, cache: Cache, settings: Settings) -> int:
+    """Bytes of one cell: a row of K and one of V."""
+    v_width = cache.v_width
+    has_flash = settings.flash_attention != "off" and architecture.rule.has_flash_attention
+    if v_width and not has_flash and not cache.is_indexer:
+        v_width = architecture.v_width_max
+    k_bytes = row_bytes(settings.kv_type_k.upper(), cache.k_width) if cache.k_width else 0
+    return k_bytes + (row_bytes(settings.kv_type_v.upper(), v_width) if v_width else 0)
+
+
+def _cache_bytes(architecture: Architecture, layer: LayerFacts, settings: Settings, size: ContextSize) -> int:
+    total = 0
+    for cache in layer.caches:
+        n_streams = size.n_sequences if cache.is_per_sequence else size.n_streams
+        cells = cache_cells(cache, settings, size)
+        total += _row_bytes(architecture, cache, settings) * cells * n_streams
+    return total
+
+
+def _state_bytes(architecture: Architecture, layer: LayerFacts, size: ContextSize) -> int:
+    elements = layer.state_r + layer.state_s + layer.state_extra
+    return STATE_BYTES * elements * size.n_sequences if architecture.has_memory else 0
+
+
+def kv_bytes_read(model: Model, settings: Settings, depth_tokens: int) -> tuple[int, ...]:
+    """Bytes of context memory that one decoded token moves in each layer, `depth_tokens` already there.
+
+    Attention reads whole blocks of 256 cells, at most the cache; sparse attention reads its indexer's keys
+    and `top_k` rows; state is read and written. A layer that reuses another's cache is counted itself.
+    """
+    architecture = describe(model)
+    size = context_size(model, settings)
+    totals = []
+    for layer in architecture.layers:
+        owner = architecture.layers[layer.cache_layer] if layer.cache_layer is not None else layer
+        has_indexer = any(cache.is_indexer for cache in owner.caches)
+        total = 0
+        for cache in owner.caches:
+            cells = _cells_read(cache, settings, size, depth_tokens)
+            if has_indexer and not cache.is_indexer and cache.window_tokens is None:
+                cells = min(cells, architecture.indexer_top_k or cells)
+            total += cells * _row_bytes(architecture, cache, settings)
+        totals.append(total + 2 * STATE_BYTES * (layer.state_r + layer.state_s))
+    return tuple(totals)
+
+
+def _cells_read(cache: Cache, settings: Settings, size: ContextSize, depth_tokens: int) -> int:
+    filled = max(-(-(depth_tokens + 1) // cache.ratio), 1)
+    return min(cache_cells(cache, settings, size), pad(filled, CACHE_PADDING_CELLS))
+
+
+def static_memory(model: Model, machine: Machine, assignment: Assignment) -> dict[str, DeviceMemory]:
+    """Weights and context bytes of every device of the assignment and of "Host", without compute buffers.
+
+    Raises:
+        KeyError: the assignment names a device that the machine does not have.
+    """
+    devices = {name: machine.device(name) for name in assignment.devices}
+    weights = dict.fromkeys((*assignment.devices, HOST), 0)
+    context = dict.fromkeys(weights, 0)
+    for placed, name in _placements(model, machine, assignment):
+        weights[HOST if name == CPU else name] += weight_bytes(placed.tensor, devices.get(name))
+    per_layer = layer_context_bytes(model, assignment.settings)
+    for name, n_bytes in zip(assignment.homes, per_layer, strict=False):
+        is_host = name == CPU or not assignment.settings.is_kv_offloaded
+        context[HOST if is_host else name] += n_bytes
+    return {name: DeviceMemory(weights[name], context[name]) for name in weights}
