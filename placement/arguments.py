@@ -1,0 +1,363 @@
+"""Turns llama.cpp's placement arguments and `LLAMA_ARG_*` variables into `Arguments`, as its own parser does.
+
+Values are checked by the rules of common/arg.cpp; what each option then does to a model is `emit.resolve`.
+Options that do not concern placement are kept in order in `Arguments.other`; those that this engine build no
+longer takes are obeyed in their old meaning and named in `Arguments.removed`.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from placement.errors import InputError
+
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+LOAD_MODES = ("auto", "none", "mmap", "mlock", "mmap+mlock", "dio")
+SPLIT_MODES = ("none", "layer", "row", "tensor")
+EXPERTS_PATTERN = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # common.h LLM_FFN_EXPS_REGEX
+DENSE_FFN_PATTERN = r"\.ffn_(up|down|gate)\."  # common.h LLM_FFN_DENSE_REGEX
+MAX_DEVICES = 16  # llama_max_devices()
+
+_TRUE = ("on", "enabled", "true", "1")
+_FALSE = ("off", "disabled", "false", "0")
+_AUTO = ("auto", "-1")
+_INT = re.compile(r"\s*[+-]?\d+")
+_FLOAT = re.compile(r"\s*[+-]?(\d+\.?\d*([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?)")
+_INT_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """One `pattern=target` pair; `option` is the canonical option that made it ("-ot", "-cmoe", ...)."""
+
+    pattern: str
+    target: str
+    option: str = "-ot"
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What an engine command line says about placement; None where it says nothing.
+
+    `n_gpu_layers` is negative for "auto" and "all". `overrides` stand in the engine's order: those of the
+    environment, then those of the command line. `other` holds every further option with its values;
+    `removed` pairs an option that this build no longer takes with what replaces it.
+    """
+
+    n_gpu_layers: int | None = None
+    tensor_split: tuple[float, ...] | None = None
+    split_mode: str | None = None
+    main_gpu: int | None = None
+    devices: tuple[str, ...] | None = None  # () for "none"
+    overrides: tuple[Override, ...] = ()
+    rpc: tuple[str, ...] = ()
+    ctx_tokens: int | None = None
+    ctx_per_slot_tokens: int | None = None
+    batch_tokens: int | None = None
+    ubatch_tokens: int | None = None
+    n_slots: int | None = None  # negative: auto
+    is_kv_unified: bool | None = None
+    is_kv_offloaded: bool | None = None
+    kv_type_k: str | None = None
+    kv_type_v: str | None = None
+    flash_attention: str | None = None
+    is_swa_full: bool | None = None
+    is_op_offloaded: bool | None = None
+    load_mode: str | None = None
+    n_threads: int | None = None
+    n_threads_batch: int | None = None
+    is_fit: bool | None = None
+    fit_target_mib: tuple[int, ...] | None = None
+    fit_ctx_tokens: int | None = None
+    model_path: str | None = None
+    program: str | None = None
+    other: tuple[tuple[str, ...], ...] = ()
+    removed: tuple[tuple[str, str], ...] = ()
+
+
+Reader = Callable[[str, str], Any]
+
+
+def _int(option: str, value: str) -> int:
+    """A number as std::stoi reads it: the longest numeric prefix, in 32 bits."""
+    match = _INT.match(value)
+    if match is None:
+        raise InputError(option, "must be a whole number", value=value)
+    number = int(match.group())
+    if not -_INT_MAX - 1 <= number <= _INT_MAX:
+        raise InputError(option, "must fit in 32 bits", value=value)
+    return number
+
+
+def _at_least(least: int) -> Reader:
+    def read(option: str, value: str) -> int:
+        number = _int(option, value)
+        if number < least:
+            raise InputError(option, f"must be {least} or more", value=value)
+        return number
+
+    return read
+
+
+def _gpu_layers(option: str, value: str) -> int:
+    return {"auto": -1, "all": -2}[value] if value in ("auto", "all") else _int(option, value)
+
+
+def _slots(option: str, value: str) -> int:
+    number = _int(option, value)
+    if number == 0:
+        raise InputError(option, "must not be 0 (-1 = auto)", value=value)
+    return number
+
+
+def _parts(option: str, value: str) -> list[str]:
+    parts = re.split(r"[,/]+", value)
+    if len(parts) > 1 and not parts[-1]:
+        parts.pop()
+    if len(parts) >= MAX_DEVICES:
+        raise InputError(option, f"must have fewer than {MAX_DEVICES} values", value=value)
+    return parts
+
+
+def _shares(option: str, value: str) -> tuple[float, ...]:
+    shares = []
+    for part in _parts(option, value):
+        match = _FLOAT.match(part)
+        if match is None:
+            raise InputError(option, "must be proportions such as 3,1", value=value)
+        shares.append(float(match.group()))
+    if min(shares) < 0:
+        raise InputError(option, "must have no negative proportion", value=value)
+    return tuple(shares)
+
+
+def _sizes(option: str, value: str) -> tuple[int, ...]:
+    return tuple(_at_least(0)(option, part) for part in _parts(option, value))
+
+
+def _one_of(*allowed: str) -> Reader:
+    def read(option: str, value: str) -> str:
+        if value not in allowed:
+            raise InputError(option, f"must be one of {', '.join(allowed)}", value=value)
+        return value
+
+    return read
+
+
+def _switch(option: str, value: str) -> bool:
+    if value not in _TRUE + _FALSE:
+        raise InputError(option, "must be on or off", value=value)
+    return value in _TRUE
+
+
+def _flash(option: str, value: str) -> str:
+    if value in _AUTO:
+        return "auto"
+    if value not in _TRUE + _FALSE:
+        raise InputError(option, "must be on, off or auto", value=value)
+    return "on" if value in _TRUE else "off"
+
+
+def _devices(option: str, value: str) -> tuple[str, ...]:
+    names = tuple(value.split(","))
+    if names == ("none",):
+        return ()
+    if not all(names):
+        raise InputError(option, "must be device names such as CUDA0,CUDA1, or none", value=value)
+    return names
+
+
+def _servers(option: str, value: str) -> tuple[str, ...]:
+    servers = tuple(value.split(","))
+    if not all(":" in server for server in servers):
+        raise InputError(option, "must be host:port, comma-separated", value=value)
+    return servers
+
+
+def _text(option: str, value: str) -> str:
+    return value
+
+
+def read_overrides(option: str, value: str) -> tuple[Override, ...]:
+    """The pairs of an `-ot` value: split at commas, then at the first "=" (arg.cpp).
+
+    Raises:
+        InputError: a part has no "=".
+    """
+    overrides = []
+    for part in value.split(","):
+        pattern, equals, target = part.partition("=")
+        if not equals:
+            raise InputError(option, "must be PATTERN=BUFFER, comma-separated", value=part)
+        overrides.append(Override(pattern, target))
+    return tuple(overrides)
+
+
+def _first_layers(canonical: str, pattern: str) -> Reader:
+    def read(option: str, value: str) -> tuple[Override, ...]:
+        n_layers = _at_least(0)(option, value)
+        return tuple(Override(rf"blk\.{layer}{pattern}", "CPU", canonical) for layer in range(n_layers))
+
+    return read
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """One engine option: its names, the field it sets, and its reader; without one it is a flag."""
+
+    names: tuple[str, ...]
+    field: str
+    reader: Reader | None = None
+    env: str | None = None
+    off_names: tuple[str, ...] = ()  # flags that set the field to False
+    flag: Any = True
+
+
+_OPTIONS = (
+    _Option(("-ngl", "--gpu-layers", "--n-gpu-layers"), "n_gpu_layers", _gpu_layers, "N_GPU_LAYERS"),
+    _Option(("-ts", "--tensor-split"), "tensor_split", _shares, "TENSOR_SPLIT"),
+    _Option(("-sm", "--split-mode"), "split_mode", _one_of(*SPLIT_MODES), "SPLIT_MODE"),
+    _Option(("-mg", "--main-gpu"), "main_gpu", _int, "MAIN_GPU"),
+    _Option(("-dev", "--device"), "devices", _devices, "DEVICE"),
+    _Option(("--rpc",), "rpc", _servers, "RPC"),
+    _Option(("-ot", "--override-tensor"), "overrides", read_overrides, "OVERRIDE_TENSOR"),
+    _Option(
+        ("-cmoe", "--cpu-moe"),
+        "overrides",
+        None,
+        "CPU_MOE",
+        flag=(Override(EXPERTS_PATTERN, "CPU", "-cmoe"),),
+    ),
+    _Option(("-ncmoe", "--n-cpu-moe"), "overrides", _first_layers("-ncmoe", EXPERTS_PATTERN), "N_CPU_MOE"),
+    _Option(("-ncffn", "--n-cpu-ffn"), "overrides", _first_layers("-ncffn", DENSE_FFN_PATTERN), "N_CPU_FFN"),
+    _Option(("-kvo", "--kv-offload"), "is_kv_offloaded", None, "KV_OFFLOAD", ("-nkvo", "--no-kv-offload")),
+    _Option(("-c", "--ctx-size"), "ctx_tokens", _at_least(0), "CTX_SIZE"),
+    _Option(("--kv-unified-per-slot",), "ctx_per_slot_tokens", _at_least(0), "KV_UNIFIED_PER_SLOT"),
+    _Option(("-b", "--batch-size"), "batch_tokens", _at_least(1), "BATCH"),
+    _Option(("-ub", "--ubatch-size"), "ubatch_tokens", _at_least(0), "UBATCH"),
+    _Option(("-np", "--parallel"), "n_slots", _slots, "N_PARALLEL"),
+    _Option(("-kvu", "--kv-unified"), "is_kv_unified", None, "KV_UNIFIED", ("-no-kvu", "--no-kv-unified")),
+    _Option(("-ctk", "--cache-type-k"), "kv_type_k", _one_of(*KV_TYPES), "CACHE_TYPE_K"),
+    _Option(("-ctv", "--cache-type-v"), "kv_type_v", _one_of(*KV_TYPES), "CACHE_TYPE_V"),
+    _Option(("-fa", "--flash-attn"), "flash_attention", _flash, "FLASH_ATTN"),
+    _Option(("--swa-full",), "is_swa_full", None, "SWA_FULL"),
+    _Option(("--op-offload",), "is_op_offloaded", None, None, ("--no-op-offload",)),
+    _Option(("-lm", "--load-mode"), "load_mode", _one_of(*LOAD_MODES), "LOAD_MODE"),
+    _Option(("-t", "--threads"), "n_threads", _int, "THREADS"),
+    _Option(("-tb", "--threads-batch"), "n_threads_batch", _int),
+    _Option(("-fit", "--fit"), "is_fit", _switch, "FIT"),
+    _Option(("-fitt", "--fit-target"), "fit_target_mib", _sizes, "FIT_TARGET"),
+    _Option(("-fitc", "--fit-ctx"), "fit_ctx_tokens", _int, "FIT_CTX"),
+    _Option(("-m", "--model"), "model_path", _text, "MODEL"),
+)
+_BY_NAME = {name: (option, True) for option in _OPTIONS for name in option.names} | {
+    name: (option, False) for option in _OPTIONS for name in option.off_names
+}
+# Options of older builds: the load mode that each meant, and what replaces it.
+_REMOVED = {
+    "--mmap": ("mmap", "-lm mmap"),
+    "--no-mmap": ("none", "-lm none"),
+    "--mlock": ("mmap+mlock", "-lm mmap+mlock"),
+    "-dio": ("dio", "-lm dio"),
+    "--direct-io": ("dio", "-lm dio"),
+}
+
+
+def parse(tokens: Sequence[str] | str, env: Mapping[str, str] | None = None) -> Arguments:
+    """Read engine arguments; a whole string is split as a POSIX shell would split it.
+
+    The command line beats the environment, except that overrides of both count, the environment's first. A
+    first token that is no option is the program. A bare `-fa` means on, as in older builds.
+
+    Raises:
+        InputError: a value that the engine refuses, a missing value, or `--option=value`, which the engine
+            does not know.
+    """
+    words = _split(tokens) if isinstance(tokens, str) else list(tokens)
+    reading = _Reading()
+    for option in _OPTIONS:
+        reading.take_env(option, env or {})
+    if words and not words[0].startswith("-"):
+        reading.values["program"] = re.split(r"[/\\]", words.pop(0))[-1]
+    while words:
+        reading.take(words)
+    return Arguments(
+        **reading.values,
+        overrides=tuple(reading.overrides),
+        other=tuple(reading.other),
+        removed=tuple(reading.removed),
+    )
+
+
+def _split(text: str) -> list[str]:
+    try:
+        return shlex.split(text.replace("\\\n", " "))
+    except ValueError as error:
+        raise InputError("arguments", f"must have closed quotes ({error})", value=text) from error
+
+
+class _Reading:
+    """The values read so far."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.overrides: list[Override] = []
+        self.other: list[tuple[str, ...]] = []
+        self.removed: list[tuple[str, str]] = []
+
+    def put(self, option: _Option, value: Any) -> None:
+        if option.field == "overrides":
+            self.overrides.extend(value)
+        else:
+            self.values[option.field] = value
+
+    def take_env(self, option: _Option, env: Mapping[str, str]) -> None:
+        """Read the option's variable; a LLAMA_ARG_NO_ one switches off whatever it holds."""
+        if option.env is None:
+            return
+        name = f"LLAMA_ARG_{option.env}"
+        if option.off_names and f"LLAMA_ARG_NO_{option.env}" in env:
+            self.put(option, False)
+        elif name not in env:
+            return
+        elif option.reader is not None:
+            self.put(option, option.reader(name, env[name]))
+        elif option.off_names:
+            self.put(option, _switch(name, env[name]))
+        elif env[name] in _TRUE:
+            self.put(option, option.flag)
+
+    def take(self, words: list[str]) -> None:
+        """Read one option and its value off the front of `words`."""
+        word = words.pop(0)
+        name = word.replace("_", "-") if word.startswith("--") else word
+        if name in _REMOVED:
+            self.values["load_mode"], instead = _REMOVED[name]
+            self.removed.append((word, instead))
+        elif name not in _BY_NAME:
+            self._take_other(word, name, words)
+        else:
+            option, is_on = _BY_NAME[name]
+            self.put(option, self._value(option, word, words) if option.reader else is_on and option.flag)
+
+    def _value(self, option: _Option, word: str, words: list[str]) -> Any:
+        assert option.reader is not None
+        if option.field == "flash_attention" and (not words or words[0] not in (*_TRUE, *_FALSE, *_AUTO)):
+            self.removed.append((word, f"{word} on"))
+            return "on"
+        if not words:
+            raise InputError(word, "must be followed by a value")
+        return option.reader(word, words.pop(0))
+
+    def _take_other(self, word: str, name: str, words: list[str]) -> None:
+        known = name.partition("=")[0]
+        if known != name and known in _BY_NAME:
+            raise InputError(word, f"must be two words: the engine does not take {known}=VALUE")
+        group = [word]
+        while words and (not words[0].startswith("-") or _FLOAT.match(words[0])):
+            group.append(words.pop(0))
+        self.other.append(tuple(group))
