@@ -135,7 +135,12 @@ def test_bad_variable_is_named() -> None:
 def test_other_options_keep_order_and_values() -> None:
     """Options that do not place anything are kept with their values, negative numbers among them."""
     arguments = parse("--jinja -ngl 9 --temp -0.5 --port 8080 --lora-scaled a 2")
-    assert arguments.other == (("--jinja",), ("--temp", "-0.5"), ("--port", "8080"), ("--lora-scaled", "a", "2"))
+    assert arguments.other == (
+        ("--jinja",),
+        ("--temp", "-0.5"),
+        ("--port", "8080"),
+        ("--lora-scaled", "a", "2"),
+    )
 
 
 def test_removed_options_are_named_and_obeyed() -> None:
