@@ -3,7 +3,7 @@
 from placement.emit.arguments import emit_arguments, shell_command
 from placement.emit.devices import EngineDevice, engine_devices
 from placement.emit.regex import compile_pattern, layer_ranges, patterns_for
-from placement.emit.resolve import layer_homes, n_layers, resolve, tensor_home
+from placement.emit.resolve import layer_homes, resolve, tensor_home
 
 __all__ = [
     "EngineDevice",
@@ -12,7 +12,6 @@ __all__ = [
     "engine_devices",
     "layer_homes",
     "layer_ranges",
-    "n_layers",
     "patterns_for",
     "resolve",
     "shell_command",

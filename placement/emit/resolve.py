@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import re
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
+from placement.architecture import INPUT, OUTPUT, describe, tensor_class, tensor_layer
 from placement.arguments import Arguments
 from placement.emit.devices import EngineDevice, buffer_target, engine_devices, selected_devices
 from placement.emit.regex import compile_pattern
 from placement.errors import InputError
 from placement.machine import Machine
-from placement.model import Model, Tensor
+from placement.model import Model
 from placement.problem import CPU, Assignment, Settings
-
-TOKEN_EMBEDDING = "token_embd.weight"
-_LAYER = re.compile(r"(?:enc\.|dec\.)?blk\.(\d+)\.")
-_INPUT = re.compile(r"(token_embd|position_embd|token_types|per_layer_token_embd|masked_embd_\w+)\.")
-_FIRST_LAYER = re.compile(
-    r"(token_embd_norm|per_layer_model_proj|per_layer_proj_norm|rope_\w+|hrm_\w+)(\.|$)"
-)
 
 
 def resolve(
@@ -41,7 +34,9 @@ def resolve(
     """
     found = engine_devices(machine, arguments.rpc)
     devices = _model_devices(found, arguments)
-    homes = layer_homes(n_layers(model), arguments.n_gpu_layers, _shares(devices, arguments), devices)
+    homes = layer_homes(
+        describe(model).n_layer_all, arguments.n_gpu_layers, _shares(devices, arguments), devices
+    )
     return Assignment(
         devices=tuple(each.device.name for each in devices),
         homes=homes,
@@ -50,22 +45,12 @@ def resolve(
     )
 
 
-def n_layers(model: Model) -> int:
-    """Repeating layers, prediction layers among them: `block_count`, or what the tensor names show."""
-    count = model.get("block_count")
-    if count is not None:
-        return int(count)
-    return 1 + max((tensor.layer for tensor in model.tensors if tensor.layer is not None), default=-1)
-
-
-def tensor_home(name: str, homes: Sequence[str]) -> str:
-    """The device that a tensor is on without overrides, by llama-arch.cpp's class of tensor."""
-    layer = _LAYER.match(name)
-    if layer:
-        return homes[min(int(layer.group(1)), len(homes) - 1)]
-    if _INPUT.match(name):
+def tensor_home(model: Model, name: str, homes: Sequence[str]) -> str:
+    """The device that a tensor is on without overrides; the first layer's where each has a copy."""
+    kind = tensor_class(name, describe(model).rule)
+    if kind == INPUT:
         return CPU
-    return homes[0] if _FIRST_LAYER.match(name) else homes[-1]
+    return homes[-1] if kind == OUTPUT else homes[tensor_layer(name) or 0]
 
 
 def layer_homes(
@@ -119,7 +104,9 @@ def _moved(
     overrides = [
         (compile_pattern(o.pattern), buffer_target(found, o.target), o.target) for o in arguments.overrides
     ]
-    is_tied = "output.weight" not in model.by_name and homes[-1] != CPU
+    copied = (
+        {each.tensor.name for each in describe(model).tensors if each.is_copy} if homes[-1] != CPU else ()
+    )
     moved = []
     for tensor in model.tensors:
         for pattern, device, target in overrides:
@@ -127,14 +114,10 @@ def _moved(
                 continue
             if device not in usable:
                 raise InputError("-ot", "must name a device that the model is given", value=target)
-            if device != tensor_home(tensor.name, homes) or (is_tied and _is_embedding(tensor)):
+            if device != tensor_home(model, tensor.name, homes) or tensor.name in copied:
                 moved.append((tensor.name, device))
             break
     return tuple(moved)
-
-
-def _is_embedding(tensor: Tensor) -> bool:
-    return tensor.name == TOKEN_EMBEDDING
 
 
 def _settings(model: Model, machine: Machine, arguments: Arguments, program: str) -> Settings:
@@ -182,4 +165,4 @@ def _ctx_tokens(model: Model, arguments: Arguments, n_slots: int, program: str) 
     """The context over all slots; 0 stays 0 only where the header does not say what was trained."""
     if arguments.ctx_tokens is None and arguments.ctx_per_slot_tokens and program == "llama-server":
         return n_slots * arguments.ctx_per_slot_tokens
-    return arguments.ctx_tokens or int(model.get("context_length", 0))
+    return arguments.ctx_tokens or describe(model).n_ctx_train
