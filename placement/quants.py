@@ -50,8 +50,16 @@ BLOCKS: dict[str, tuple[int, int]] = {
 TYPE_IDS: dict[str, int] = {
     **{name: i for i, name in enumerate(("F32", "F16", "Q4_0", "Q4_1"))},
     **{name: 6 + i for i, name in enumerate(list(BLOCKS)[4:29])},
-    **{"TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39, "NVFP4": 40, "Q1_0": 41, "Q2_0": 42},
+    "TQ1_0": 34,
+    "TQ2_0": 35,
+    "MXFP4": 39,
+    "NVFP4": 40,
+    "Q1_0": 41,
+    "Q2_0": 42,
 }
+
+# What -ctk and -ctv take, in llama.cpp's spelling (common/arg.cpp).
+KV_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
 TYPE_NAMES: dict[int, str] = {type_id: name for name, type_id in TYPE_IDS.items()}
 
