@@ -146,6 +146,12 @@ def test_whole_layers_need_no_suffix() -> None:
         ("", "anything", True),
         (r"(ffn)_\1", "ffn_ffn", True),
         (r"blk\.\d{2}\.", "blk.12.x", True),
+        ("x(ab)**y", "xababy", True),
+        ("^a++b$", "aaab", True),
+        ("^a++a$", "aaa", True),
+        ("^(?:ab){2}{2}$", "abababab", True),
+        ("^(?:ab){2}{2}$", "abab", False),
+        ("x]}", "x]}", True),
     ],
 )
 def test_pattern_means_what_ecmascript_means(pattern: str, name: str, expected: bool) -> None:

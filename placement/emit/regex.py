@@ -30,6 +30,7 @@ _CLASSES = {
     "graph": "!-~",
     "print": " -~",
 }
+_REPEAT = re.compile(r"(?:[*+?]|\{\d+(?:,\d*)?\})\??")
 _SAME_ESCAPES = frozenset("dDsSwWbBfnrtv0123456789xu")
 
 
@@ -49,30 +50,45 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def _to_python(pattern: str) -> str:
+    """Python's spelling; a repeat of a repeat, which Python refuses or reads otherwise, is wrapped."""
     out: list[str] = []
-    at = 0
+    opened: list[int] = []  # where in `out` each open group begins
+    atom = 0  # where the last atom begins
+    at, is_repeated = 0, False
     while at < len(pattern):
         char = pattern[at]
-        if char == "\\":
-            text, at = _escape(pattern, at)
-        elif char == "[":
-            text, at = _bracket(pattern, at)
-        elif (
-            char == "("
-            and pattern[at + 1 : at + 2] == "?"
-            and pattern[at + 2 : at + 3] not in (":", "=", "!")
-        ):
-            raise re.error("only (?:, (?= and (?! begin with a question mark", pattern, at)
-        elif char == "{" and not re.match(r"\{\d+(,\d*)?\}", pattern[at:]):
-            raise re.error("a brace must be a count such as {2}", pattern, at)
-        elif (
-            char == "+" and pattern[at - 1 : at] in ("*", "+", "?", "}") and not pattern[:at].endswith("\\+")
-        ):
-            raise re.error("multiple repeat", pattern, at)
-        else:
-            text, at = char, at + 1
+        repeat = _REPEAT.match(pattern, at)
+        if repeat:
+            if is_repeated:
+                out[atom:] = [f"(?:{''.join(out[atom:])})"]
+            out.append(repeat.group())
+            at, is_repeated = repeat.end(), True
+            continue
+        is_repeated = False
+        if char != ")":
+            atom = len(out)
+        text, at = _piece(pattern, at)
+        if char == "(":
+            opened.append(len(out))
+        elif char == ")" and opened:
+            atom = opened.pop()
         out.append(text)
     return "".join(out)
+
+
+def _piece(pattern: str, at: int) -> tuple[str, int]:
+    """The piece at `at` that is no repeat, and where the next begins."""
+    char = pattern[at]
+    if char == "\\":
+        return _escape(pattern, at)
+    if char == "[":
+        return _bracket(pattern, at)
+    if char == "(" and re.match(r"\(\?[^:=!]", pattern[at:]):
+        raise re.error("only (?:, (?= and (?! begin with a question mark", pattern, at)
+    if char == "{":
+        raise re.error("a brace must be a count such as {2}", pattern, at)
+    width = 3 if re.match(r"\(\?[:=!]", pattern[at:]) else 1
+    return pattern[at : at + width], at + width
 
 
 def _escape(pattern: str, at: int) -> tuple[str, int]:
