@@ -1,7 +1,7 @@
 """Turns a model's header into what placement needs: layers, caches, states, and where each tensor belongs.
 
-Mirrors llama-hparams.cpp, load_arch_hparams of src/models/*.cpp (what differs between architectures is data in
-`architecture_rules`), create_memory of llama-model.cpp and LLM_TENSOR_INFOS of llama-arch.cpp.
+Mirrors llama-hparams.cpp, load_arch_hparams of src/models/*.cpp (what differs between architectures is data
+in `architecture_rules`), create_memory of llama-model.cpp and LLM_TENSOR_INFOS of llama-arch.cpp.
 """
 
 from __future__ import annotations
@@ -505,7 +505,7 @@ def _is_skipped(tensor: Tensor, header: _Header) -> bool:
     base = _base(tensor.name)
     layer = tensor_layer(tensor.name)
     if layer is not None and layer >= header.n_layer and not header.rule.has_router_layer:
-        return True
+        return base.partition(".")[2].partition(".")[2] not in header.rule.nextn_loaded
     if base.rpartition(".")[2] in UNUSED_TENSORS or base in UNUSED_TENSORS:
         return True
     is_lazy = base in LAZY_TENSORS and header.model.architecture in LAZY_ARCHITECTURES

@@ -41,6 +41,8 @@ class Rule:
     keys: "trunk", "typed" (attention.indexer.types), "sparse" (after the leading dense ones, with V) or
     "attention" (those that are not recurrent); `indexer_pool_row` slots of the key length per cell when the
     header pools keys. `n_kv_from_start`: layers after it reuse a cache, "shared_kv_layers" from the header.
+    `is_nextn_cached`: NextN layers have a cache although the trunk never reads it; `nextn_loaded`: the
+    tensors of NextN layers that are loaded all the same.
     """
 
     memory: str = "kv"
@@ -53,6 +55,7 @@ class Rule:
     indexer_pool_row: int = 1
     n_kv_from_start: int | str | None = None
     is_nextn_cached: bool = False
+    nextn_loaded: frozenset[str] = frozenset()
     is_output_tied: bool = True
     has_router_layer: bool = False
     has_loops: bool = False
@@ -60,18 +63,26 @@ class Rule:
     has_flash_attention: bool = True
 
 
+_HEADS = frozenset({"nextn.embed_tokens", "nextn.shared_head_head", "nextn.shared_head_norm"})
+_ROUTER_BIAS = frozenset({"exp_probs_b"})
+_FFN = _ROUTER_BIAS.union(
+    {"ffn_gate", "ffn_down", "ffn_up", "ffn_gate_inp"},
+    {"ffn_gate_exps", "ffn_down_exps", "ffn_up_exps", "ffn_gate_up_exps"},
+    {"ffn_gate_shexp", "ffn_down_shexp", "ffn_up_shexp"},
+)
+
 PLAIN = Rule()
 _ENCODER = Rule(memory="none", is_output_tied=False)
 _DIFFUSION = Rule(memory="none")
 _STATE = Rule(memory="recurrent")
 _PATTERN = Rule(window=Window())  # the pattern array is mandatory
-_KV_HEADS = Rule(memory="hybrid", recurrent_by="kv_heads")
-_KDA = Rule(memory="hybrid", recurrent_by="kv_heads", has_mla=True)
-_NEMOTRON = Rule(memory="hybrid", recurrent_by="kv_heads_and_ffn")
+_KV_HEADS = Rule(memory="hybrid", recurrent_by="kv_heads", is_nextn_cached=True)
+_KDA = replace(_KV_HEADS, has_mla=True)
+_NEMOTRON = Rule(memory="hybrid", recurrent_by="kv_heads_and_ffn", is_nextn_cached=True)
 _DELTA_NET = Rule(memory="hybrid", recurrent_by="interval")
 _MLA = Rule(has_mla=True)
 _OPTIONAL_4 = Rule(window=Window(4, is_always_on=False))
-_LFM2 = Rule(memory="hybrid", recurrent_by="kv_heads", has_token_norm_as_output=True)
+_LFM2 = replace(_KV_HEADS, has_token_norm_as_output=True)
 
 _PLAIN_NAMES = (
     "llama deci falcon gpt2 gptj gptneox mpt baichuan starcoder bloom stablelm qwen qwen2 qwen2moe "
@@ -79,7 +90,7 @@ _PLAIN_NAMES = (
     "minicpm minicpm3 gemma starcoder2 xverse command-r dbrx olmo olmoe openelm arctic deepseek "
     "deepseek2-ocr chatglm glm4 glm4moe bitnet t5 t5encoder jais jais2 nemotron exaone granite "
     "granitemoe chameleon plm bailingmoe bailingmoe2 dots1 arcee ernie4_5 ernie4_5-moe hunyuan-moe "
-    "hunyuan-dense hunyuan_vl hy_v3 smollm3 seed_oss grovemoe apertus hrm_text minimax-m2 cogvlm "
+    "hunyuan-dense hunyuan_vl smollm3 seed_oss grovemoe apertus hrm_text minimax-m2 cogvlm "
     "pangu-embedded mistral3 eagle3 paddleocr llama-embed maincoder talkie qwen3tts pockettts refact "
 )
 
@@ -110,7 +121,7 @@ RULES: dict[str, Rule] = {
     # sliding windows
     "afmoe": _OPTIONAL_4,
     "cohere2": Rule(window=Window(4)),
-    "cohere2moe": Rule(window=Window(4, is_dense_first=True)),
+    "cohere2moe": Rule(window=Window(4, is_dense_first=True), nextn_loaded=_HEADS),
     "exaone4": Rule(window=Window(4, default_tokens=4096, only_n_layer=64)),
     "exaone-moe": Rule(window=Window(4, default_tokens=128)),
     "gemma2": Rule(window=Window(2, default_tokens=4096)),
@@ -130,7 +141,7 @@ RULES: dict[str, Rule] = {
     "plamo3": Rule(window=Window(8, is_always_on=False)),
     "smallthinker": Rule(window=Window(4, is_dense_first=True, is_always_on=False, forced_tokens=4096)),
     "spark2_5": _PATTERN,
-    "step35": _PATTERN,
+    "step35": Rule(window=Window(), nextn_loaded=_FFN | _HEADS | {"attn_q_norm", "attn_k_norm", "attn_gate"}),
     "dflash": Rule(window=Window(is_always_on=False)),
     # state in some or all layers
     "jamba": _KV_HEADS,
@@ -155,12 +166,13 @@ RULES: dict[str, Rule] = {
     # latent attention and sparse-attention indexers
     "deepseek2": _MLA,
     "mistral4": _MLA,
-    "deepseek32": Rule(has_mla=True, indexer="trunk"),
-    "glm-dsa": Rule(has_mla=True, indexer="typed"),
+    "deepseek32": Rule(has_mla=True, indexer="trunk", nextn_loaded=_ROUTER_BIAS),
+    "glm-dsa": Rule(has_mla=True, indexer="typed", nextn_loaded=_ROUTER_BIAS),
     "dots3note": Rule(has_mla=True, indexer="typed", window=Window()),
     "hy_v4": Rule(has_mla=True, indexer="typed", is_nextn_cached=True),
     "minimax-m3": Rule(indexer="sparse", is_nextn_cached=True),
     "deepseek4": Rule(memory="dsv4", window=Window(0)),
+    "hy_v3": Rule(nextn_loaded=_FFN | _HEADS),
     # more layers than blocks
     "graniteswitch": Rule(has_router_layer=True),
     "nanbeige": Rule(has_loops=True),
