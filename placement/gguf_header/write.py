@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,6 +90,8 @@ def encode_header(
 
 
 def _replace(path: Path, header: bytes, n_bytes: int) -> None:
+    import tempfile  # lazily, as few commands write
+
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -133,6 +134,8 @@ def _tensor_info(where: object, tensor: TensorInfo, offset: int) -> bytes:
         raise InputError(
             where, f"must be at most {MAX_NAME_BYTES} bytes", field="tensor name", value=tensor.name
         )
+    if tensor.type not in TYPE_IDS:
+        raise InputError(where, "must have a ggml type", field=tensor.name, value=tensor.type)
     n_dims = len(tensor.shape)
     if not 1 <= n_dims <= MAX_DIMS:
         raise InputError(

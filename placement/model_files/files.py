@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import placement
 from placement.errors import InputError
+from placement.files import search_folders, write_atomically
 from placement.gguf_header import Header, TensorInfo, read_header, split_name, write_header
 from placement.model import Model, Tensor
 from placement.model_files.description import format_model, parse_model
@@ -35,16 +31,16 @@ def resolve_model(name_or_path: str | Path) -> Model:
     """
     text = os.fspath(name_or_path)
     path = Path(text)
-    if "\0" not in text and path.is_file():
+    if os.path.isfile(text):  # unlike Path.is_file, False for names that no file can have
         return load_model(path)
     looks_like_path = isinstance(name_or_path, Path) or path.suffix in (".toml", ".gguf") or path.name != text
     if looks_like_path:
-        raise InputError(text, "no such model file")
+        raise InputError("MODEL", "there is no such file", value=text)
     if _NAME.fullmatch(text):
-        for folder in _folders():
+        for folder in search_folders("models"):
             if (folder / f"{text}.toml").is_file():
                 return load_model(folder / f"{text}.toml")
-    raise InputError(text, f"no model of that name; {_suggestion(text)}")
+    raise InputError("MODEL", f"there is no model of that name; {_suggestion(text)}", value=text)
 
 
 def load_model(path: str | Path) -> Model:
@@ -72,29 +68,16 @@ def load_model(path: str | Path) -> Model:
 def model_names() -> dict[str, Path]:
     """Every model that a name can mean, with the description that it means, in alphabetical order."""
     found: dict[str, Path] = {}
-    for folder in _folders():
+    for folder in search_folders("models"):
         for path in folder.glob("*.toml"):
             if _NAME.fullmatch(path.stem):
                 found.setdefault(path.stem, path)
     return dict(sorted(found.items()))
 
 
-def _folders() -> Iterator[Path]:
-    """Where names are looked up; lazy, since platformdirs costs 20 ms."""
-    yield Path("models")
-    import platformdirs
-
-    yield platformdirs.user_config_path("place") / "models"
-    package = Path(placement.__file__).parent
-    installed, checkout = package / "data" / "models", package.parent
-    yield (
-        installed
-        if installed.is_dir() or not (checkout / "pyproject.toml").is_file()
-        else checkout / "models"
-    )
-
-
 def _suggestion(name: str) -> str:
+    import difflib  # lazily, as only a mistake needs it
+
     names = list(model_names())
     near = (
         difflib.get_close_matches(name, names, n=3, cutoff=0.5)
@@ -123,9 +106,9 @@ def model_from_header(header: Header) -> Model:
     metadata = {key: value for key, value in header.metadata.items() if _is_kept(key)}
     types = {key: header.metadata_types[key] for key in metadata}
     metadata[_TOKENIZER_KEY], types[_TOKENIZER_KEY] = "none", "string"
-    if header.n_vocab is not None:
+    if "tokenizer.ggml.tokens" in header.skipped:
         key = f"{architecture}.vocab_size"
-        metadata[key], types[key] = header.n_vocab, types.get(key, "uint32")
+        metadata[key], types[key] = header.skipped["tokenizer.ggml.tokens"], "uint32"
     tensors = tuple(Tensor(info.name, info.shape, info.type) for info in header.tensors)
     named = split_name(path)
     name = named[0] if named else path.stem
@@ -160,25 +143,10 @@ def save_model(model: Model, path: str | Path) -> None:
     path = Path(path)
     try:
         raw = format_model(model).encode("utf-8")
-        _replace(path, raw)
+        if not path.is_file() or path.read_bytes() != raw:
+            write_atomically(path, raw)
     except UnicodeEncodeError as exc:
         raise InputError(path, f"must be UTF-8: {exc.reason}") from exc
-    except OSError as exc:
-        raise InputError(path, f"cannot be written: {exc.strerror or exc}") from exc
-
-
-def _replace(path: Path, raw: bytes) -> None:
-    if path.exists() and path.read_bytes() != raw:
-        shutil.copy2(path, path.with_name(path.name + ".bak"))
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(raw)
-        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def export_header(model: Model, path: str | Path, *, overwrite: bool = False) -> int:
