@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from placement.architecture import INPUT, Architecture, Cache, LayerFacts, PlacedTensor, describe
+from placement.architecture import Architecture, Cache, LayerFacts, PlacedTensor, describe
 from placement.machine import Device, Machine
 from placement.model import Model, Tensor
 from placement.problem import CPU, Assignment, Settings
@@ -21,8 +21,6 @@ CPU_ALIGNMENT_BYTES = 32
 CUDA_ROW_PADDING = 512  # elements; MATRIX_ROW_PADDING of ggml-cuda
 CACHE_PADDING_CELLS = 256
 STATE_BYTES = 4  # states are always F32
-
-_NO_CUDA_MATMUL = frozenset({"TQ1_0", "TQ2_0"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,38 +76,30 @@ def tensor_devices(model: Model, machine: Machine, assignment: Assignment) -> di
     """
     return {
         placed.name: device
-        for placed, device in _placements(model, machine, assignment)
+        for placed, device in placed_tensors(model, machine, assignment)
         if not (placed.is_shared and device != assignment.homes[0])
     }
 
 
-def _placements(model: Model, machine: Machine, assignment: Assignment) -> list[tuple[PlacedTensor, str]]:
+def placed_tensors(model: Model, machine: Machine, assignment: Assignment) -> list[tuple[PlacedTensor, str]]:
     """Every allocation of a tensor with its device: tied and shared tensors may have several."""
     moved = dict(assignment.moved)
     homes = assignment.homes
+    cuda = {device.name for device in machine.devices if device.is_cuda}
     found: list[tuple[PlacedTensor, str]] = []
     for placed in describe(model).tensors:
-        device = moved.get(placed.tensor.name) if moved else None
-        if placed.is_copy:
-            device = device or homes[-1]
-            if device != moved.get(placed.tensor.name, CPU):
-                found.append((placed, device))
-        elif device is not None:
-            found.append((placed, device))
+        override = moved.get(placed.tensor.name) if moved else None
+        if override is not None:
+            # The tied copy is looked up by the embedding's own name, so an override serves both at once.
+            targets = [] if placed.is_copy else [override]
         elif placed.is_shared:
-            found.extend((placed, home) for home in dict.fromkeys(homes[:-1]))
+            targets = list(dict.fromkeys(homes[:-1]))
         else:
-            found.append((placed, CPU if placed.layer is None else homes[placed.layer]))
-    if not any(device.name in assignment.devices and device.is_cuda for device in machine.devices):
-        return found
-    return [(placed, _supported(placed, device)) for placed, device in found]
-
-
-def _supported(placed: PlacedTensor, device: str) -> str:
-    """The device, or the CPU where CUDA has no kernel for the tensor's type (weight_buft_supported)."""
-    if device != CPU and placed.kind != INPUT and placed.tensor.type in _NO_CUDA_MATMUL:
-        return CPU
-    return device
+            targets = [CPU if placed.layer is None else homes[placed.layer]]
+        for device in targets:
+            is_kept = override is None and device in cuda and not placed.has_cuda_kernel
+            found.append((placed, CPU if is_kept else device))
+    return [pair for pair in found if not (pair[0].is_copy and pair[1] == CPU)]
 
 
 def layer_context_bytes(model: Model, settings: Settings) -> tuple[int, ...]:
@@ -200,7 +190,7 @@ def static_memory(model: Model, machine: Machine, assignment: Assignment) -> dic
     devices = {name: machine.device(name) for name in assignment.devices}
     weights = dict.fromkeys((*assignment.devices, HOST), 0)
     context = dict.fromkeys(weights, 0)
-    for placed, name in _placements(model, machine, assignment):
+    for placed, name in placed_tensors(model, machine, assignment):
         weights[HOST if name == CPU else name] += weight_bytes(placed.tensor, devices.get(name))
     per_layer = layer_context_bytes(model, assignment.settings)
     for name, n_bytes in zip(assignment.homes, per_layer, strict=False):

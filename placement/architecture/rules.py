@@ -1,6 +1,6 @@
 """What llama.cpp decides per architecture and no header says: one row each, read from its src/models/*.cpp.
 
-`architecture.describe` reads this table together with the header. An architecture that is listed without a
+`describe` reads this table together with the header. An architecture that is listed without a
 rule of its own (`PLAIN`) keeps one KV cache per layer of the trunk. Build b11434.
 """
 
@@ -209,3 +209,12 @@ UNUSED_TENSORS = frozenset({"masked_embd_centroids", "masked_embd_ordering", "cr
 LAZY_TENSORS = frozenset({"per_layer_token_embd"})
 LAZY_ARCHITECTURES = frozenset({"gemma4", "qwen4exp"})
 LAZY_MIN_BYTES = 4 * 1024**3
+
+# Where ggml-cuda has no kernel for a weight, the loader keeps it on the CPU (weight_buft_supported).
+SCAN_ARCHITECTURES = frozenset(
+    {"mamba", "mamba2", "jamba", "plamo2", "granitehybrid", "falcon-h1", "nemotron_h", "nemotron_h_moe"}
+)
+NO_CUDA_TYPES = frozenset({"TQ1_0", "TQ2_0", "Q8_1", "F64"})
+CONV_TENSORS = frozenset({"ssm_conv1d", "shortconv.conv", "ple_conv1d"})
+CUDA_CONV_MULTIPLE = 128
+CUDA_SCAN_STATES = frozenset({96, 128, 256})  # Mamba-2; Mamba's own is 16

@@ -1,0 +1,117 @@
+"""Tells which tensors of a file the engine allocates, in which layer's memory, and which it leaves alone.
+
+Mirrors LLM_TENSOR_INFOS of llama-arch.cpp, create_tensor of llama-model-loader.cpp, and ggml-cuda's kernels.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from placement.architecture.header import Header
+from placement.architecture.records import PlacedTensor
+from placement.architecture.rules import (
+    CONV_TENSORS,
+    CUDA_CONV_MULTIPLE,
+    CUDA_SCAN_STATES,
+    FIRST_LAYER_TENSORS,
+    INPUT_TENSORS,
+    LAZY_ARCHITECTURES,
+    LAZY_MIN_BYTES,
+    LAZY_TENSORS,
+    NO_CUDA_TYPES,
+    PLAIN,
+    ROPE_TENSORS,
+    SCAN_ARCHITECTURES,
+    UNUSED_TENSORS,
+    Rule,
+)
+from placement.model import Model, Tensor
+
+INPUT, REPEATING, OUTPUT = "input", "repeating", "output"
+TIED_OUTPUT = "output.weight"  # the name that the second copy of a tied token embedding goes by
+
+_BLOCK = re.compile(r"(?:(?:enc|dec)\.)?(?:blk|convnext|posnet)\.(\d+)\.")
+
+
+def tensor_class(name: str, rule: Rule = PLAIN) -> str:
+    """ "input", "repeating" or "output": the list of devices that the tensor is loaded to by default."""
+    base = _base(name)
+    if base in INPUT_TENSORS:
+        return INPUT
+    if base == "token_embd_norm" and rule.has_token_norm_as_output:
+        return OUTPUT
+    if _BLOCK.match(name) or base in FIRST_LAYER_TENSORS or base in ROPE_TENSORS:
+        return REPEATING
+    return OUTPUT
+
+
+def tensor_layer(name: str) -> int | None:
+    """The N of `blk.N.`, `dec.blk.N.`, `convnext.N.` and the like; None without one."""
+    match = _BLOCK.match(name)
+    return int(match.group(1)) if match else None
+
+
+def _base(name: str) -> str:
+    """The name without its ".weight", ".bias" or ".scale"."""
+    stem, _, suffix = name.rpartition(".")
+    return stem if suffix in ("weight", "bias", "scale", "input_scale") else name
+
+
+def place_tensors(model: Model, header: Header) -> tuple[tuple[PlacedTensor, ...], tuple[Tensor, ...]]:
+    """The tensors that the engine allocates, in file order, and those that it leaves in the file."""
+    placed: list[PlacedTensor] = []
+    skipped: list[Tensor] = []
+    for tensor in model.tensors:
+        if _is_skipped(tensor, header):
+            skipped.append(tensor)
+            continue
+        kind = tensor_class(tensor.name, header.rule)
+        number = tensor_layer(tensor.name) or 0
+        layer = {INPUT: None, OUTPUT: header.n_layer_all, REPEATING: number}[kind]
+        is_shared = _base(tensor.name) in ROPE_TENSORS
+        has_kernel = _has_cuda_kernel(tensor, header)
+        placed.append(PlacedTensor(tensor.name, tensor, kind, layer, False, is_shared, has_kernel))
+    embedding = model.by_name.get("token_embd.weight")
+    if embedding is not None and header.rule.is_output_tied and TIED_OUTPUT not in model.by_name:
+        has_kernel = _has_cuda_kernel(embedding, header)
+        placed.append(
+            PlacedTensor(TIED_OUTPUT, embedding, OUTPUT, header.n_layer_all, True, False, has_kernel)
+        )
+    return tuple(placed), tuple(skipped)
+
+
+def _is_skipped(tensor: Tensor, header: Header) -> bool:
+    base = _base(tensor.name)
+    layer = tensor_layer(tensor.name)
+    if layer is not None and layer >= header.n_layer and not header.rule.has_router_layer:
+        return base.partition(".")[2].partition(".")[2] not in header.rule.nextn_loaded
+    if base.rpartition(".")[2] in UNUSED_TENSORS or base in UNUSED_TENSORS:
+        return True
+    is_lazy = base in LAZY_TENSORS and header.model.architecture in LAZY_ARCHITECTURES
+    return is_lazy and tensor.n_bytes > LAZY_MIN_BYTES
+
+
+def _has_cuda_kernel(tensor: Tensor, header: Header) -> bool:
+    """Whether ggml-cuda supports the operation that the engine tries the weight with."""
+    name = _base(tensor.name)
+    name = name.partition(".")[2].partition(".")[2] if _BLOCK.match(name) else name
+    if tensor.type in NO_CUDA_TYPES:
+        return False
+    if tensor.type == "BF16" and (name.endswith("norm") or tensor.name.endswith(".bias")):
+        return False
+    if name in CONV_TENSORS and tensor.name.endswith(".weight"):
+        return math.prod(tensor.shape[1:2]) % CUDA_CONV_MULTIPLE == 0
+    if name == "ssm_a" and header.model.architecture in SCAN_ARCHITECTURES:
+        return _has_scan_kernel(tensor, header)
+    return True
+
+
+def _has_scan_kernel(tensor: Tensor, header: Header) -> bool:
+    d_inner = header.integer("ssm.inner_size")
+    n_head = tensor.shape[1] if len(tensor.shape) > 1 else 1
+    head_size = d_inner // max(n_head, 1)
+    if tensor.shape[0] == 1:
+        return header.integer("ssm.state_size") in CUDA_SCAN_STATES and head_size % 16 == 0
+    is_one_group = header.integer("ssm.group_count") <= 1
+    return tensor.shape[0] == 16 and head_size == 1 and n_head % CUDA_CONV_MULTIPLE == 0 and is_one_group
