@@ -14,7 +14,7 @@ from placement.gguf_header import Header, TensorInfo, read_header, split_name, w
 from placement.model import Model, Tensor
 from placement.model_files.description import format_model, parse_model
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 _MAX_DESCRIPTION_BYTES = 1 << 24
 _TOKENIZER_KEY = "tokenizer.ggml.model"
 _KEPT_TOKENIZER_KEYS = {_TOKENIZER_KEY, "tokenizer.ggml.token_type_count"}  # the latter sizes a BERT tensor
@@ -35,12 +35,12 @@ def resolve_model(name_or_path: str | Path) -> Model:
         return load_model(path)
     looks_like_path = isinstance(name_or_path, Path) or path.suffix in (".toml", ".gguf") or path.name != text
     if looks_like_path:
-        raise InputError("MODEL", "there is no such file", value=text)
+        raise InputError("MODEL", "there is no such file", value=text[:100])
     if _NAME.fullmatch(text):
         for folder in search_folders("models"):
             if (folder / f"{text}.toml").is_file():
                 return load_model(folder / f"{text}.toml")
-    raise InputError("MODEL", f"there is no model of that name; {_suggestion(text)}", value=text)
+    raise InputError("MODEL", f"there is no model of that name; {_suggestion(text)}", value=text[:100])
 
 
 def load_model(path: str | Path) -> Model:
