@@ -29,7 +29,7 @@ from placement.model_files.rows import format_ranges, from_rows, parse_ranges, t
 from placement.quants import BLOCKS
 
 MODELS = Path(__file__).parent.parent / "models"
-LLAMA_FIT_PARAMS = os.environ.get("PLACE_ENGINE", "")
+LLAMA_FIT_PARAMS = Path(os.environ.get("PLACE_ENGINE", "off")) / "llama-fit-params"
 
 GLM_ARGS = ("--jinja", "--temp", "1.0", "--top-p", "0.95", "--min-p", "0.01")
 QWEN_ARGS = (
@@ -111,12 +111,12 @@ def test_shipped_models_survive_gguf(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(not LLAMA_FIT_PARAMS, reason="PLACE_ENGINE names no llama.cpp folder")
+@pytest.mark.skipif(not LLAMA_FIT_PARAMS.is_file(), reason="PLACE_ENGINE names no llama.cpp folder")
 @pytest.mark.parametrize("name", SHIPPED)
 def test_llama_cpp_plans_shipped_models(tmp_path: Path, name: str) -> None:
     """llama-fit-params loads a header-only file of each shipped model and plans it."""
     export_header(load_model(MODELS / f"{name}.toml"), tmp_path / "x.gguf")
-    command = [f"{LLAMA_FIT_PARAMS}/llama-fit-params", "-m", str(tmp_path / "x.gguf")]
+    command = [str(LLAMA_FIT_PARAMS), "-m", str(tmp_path / "x.gguf")]
     command += ["-fitp", "on", "-c", "4096", "-ngl", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout.startswith("Host ")) == (0, True)

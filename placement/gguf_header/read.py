@@ -30,7 +30,7 @@ from placement.gguf_header.facts import (
 from placement.quants import TYPE_NAMES, tensor_bytes
 
 # Limits that no real model comes near; they keep a damaged file from costing minutes or gigabytes.
-MAX_HEADER_BYTES = 1 << 28
+MAX_HEADER_BYTES = 1 << 27
 MAX_KEY_BYTES = 65535
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 20
