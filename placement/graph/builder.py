@@ -1,0 +1,287 @@
+"""llm_graph_context in Python: norms, projections, feed-forward blocks and expert routing as graph nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from placement.architecture import Architecture, LayerFacts
+from placement.graph.context import Batch, Context
+from placement.graph.ops import Graph
+from placement.graph.tensor import Tensor, row_size
+from placement.model import Model
+
+GATED_GLU = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu", "swiglu_oai": "swiglu_oai"}
+
+
+class Builder(Graph):
+    """A graph for one batch of one model; block methods return the tensor that the next block reads."""
+
+    def __init__(self, model: Model, facts: Architecture, context: Context, batch: Batch) -> None:
+        super().__init__()
+        self.model, self.facts, self.context, self.batch = model, facts, context, batch
+        self.n_embd = facts.n_embd
+        self.n_tokens = batch.n_tokens
+        self.weights: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}
+        self.flash_nodes: list[Tensor] = []
+        self.has_mixed_batch = True
+        self.token_input: Tensor | None = None
+
+    # --- facts
+
+    def layer(self, il: int) -> LayerFacts:
+        """The facts of layer `il`."""
+        return self.facts.layers[il]
+
+    def number(self, key: str, default: float = 0.0) -> float:
+        """A scalar of the architecture's metadata; the first of an array."""
+        value: Any = self.model.get(key, default)
+        if isinstance(value, (tuple, list)):
+            value = value[0] if value else default
+        return float(value)
+
+    def integer(self, key: str, default: int = 0) -> int:
+        """A whole number of the architecture's metadata; the first of an array."""
+        return int(self.number(key, default))
+
+    # --- weights
+
+    def weight(self, name: str, layer: int | None = None, key: str | None = None) -> Tensor | None:
+        """The leaf of a model tensor, or None where the model has none of that name."""
+        key = key or name
+        leaf = self.weights.get(key)
+        if leaf is None:
+            tensor = self.model.by_name.get(name)
+            if tensor is None:
+                return None
+            leaf = self.new(tensor.type, *tensor.shape)
+            leaf.weight, leaf.layer = key, layer
+            self.weights[key] = leaf
+        return leaf
+
+    def w(self, il: int, name: str) -> Tensor | None:
+        """The weight `blk.<il>.<name>.weight`."""
+        return self.weight(f"blk.{il}.{name}.weight", il)
+
+    def b(self, il: int, name: str) -> Tensor | None:
+        """The bias `blk.<il>.<name>.bias`."""
+        return self.weight(f"blk.{il}.{name}.bias", il)
+
+    def need(self, tensor: Tensor | None) -> Tensor:
+        """The tensor itself; a model without it would not load."""
+        if tensor is None:
+            raise KeyError("tensor")
+        return tensor
+
+    def input_once(self, name: str, type: str, *ne: int) -> Tensor:
+        """The graph input of that name, made at its first use."""
+        if name not in self.inputs:
+            self.inputs[name] = self.input(type, *ne)
+        return self.inputs[name]
+
+    @property
+    def positions(self) -> Tensor:
+        """inp_pos; four numbers a token where the architecture ropes in several dimensions."""
+        return self.input_once("pos", "I32", self.n_tokens * self.n_pos_per_token)
+
+    @property
+    def n_pos_per_token(self) -> int:
+        """Position numbers a token (n_pos_per_embd)."""
+        return 1
+
+    def rows_out(self, *tensors: Tensor) -> list[Tensor]:
+        """The rows of the tokens that give logits."""
+        ids = self.input_once("out_ids", "I32", self.batch.n_outputs)
+        return [self.get_rows(tensor, ids) for tensor in tensors]
+
+    # --- blocks
+
+    def lora_mm(self, weight: Tensor | None, cur: Tensor) -> Tensor:
+        """A projection, with the per-tensor scale that NVFP4 files carry (build_lora_mm)."""
+        weight = self.need(weight)
+        out = self.mul_mat(weight, cur)
+        scale = self.scale_of(weight)
+        return self.mul(out, scale) if scale is not None else out
+
+    def scale_of(self, weight: Tensor) -> Tensor | None:
+        """The `.scale` tensor of a weight; only NVFP4 files have them."""
+        if weight.type != "NVFP4" or not weight.weight:
+            return None
+        return self.weight(weight.weight.removesuffix("weight") + "scale", weight.layer)
+
+    def build_norm(
+        self,
+        cur: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None = None,
+        kind: str = "rms",
+        il: int = -1,
+    ) -> Tensor:
+        """A norm and its scale; the callback pins it to the layer's device where it has either."""
+        cur = self.like("RMS_NORM" if kind == "rms" else "NORM", cur)
+        if (weight is not None or bias is not None) and il >= 0:
+            cur.pin = il
+        if weight is not None:
+            cur = self.mul(cur, weight)
+        return self.add(cur, bias) if bias is not None else cur
+
+    def layer_norm(
+        self, cur: Tensor, il: int, name: str, kind: str = "rms", *, is_pinned: bool = True
+    ) -> Tensor:
+        """The norm `blk.<il>.<name>`."""
+        return self.build_norm(cur, self.w(il, name), self.b(il, name), kind, il if is_pinned else -1)
+
+    def embed(self, token_scale: float = 1.0) -> Tensor:
+        """The token embeddings with the unused branches for other inputs (build_inp_embd)."""
+        table = self.need(self.weight("token_embd.weight"))
+        n_embd_inp = self.n_embd * (1 + self.integer("n_deepstack_layers"))
+        tokens = self.input_once("tokens", "I32", self.n_tokens)
+        cur = self._token_rows(table, tokens, n_embd_inp)
+        branches = [cur, self.input("F32", n_embd_inp, self.n_tokens)]
+        if self.has_mixed_batch:
+            n_rows = max(self.n_tokens, 1)
+            ids = self.input("I32", n_rows)
+            slots = self.input("I64", n_rows)
+            copy = self.like("DUP", self.input("F32", n_embd_inp, self.n_tokens))
+            branches.append(self.set_rows(copy, self._token_rows(table, ids, n_embd_inp), slots))
+        for branch in branches:
+            self.expand(branch)
+        if n_embd_inp != self.n_embd:
+            self.token_input = cur
+            cur = self.view_2d(cur, self.n_embd, self.n_tokens, cur.nb[1])
+        return self._scaled_embeddings(cur, token_scale)
+
+    def _token_rows(self, table: Tensor, ids: Tensor, n_embd_inp: int) -> Tensor:
+        rows = self.get_rows(table, ids)
+        return self.pad(rows, n_embd_inp - self.n_embd) if n_embd_inp != self.n_embd else rows
+
+    def _scaled_embeddings(self, cur: Tensor, token_scale: float) -> Tensor:
+        scale = self.number("embedding_scale")
+        is_token_only = scale != 0.0 and self.integer("n_deepstack_layers") > 0
+        if scale != 0.0 and not is_token_only:
+            cur = self.scale(cur if cur.is_contiguous else self.cont(cur))
+        if token_scale * (scale if is_token_only else 1.0) != 1.0:
+            rows = self.input("F32", 1, self.n_tokens)
+            cur = self.mul(cur if cur.is_contiguous else self.cont(cur), rows)
+        self.expand(cur)
+        return cur
+
+    def qkv(
+        self,
+        cur: Tensor,
+        il: int,
+        heads: tuple[int, int, int],
+        sizes: tuple[int, int, int],
+        *,
+        is_flat: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, K and V as [head size, heads, tokens], or as [width, tokens] if `is_flat` (build_qkv)."""
+        if (fused := self.w(il, "attn_qkv")) is not None:
+            return self._qkv_fused(cur, il, fused, heads, sizes, is_flat)
+        parts = []
+        for name, n_head, size in zip(("attn_q", "attn_k", "attn_v"), heads, sizes, strict=True):
+            part = self.lora_mm(self.w(il, name), cur)
+            if (bias := self.b(il, name)) is not None:
+                part = self.add(part, bias)
+            if not is_flat:
+                part = self._clamp_qkv(part)
+                part = self.reshape(part, size, n_head, self.n_tokens)
+            parts.append(part)
+        return parts[0], parts[1], parts[2]
+
+    def _clamp_qkv(self, cur: Tensor) -> Tensor:
+        return self.clamp(cur) if self.number("attention.clamp_kqv") > 0.0 else cur
+
+    def _qkv_fused(
+        self,
+        cur: Tensor,
+        il: int,
+        fused: Tensor,
+        heads: tuple[int, int, int],
+        sizes: tuple[int, int, int],
+        is_flat: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.lora_mm(fused, cur)
+        biases = [self.b(il, name) for name in ("attn_q", "attn_k", "attn_v")]
+        if (bias := self.b(il, "attn_qkv")) is not None:
+            qkv = self.add(qkv, bias)
+        elif all(bias is not None for bias in biases):
+            q_b, k_b, v_b = (self.need(bias) for bias in biases)
+            qkv = self.add(qkv, self.concat(self.concat(q_b, k_b, 0), v_b, 0))
+        if not is_flat:
+            qkv = self._clamp_qkv(qkv)
+        parts, offset = [], 0
+        for n_head, size in zip(heads, sizes, strict=True):
+            width = n_head * size
+            if is_flat:
+                part = self.cont(self.view_2d(qkv, width, self.n_tokens, qkv.nb[1], offset))
+            else:
+                strides = (row_size("F32", size), qkv.nb[1])
+                part = self.view_3d(qkv, size, n_head, self.n_tokens, *strides, offset)
+            parts.append(part)
+            offset += row_size("F32", width)
+        return parts[0], parts[1], parts[2]
+
+    def ffn(
+        self,
+        cur: Tensor,
+        il: int,
+        activation: str,
+        *,
+        suffix: str = "",
+        has_gate: bool = True,
+        has_bias: bool = True,
+        has_down: bool = True,
+        clamp: float = 0.0,
+    ) -> Tensor:
+        """A dense feed-forward block of `ffn_{up,gate,down}<suffix>`, parallel gate (build_ffn)."""
+        up = self._ffn_part(cur, il, f"ffn_up{suffix}", has_bias)
+        gated = has_gate and self.w(il, f"ffn_gate{suffix}") is not None
+        if gated:
+            gate = self._ffn_part(cur, il, f"ffn_gate{suffix}", has_bias)
+            cur = self.gated(gate, up, activation, clamp)
+        else:
+            cur = self.activate(up, activation, il)
+        if not has_down:
+            return cur
+        return self._ffn_part(cur, il, f"ffn_down{suffix}", has_bias)
+
+    def _ffn_part(self, cur: Tensor, il: int, name: str, has_bias: bool) -> Tensor:
+        cur = self.lora_mm(self.w(il, name), cur)
+        bias = self.b(il, name) if has_bias else None
+        return self.add(cur, bias) if bias is not None else cur
+
+    def gated(self, gate: Tensor, up: Tensor, activation: str, clamp: float = 0.0) -> Tensor:
+        """The activation of a gated block."""
+        if activation == "silu" and clamp > 1e-6:
+            up = self.clamp(up)
+            return self.mul(self.clamp(self.unary(gate, "silu")), up)
+        if activation == "swiglu_clamp":
+            return self.glu(gate, up, "swiglu_clamp")
+        return self.glu(gate, up, GATED_GLU[activation])
+
+    def activate(self, cur: Tensor, activation: str, il: int) -> Tensor:
+        """The activation of a block without a gate, or with gate and up in one tensor."""
+        if activation in ("swiglu", "geglu", "reglu"):
+            return self.glu(cur, None, activation)
+        if activation == "relu_sqr":
+            return self.like("SQR", self.unary(cur, "relu"))
+        cur = self.unary(cur, activation)
+        scales = self.w(il, "ffn_act") if activation == "gelu" else None
+        return self.div(cur, scales) if scales is not None else cur
+
+    # --- the end
+
+    def output(self, cur: Tensor, softcap: float = 0.0) -> Tensor:
+        """The logits, with a soft cap where the model has one."""
+        cur = self.lora_mm(self.output_weight(), cur)
+        return self.soft_cap(cur) if softcap else cur
+
+    def output_weight(self) -> Tensor:
+        """output.weight, or the copy of the token embedding that is loaded in its place."""
+        own = self.weight("output.weight")
+        return own if own is not None else self.need(self.weight("token_embd.weight", key="output.weight"))
+
+    def soft_cap(self, cur: Tensor) -> Tensor:
+        """cap * tanh(x / cap)."""
+        return self.scale(self.unary(self.scale(cur), "tanh"))

@@ -1,0 +1,80 @@
+"""What a graph is built for: sizes of the context's caches and of one batch, after the engine's rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from placement.architecture import Architecture
+from placement.problem import Settings
+from placement.units import pad
+
+QUANTISED_ALIGN = 256  # llama.cpp pads contexts and caches to 256 cells
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Sizes that hold for every batch of a context (llama_cparams); counts are tokens, cells or sequences."""
+
+    n_ctx: int
+    n_ctx_seq: int
+    n_seq_max: int
+    n_ubatch: int
+    n_batch: int
+    is_unified: bool
+    type_k: str
+    type_v: str
+    is_flash: bool
+    is_v_transposed: bool  # of the V cache, as it was created: before flash attention was ruled out
+    is_kv_offloaded: bool
+    is_swa_full: bool
+    is_full_offload: bool  # the graph callback pins norms at any batch size
+    fused_dsv4_hc: bool = True
+
+    @property
+    def n_stream(self) -> int:
+        """Streams of the KV cache: one when sequences share it."""
+        return 1 if self.is_unified else self.n_seq_max
+
+    def swa_cells(self, window_tokens: int) -> int:
+        """Cells of a sliding-window cache (llama-kv-cache-iswa.cpp)."""
+        if self.is_swa_full:
+            return self.n_ctx_seq
+        shared = self.n_seq_max if self.is_unified else 1
+        return pad(min(self.n_ctx_seq, window_tokens * shared + self.n_ubatch), QUANTISED_ALIGN)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One reserved batch: tokens, the sequences they belong to, and how many of them give logits."""
+
+    n_tokens: int
+    n_seqs: int
+    n_outputs: int
+
+
+def make_context(settings: Settings, facts: Architecture, is_full_offload: bool, is_flash: bool) -> Context:
+    """Round the settings as llama_context's constructor does; `is_flash` is what -fa asks for."""
+    n_seq_max = max(1, settings.n_slots)
+    asked = settings.ctx_tokens or facts.n_ctx_train
+    n_batch = min(pad(asked, 1), settings.batch_tokens)
+    n_ubatch = min(n_batch, settings.ubatch_tokens or n_batch)
+    n_ctx = pad(asked, QUANTISED_ALIGN)
+    n_ctx_seq = n_ctx
+    if not settings.is_kv_unified:
+        n_ctx_seq = pad(n_ctx // n_seq_max, QUANTISED_ALIGN)
+        n_ctx = n_ctx_seq * n_seq_max
+    return Context(
+        n_ctx=n_ctx,
+        n_ctx_seq=n_ctx_seq,
+        n_seq_max=n_seq_max,
+        n_ubatch=n_ubatch,
+        n_batch=n_batch,
+        is_unified=settings.is_kv_unified,
+        type_k=settings.kv_type_k.upper(),
+        type_v=settings.kv_type_v.upper(),
+        is_flash=is_flash,
+        is_v_transposed=not is_flash,
+        is_kv_offloaded=settings.is_kv_offloaded,
+        is_swa_full=settings.is_swa_full,
+        is_full_offload=is_full_offload,
+    )

@@ -1,0 +1,171 @@
+"""Mixture-of-experts blocks: routing, the experts' projections and their weighted sum (build_moe_ffn)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from placement.graph.attention import AttentionBuilder
+from placement.graph.tensor import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How an architecture chooses and weighs its experts."""
+
+    gating: str = "softmax"  # softmax, sigmoid, softmax_weight, sqrt_softplus
+    has_norm: bool = True
+    is_scaled: bool = False
+    activation: str = "silu"
+    is_weighted_before: bool = False  # Llama 4: weights applied to the input
+    selects_by_logits: bool = False
+    clamp: float = 0.0
+
+
+GATING = {0: "softmax", 1: "softmax", 2: "sigmoid", 3: "softmax_weight", 4: "sqrt_softplus"}
+
+
+class ExpertBuilder(AttentionBuilder):
+    """Adds expert blocks."""
+
+    def meta_routing(self, **changes: object) -> Routing:
+        """Routing as the metadata's expert_gating_func, expert_weights_norm and _scale say."""
+        values: dict[str, object] = {
+            "gating": GATING.get(self.integer("expert_gating_func"), "softmax"),
+            "has_norm": bool(self.model.get("expert_weights_norm", False)),
+            "is_scaled": self.number("expert_weights_scale") not in (0.0, 1.0),
+        }
+        return Routing(**{**values, **changes})  # type: ignore[arg-type]
+
+    def moe(
+        self,
+        cur: Tensor,
+        il: int,
+        routing: Routing,
+        *,
+        logits: Tensor | None = None,
+        selected: Tensor | None = None,
+        suffix: str = "_exps",
+        n_expert: int | None = None,
+        n_used: int | None = None,
+    ) -> Tensor:
+        """Route the tokens through the experts and add up what they give."""
+        n_expert = n_expert or self.facts.n_expert
+        n_used = n_used or self.layer(il).n_expert_used
+        if logits is None:
+            logits = self.lora_mm(self.w(il, "ffn_gate_inp"), cur)
+        if (bias := self.b(il, "ffn_gate_inp")) is not None:
+            logits = self.add(logits, bias)
+        probs = self._probabilities(logits, routing)
+        if selected is None:
+            selected = self._select(self._selection(probs, logits, il, routing), n_expert, n_used)
+        weights = self._weights(probs, selected, n_expert, n_used, routing)
+        self.expand(weights)
+        cur = self.reshape(cur, cur.ne[0], 1, self._tokens(cur))
+        if routing.is_weighted_before:
+            repeated = self.repeat(cur, cur.ne[0], n_used, cur.ne[2])
+            cur = self.mul(repeated, weights)
+        out = self._experts(cur, il, selected, routing, suffix)
+        if not routing.is_weighted_before:
+            out = self.mul(out, weights)
+        self.expand(out)
+        return self._sum(out, n_used)
+
+    def _tokens(self, cur: Tensor) -> int:
+        return cur.ne[1]
+
+    def _probabilities(self, logits: Tensor, routing: Routing) -> Tensor:
+        if routing.gating == "softmax":
+            return self.soft_max(logits)
+        if routing.gating == "sigmoid":
+            return self.unary(logits, "sigmoid")
+        if routing.gating == "sqrt_softplus":
+            return self.like("SQRT", self.unary(logits, "softplus"))
+        return logits
+
+    def _selection(self, probs: Tensor, logits: Tensor, il: int, routing: Routing) -> Tensor:
+        bias = self.b(il, "exp_probs_b")
+        if bias is not None:
+            probs = self.add(probs, bias)
+        return logits if routing.selects_by_logits else probs
+
+    def _select(self, scores: Tensor, n_expert: int, n_used: int) -> Tensor:
+        n_groups = self.integer("expert_group_count")
+        if n_groups > 1:
+            scores = self._mask_groups(scores, n_expert, n_groups)
+        return self.argsort_top_k(scores, n_used)
+
+    def _mask_groups(self, scores: Tensor, n_expert: int, n_groups: int) -> Tensor:
+        """Keep the experts of the best groups only (DeepSeek V3)."""
+        n_tokens = scores.ne[1]
+        groups = self.reshape(scores, n_expert // n_groups, n_groups, n_tokens)
+        best = self.argsort_top_k(groups, 2)
+        best = self.get_rows(self.reshape(groups, 1, *groups.ne[:3]), best)
+        best = self.sum_rows(self.reshape(best, *best.ne[1:]))
+        best = self.reshape(best, *best.ne[1:3])
+        chosen = self.argsort_top_k(best, self.integer("expert_group_used_count"))
+        kept = self.get_rows(groups, chosen)
+        masked = self.set_rows(self.like("FILL", groups), kept, chosen)
+        return self.reshape(masked, n_expert, n_tokens)
+
+    def _weights(
+        self, probs: Tensor, selected: Tensor, n_expert: int, n_used: int, routing: Routing
+    ) -> Tensor:
+        n_tokens = probs.ne[1]
+        weights = self.get_rows(self.reshape(probs, 1, n_expert, n_tokens), selected)
+        if routing.gating == "softmax_weight":
+            weights = self.soft_max(self.reshape(weights, n_used, n_tokens))
+            weights = self.reshape(weights, 1, n_used, n_tokens)
+        if routing.has_norm:
+            weights = self.reshape(weights, n_used, n_tokens)
+            weights = self.div(weights, self.clamp(self.sum_rows(weights)))
+            weights = self.reshape(weights, 1, n_used, n_tokens)
+        return self.scale(weights) if routing.is_scaled else weights
+
+    def _expert_mm(self, il: int, name: str, cur: Tensor, selected: Tensor) -> Tensor:
+        """One stacked projection with its scale and bias (build_lora_mm_id)."""
+        weight = self.need(self.w(il, name))
+        out = self.mul_mat_id(weight, cur, selected)
+        scale = self.scale_of(weight)
+        if scale is not None:
+            n_expert, n_tokens = scale.ne[0], cur.ne[2]
+            rows = self.repeat(self.reshape(scale, 1, n_expert, 1), 1, n_expert, n_tokens)
+            out = self.mul(out, self.get_rows(rows, selected))
+        bias = self.b(il, name)
+        return self.add_id(out, bias, selected) if bias is not None else out
+
+    def _experts(self, cur: Tensor, il: int, selected: Tensor, routing: Routing, suffix: str) -> Tensor:
+        if self.w(il, f"ffn_gate_up{suffix}") is not None:
+            both = self._expert_mm(il, f"ffn_gate_up{suffix}", cur, selected)
+            half = both.ne[0] // 2
+            shape = (half, *both.ne[1:3])
+            gate = self.view_3d(both, *shape, both.nb[1], both.nb[2])
+            up = self.view_3d(both, *shape, both.nb[1], both.nb[2], half * both.nb[0])
+            cur = self._expert_activation(gate, up, routing)
+        else:
+            up = self._expert_mm(il, f"ffn_up{suffix}", cur, selected)
+            if self.w(il, f"ffn_gate{suffix}") is not None:
+                gate = self._expert_mm(il, f"ffn_gate{suffix}", cur, selected)
+                cur = self._expert_activation(gate, up, routing)
+            else:
+                cur = self.activate(up, routing.activation, il)
+        return self._expert_mm(il, f"ffn_down{suffix}", cur, selected)
+
+    def _expert_activation(self, gate: Tensor, up: Tensor, routing: Routing) -> Tensor:
+        if routing.activation == "situ":
+            act = self.scale(self.unary(self.scale(gate), "tanh"))
+            act = self.mul(act, self.unary(gate, "sigmoid"))
+            if self.number("situ_linear_beta") > 0.0:
+                up = self.scale(self.unary(self.scale(up), "tanh"))
+            return self.mul(act, up)
+        return self.gated(gate, up, routing.activation, routing.clamp)
+
+    def _sum(self, out: Tensor, n_used: int) -> Tensor:
+        n_embd, n_tokens = out.ne[0], out.ne[2]
+        views = [self.view_2d(out, n_embd, n_tokens, out.nb[2], i * out.nb[1]) for i in range(n_used)]
+        for view in views:
+            self.expand(view)
+        total = views[0]
+        for view in views[1:]:
+            total = self.add(total, view)
+            self.expand(total)
+        return self.cont(total) if n_used == 1 else total
