@@ -91,9 +91,8 @@ def _instead(given: Assignment, better: Assignment) -> str:
         return only_ffn
     tokens = [] if sum(counts) == len(better.homes) else [f"-ngl {sum(counts)}"]
     tokens += [f"-ts {','.join(map(str, counts))}"] if len(counts) > 1 else []
-    return f"use {' '.join(tokens) or '-ngl all'} " + (
-        f"and {only_ffn}" if better.moved else "instead of -ot"
-    )
+    rest = f"and {only_ffn}" if better.moved else "instead of -ot"
+    return f"use {' '.join(tokens) or '-ngl all'} {rest}"
 
 
 def attention_output_matched(case: Case) -> Iterator[Advice]:
