@@ -37,10 +37,9 @@ def frames(draw: st.DrawFn) -> Frame:
         positions=tuple(str(p) for p in range(n_positions)),
         layers=layers,
         cap_kib=tuple(draw(st.lists(st.integers(0, 30), min_size=n_positions, max_size=n_positions))),
-        host_kib=(0, *draw(st.lists(st.integers(0, 5), min_size=n_positions - 1, max_size=n_positions - 1))),
         hidden_us=draw(st.sampled_from([(0, 0), (1, 2)])) if n_positions > 2 and not is_pipelined else (0, 0),
         fixed_us=(3, 5),
-        is_pipelined=is_pipelined,
+        n_in_flight=3 if is_pipelined else 1,
     )
 
 

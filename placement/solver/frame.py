@@ -38,19 +38,18 @@ class LayerTable:
 class Frame:
     """A placement question: minimise Σ cost of the layers' choices under every position's cap.
 
-    `host_kib[p]` is taken from position p's cap once any layer keeps weights in host memory or lives there.
     `hidden_us` is (decode, prompt) time saved when a layer with host experts is the last of its device: its
     return split and the boundary's are one. `fixed_us` is (decode, prompt) time of every answer.
-    With `is_pipelined` the prompt time is the longest device's instead of the sum, and `hidden_us` is zero.
+    With pipeline parallelism `n_in_flight` ubatches overlap: the choices' `prompt_us` are then one ubatch's, and
+    the prompt takes Σ + (n_in_flight − 1) · the longest device's; `hidden_us` is zero.
     """
 
     positions: tuple[str, ...]
     layers: tuple[LayerTable, ...]
     cap_kib: tuple[int, ...]
-    host_kib: tuple[int, ...]
     hidden_us: tuple[int, int] = (0, 0)
     fixed_us: tuple[int, int] = (0, 0)
-    is_pipelined: bool = False
+    n_in_flight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +60,12 @@ class Answer:
     picks: tuple[int, ...]
 
 
-def is_host_used(frame: Frame, answer: Answer) -> bool:
-    """Whether any layer lives in host memory or keeps weights there."""
-    return any(
-        home == 0 or frame.layers[i].choices[home][pick].is_host
-        for i, (home, pick) in enumerate(zip(answer.homes, answer.picks, strict=True))
-    )
-
-
 def used_kib(frame: Frame, answer: Answer) -> list[int]:
-    """KiB taken at each position, the host extra included."""
+    """KiB taken at each position."""
     used = [0] * len(frame.positions)
     for table, home, pick in zip(frame.layers, answer.homes, answer.picks, strict=True):
         for position, kib in table.choices[home][pick].kib:
             used[position] += kib
-    if is_host_used(frame, answer):
-        used = [a + b for a, b in zip(used, frame.host_kib, strict=True)]
     return used
 
 
@@ -92,7 +81,7 @@ def times_us(frame: Frame, answer: Answer) -> tuple[int, int]:
         if choice.is_host and ends_device:
             decode -= frame.hidden_us[0]
             prompt -= frame.hidden_us[1]
-    prompt += max(stages) if frame.is_pipelined else sum(stages)
+    prompt += sum(stages) + (frame.n_in_flight - 1) * max(stages)
     return decode, prompt
 
 

@@ -1,0 +1,131 @@
+"""Anyone's engine arguments → memory per device, splits, predicted speed and advice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from placement.advice import Advice, advise
+from placement.arguments import Arguments
+from placement.buffers import graph_counts
+from placement.compute import ComputePlan, plan_compute
+from placement.cost import Speed, evaluate
+from placement.emit import resolve
+from placement.machine import Machine
+from placement.memory import context_size, static_memory
+from placement.model import Model
+from placement.problem import Assignment, Problem, Workload
+from placement.solution import ESTIMATED, DeviceUse, device_row
+from placement.units import mib
+
+HOST = "Host"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What arguments cost. `label` says how memory and splits are known; the speed is always an estimate."""
+
+    model: str
+    machine: str
+    label: str
+    assignment: Assignment
+    devices: dict[str, DeviceUse]  # GPUs in the engine's order, then "Host"
+    splits_prompt: int
+    splits_decode: int
+    speed: Speed
+    advice: tuple[Advice, ...]
+    unknown_arguments: tuple[tuple[str, ...], ...]
+    is_exact: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device, the host included, stays within its cap."""
+        return all(use.headroom_mib >= 0 for use in self.devices.values())
+
+
+def device_use(problem: Problem, assignment: Assignment, plan: ComputePlan) -> dict[str, DeviceUse]:
+    """Memory of every device of an assignment, and of "Host" last."""
+    uses: dict[str, DeviceUse] = {}
+    for name, memory in static_memory(problem.model, problem.machine, assignment).items():
+        if name == HOST:
+            runtime, cap, total = 0.0, problem.machine.cpu.usable_mib, problem.machine.cpu.usable_mib
+        else:
+            device = problem.machine.device(name)
+            runtime, total = device.runtime_mib, device.total_mib
+            cap = device.usable_mib - problem.reserve_mib
+        uses[name] = DeviceUse(
+            weights_mib=mib(memory.weights_bytes),
+            context_mib=mib(memory.context_bytes),
+            compute_mib=mib(plan.compute_bytes.get(name, 0)),
+            runtime_mib=runtime,
+            cap_mib=cap,
+            total_mib=total,
+        )
+    return uses
+
+
+def default_workload(model: Model, ctx_tokens: int, prompt: int = 2000, generate: int = 500) -> Workload:
+    """A turn at a quarter of the context; both parts cut to what the context holds."""
+    depth = ctx_tokens // 4
+    prompt = max(1, min(prompt, ctx_tokens - depth - 1))
+    return Workload(prompt, max(1, min(generate, ctx_tokens - depth - prompt)), depth)
+
+
+def check(
+    model: Model,
+    machine: Machine,
+    arguments: Arguments,
+    program: str = "llama-server",
+    workload: Workload | None = None,
+    reserve_mib: float = 0.0,
+) -> Check:
+    """Estimate what the engine would do with these arguments, and what to change.
+
+    Raises:
+        InputError: an argument that the engine would refuse.
+    """
+    assignment = resolve(model, machine, arguments, program)
+    size = context_size(model, assignment.settings)
+    turn = workload or default_workload(model, size.cells)
+    problem = Problem(model, machine, assignment.settings, turn, program, reserve_mib)
+    plan = plan_compute(model, machine, assignment, program)
+
+    def planner(other: Assignment) -> ComputePlan:
+        return plan if other == assignment else plan_compute(model, machine, other, program)
+
+    return Check(
+        model=model.name,
+        machine=machine.name,
+        label=ESTIMATED,
+        assignment=assignment,
+        devices=device_use(problem, assignment, plan),
+        splits_prompt=plan.splits_prompt,
+        splits_decode=plan.splits_decode,
+        speed=evaluate(problem, assignment, graph_counts(plan)),
+        advice=tuple(advise(model, machine, arguments, assignment, planner, program)),
+        unknown_arguments=arguments.other,
+        is_exact=plan.is_exact,
+        notes=plan.notes,
+    )
+
+
+def check_row(result: Check) -> dict[str, Any]:
+    """The check with the contract's keys."""
+    prompt_tps = result.speed.prompt_tps
+    return {
+        "model": result.model,
+        "machine": result.machine,
+        "label": result.label,
+        "devices": {name: device_row(use) for name, use in result.devices.items()},
+        "splits": {"prompt": result.splits_prompt, "decode": result.splits_decode},
+        "speed": {
+            "prompt_tps": None if prompt_tps is None else round(prompt_tps, 2),
+            "decode_tps": round(result.speed.decode_tps, 3),
+        },
+        "fits": result.fits,
+        "is_exact": result.is_exact,
+        "advice": [{"code": each.code, "message": each.message} for each in result.advice],
+        "unknown_arguments": [list(each) for each in result.unknown_arguments],
+        "notes": list(result.notes),
+    }

@@ -1,0 +1,304 @@
+"""The speed model: bytes read, bytes streamed, splits and kernel launches → seconds per token and per prompt.
+
+Decode is a sum, because the engine's devices work one after the other: active weight bytes and KV bytes over
+each device's effective bandwidth, plus a time per graph split and per graph node. A prompt is, per ubatch,
+matrix work and one pass over the weights on each device, plus host-held weights streamed over the first CUDA
+device's link. Every coefficient comes from the machine file; `DEFAULTS` serve where it is silent. All results
+are estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from placement.architecture import Architecture, LayerFacts, PlacedTensor, describe
+from placement.groups import is_expert_stack, used_fraction
+from placement.machine import Device, Machine
+from placement.memory import context_size, kv_bytes_read
+from placement.problem import CPU, Assignment, Problem, Settings, Workload
+
+MIN_OFFLOAD_TOKENS = 32  # GGML_OP_OFFLOAD_MIN_BATCH: smaller batches are computed where the weights are
+
+# name: (value, unit, meaning). `name.DEVICE` in a machine file overrides `name` for that device.
+DEFAULTS: dict[str, tuple[float, str, str]] = {
+    "read_efficiency": (0.90, "fraction", "share of a GPU's bandwidth that reading weights reaches"),
+    "kv_read_efficiency": (0.70, "fraction", "share of a GPU's bandwidth that reading the KV cache reaches"),
+    "cpu_read_efficiency": (0.55, "fraction", "share of the host's bandwidth that weights on the CPU reach"),
+    "split_us": (45.0, "us", "time of one graph split while decoding"),
+    "node_us": (1.3, "us", "time of one graph node (kernel launch) while decoding"),
+    "token_us": (0.0, "us", "fixed time of a token outside the graph"),
+    "rpc_split_us": (200.0, "us", "added time of a split that reaches an RPC worker"),
+    "pinned_link_efficiency": (0.95, "fraction", "share of the link that pinned host memory streams at"),
+    "pageable_link_efficiency": (0.45, "fraction", "share of the link that memory-mapped weights stream at"),
+    "dense_compute_efficiency": (0.55, "fraction", "share of matrix throughput of dense layers in prompts"),
+    "expert_compute_efficiency": (0.25, "fraction", "share of matrix throughput of experts in prompts"),
+    "attention_compute_efficiency": (0.35, "fraction", "share of matrix throughput of attention in prompts"),
+    "cpu_tflops_per_thread": (0.06, "Tflop/s", "matrix throughput of one CPU thread in prompts"),
+    "tflops_per_gb_per_s": (0.12, "Tflop/GB", "matrix throughput of a GPU whose own is not in its file"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Seconds per byte, flop, split and node of every location; keys are device names and "CPU"."""
+
+    read_s_per_byte: dict[str, float]
+    kv_s_per_byte: dict[str, float]
+    dense_s_per_flop: dict[str, float]
+    expert_s_per_flop: dict[str, float]
+    attention_s_per_flop: dict[str, float]
+    stream_s_per_byte: float | None  # host weights to the first CUDA device; None: the CPU computes
+    stream_device: str | None
+    split_s: float
+    rpc_split_s: float
+    node_s: float
+    token_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a piece of the model asks of whatever device holds it."""
+
+    decode_bytes: float = 0.0  # weights read per generated token
+    decode_kv_bytes: float = 0.0
+    prompt_bytes: float = 0.0  # weights read over the whole prompt, once per ubatch
+    dense_flops: float = 0.0  # over the whole prompt
+    expert_flops: float = 0.0
+    attention_flops: float = 0.0
+    prompt_kv_bytes: float = 0.0  # KV that is copied per ubatch when the layer lives on the CPU
+
+    def __add__(self, other: Load) -> Load:
+        return Load(*(getattr(self, name) + getattr(other, name) for name in Load.__slots__))
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Predicted seconds of a token and of a turn's parts."""
+
+    decode_s: float
+    prompt_s: float
+    generate_tokens: int
+    prompt_tokens: int
+
+    @property
+    def turn_s(self) -> float:
+        """Seconds to read the prompt and generate the answer."""
+        return self.prompt_s + self.generate_tokens * self.decode_s
+
+    @property
+    def decode_tps(self) -> float:
+        """Generated tokens per second."""
+        return 1.0 / self.decode_s
+
+    @property
+    def prompt_tps(self) -> float | None:
+        """Prompt tokens per second; None for a workload without a prompt."""
+        return self.prompt_tokens / self.prompt_s if self.prompt_tokens and self.prompt_s else None
+
+
+def coefficient(machine: Machine, name: str, device: str | None = None) -> float:
+    """The machine's value of a coefficient (its device's own first), or the default."""
+    for key in (f"{name}.{device}", name) if device else (name,):
+        if key in machine.coefficients:
+            return machine.coefficients[key].value
+    return DEFAULTS[name][0]
+
+
+def device_tflops(machine: Machine, device: Device) -> float:
+    """The device's matrix throughput in 1e12 operations per second, guessed from its bandwidth if unknown."""
+    return device.tflops or device.bandwidth_gb_per_s * coefficient(machine, "tflops_per_gb_per_s", device.name)
+
+
+def rates(machine: Machine, devices: tuple[str, ...], settings: Settings) -> Rates:
+    """Seconds per unit for the devices that the engine is given, in its order."""
+    read, kv, dense, expert, attention = ({} for _ in range(5))  # type: dict[str, float]
+    cpu_read = machine.cpu.bandwidth_gb_per_s * 1e9 * coefficient(machine, "cpu_read_efficiency")
+    threads = settings.n_threads or machine.cpu.threads
+    cpu_flops = threads * coefficient(machine, "cpu_tflops_per_thread") * 1e12
+    read[CPU] = kv[CPU] = 1.0 / cpu_read
+    dense[CPU] = expert[CPU] = attention[CPU] = 1.0 / cpu_flops
+    stream_device = None
+    for name in devices:
+        device = machine.device(name)
+        bandwidth = device.bandwidth_gb_per_s * 1e9
+        flops = device_tflops(machine, device) * 1e12
+        read[name] = 1.0 / (bandwidth * coefficient(machine, "read_efficiency", name))
+        kv[name] = 1.0 / (bandwidth * coefficient(machine, "kv_read_efficiency", name))
+        dense[name] = 1.0 / (flops * coefficient(machine, "dense_compute_efficiency", name))
+        expert[name] = 1.0 / (flops * coefficient(machine, "expert_compute_efficiency", name))
+        attention[name] = 1.0 / (flops * coefficient(machine, "attention_compute_efficiency", name))
+        if stream_device is None and device.is_cuda and settings.is_op_offloaded:
+            stream_device = name
+    stream = None
+    if stream_device is not None:
+        kind = "pinned" if settings.load_mode in ("none", "dio") else "pageable"
+        link = machine.device(stream_device).link_gb_per_s * 1e9
+        stream = 1.0 / (link * coefficient(machine, f"{kind}_link_efficiency", stream_device))
+    return Rates(
+        read, kv, dense, expert, attention, stream, stream_device,
+        split_s=coefficient(machine, "split_us") * 1e-6,
+        rpc_split_s=coefficient(machine, "rpc_split_us") * 1e-6,
+        node_s=coefficient(machine, "node_us") * 1e-6,
+        token_s=coefficient(machine, "token_us") * 1e-6,
+    )  # fmt: skip
+
+
+def ubatch_sizes(workload: Workload, settings: Settings, batch_tokens: int, ubatch_tokens: int) -> list[int]:
+    """Tokens of each ubatch that the prompt is cut into: batches first, then ubatches of each."""
+    sizes: list[int] = []
+    left = workload.prompt_tokens
+    while left > 0:
+        batch = min(left, batch_tokens)
+        left -= batch
+        sizes += [ubatch_tokens] * (batch // ubatch_tokens)
+        if batch % ubatch_tokens:
+            sizes.append(batch % ubatch_tokens)
+    return sizes
+
+
+class CostModel:
+    """The loads of a model's pieces under one workload and one ubatch, and what they take on a machine."""
+
+    def __init__(self, problem: Problem, settings: Settings, devices: tuple[str, ...]) -> None:
+        self.architecture: Architecture = describe(problem.model)
+        self.workload = problem.workload
+        self.rates = rates(problem.machine, devices, settings)
+        self.machine = problem.machine
+        size = context_size(problem.model, settings)
+        self.ubatches = ubatch_sizes(problem.workload, settings, size.batch_tokens, size.ubatch_tokens)
+        self._kv_read = kv_bytes_read(problem.model, settings, problem.workload.depth_tokens)
+        self._by_fraction: dict[float, float] = {}
+
+    def tensor_load(self, placed: PlacedTensor) -> Load:
+        """The load of one tensor; a looked-up embedding reads next to nothing."""
+        tensor = placed.tensor
+        if placed.kind == "input":
+            return Load()
+        arch = self.architecture
+        n_used = arch.layers[placed.layer].n_expert_used if self._is_in_layer(placed) else 0
+        fraction = used_fraction(tensor, arch.n_expert, n_used or arch.n_expert_used)
+        n_elements = 1
+        for extent in tensor.shape:
+            n_elements *= extent
+        if placed.kind == "output" and len(tensor.shape) > 1:
+            # only the last token's logits are computed
+            return Load(tensor.n_bytes, prompt_bytes=tensor.n_bytes)
+        flops = 2.0 * n_elements * fraction * self.workload.prompt_tokens if len(tensor.shape) > 1 else 0.0
+        is_expert = is_expert_stack(tensor)
+        return Load(
+            decode_bytes=tensor.n_bytes * fraction,
+            prompt_bytes=tensor.n_bytes * self._coverage(fraction),
+            dense_flops=0.0 if is_expert else flops,
+            expert_flops=flops if is_expert else 0.0,
+        )
+
+    def _is_in_layer(self, placed: PlacedTensor) -> bool:
+        return placed.layer is not None and placed.layer < len(self.architecture.layers)
+
+    def _coverage(self, fraction: float) -> float:
+        """Σ over the prompt's ubatches of the share of a stack that their tokens reach."""
+        if fraction >= 1.0:
+            return float(len(self.ubatches))
+        if fraction not in self._by_fraction:
+            self._by_fraction[fraction] = sum(1.0 - (1.0 - fraction) ** tokens for tokens in self.ubatches)
+        return self._by_fraction[fraction]
+
+    def context_load(self, layer: LayerFacts) -> Load:
+        """The load of a layer's attention over its cache, or of its recurrent state."""
+        kv_bytes = float(self._kv_read[layer.index])
+        depth = self.workload.depth_tokens
+        done, flops, copied = 0, 0.0, 0.0
+        owner = self.architecture.layers[layer.cache_layer] if layer.cache_layer is not None else layer
+        heads = sum(
+            layer.n_head * 2.0 * ((c.k_head or c.k_width) + (c.v_head or c.v_width or c.k_width))
+            for c in owner.caches[:1]
+        )
+        for tokens in self.ubatches:
+            n_kv = depth + done + tokens / 2
+            if layer.window_tokens:
+                n_kv = min(n_kv, layer.window_tokens)
+            flops += heads * tokens * n_kv
+            copied += kv_bytes
+            done += tokens
+        return Load(decode_kv_bytes=kv_bytes, attention_flops=flops, prompt_kv_bytes=copied)
+
+    def decode_s(self, load: Load, where: str) -> float:
+        """Seconds per generated token of a load held by a device or the CPU."""
+        return load.decode_bytes * self.rates.read_s_per_byte[where] + load.decode_kv_bytes * self.rates.kv_s_per_byte[where]
+
+    def prompt_s(self, load: Load, where: str) -> float:
+        """Seconds of a load over the whole prompt; host-held weights are streamed where the engine offloads."""
+        r = self.rates
+        streams = where == CPU and r.stream_s_per_byte is not None and r.stream_device is not None
+        at = r.stream_device if streams and r.stream_device else where
+        seconds = (
+            load.prompt_bytes * r.read_s_per_byte[at]
+            + load.dense_flops * r.dense_s_per_flop[at]
+            + load.expert_flops * r.expert_s_per_flop[at]
+            + load.attention_flops * r.attention_s_per_flop[at]
+        )
+        if streams and r.stream_s_per_byte is not None:
+            seconds += (load.prompt_bytes + load.prompt_kv_bytes) * r.stream_s_per_byte
+        return seconds
+
+    def fixed_s(self, n_nodes_decode: int, n_nodes_prompt: int) -> tuple[float, float]:
+        """(decode, prompt) seconds that every placement takes: launches, and the token's fixed time."""
+        launches = self.rates.node_s * n_nodes_prompt * len(self.ubatches)
+        return self.rates.node_s * n_nodes_decode + self.rates.token_s, launches
+
+    def splits_s(self, n_decode: float, n_prompt: float) -> tuple[float, float]:
+        """(decode, prompt) seconds of that many splits per graph."""
+        return self.rates.split_s * n_decode, self.rates.split_s * n_prompt * len(self.ubatches)
+
+
+def total(loads: Iterable[Load]) -> Load:
+    """The loads as one."""
+    result = Load()
+    for load in loads:
+        result = result + load
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class GraphCounts:
+    """Splits and nodes of the prompt's and the decode's graph, from the simulated or the engine's own plan."""
+
+    splits_prompt: int
+    splits_decode: int
+    n_nodes_prompt: int
+    n_nodes_decode: int
+    n_copies: int = 1
+
+
+def evaluate(problem: Problem, assignment: Assignment, counts: GraphCounts) -> Speed:
+    """Predicted speed of any assignment, whoever wrote it."""
+    from placement.memory import placed_tensors
+
+    settings, workload = assignment.settings, problem.workload
+    model = CostModel(problem, settings, assignment.devices)
+    stages = dict.fromkeys((*assignment.devices, CPU), 0.0)
+    decode_s, _ = model.fixed_s(counts.n_nodes_decode, 0)
+    _, prompt_fixed_s = model.fixed_s(0, counts.n_nodes_prompt)
+    for placed, where in placed_tensors(problem.model, problem.machine, assignment):
+        load = model.tensor_load(placed)
+        decode_s += model.decode_s(load, where)
+        stages[where] += model.prompt_s(load, where)
+    for layer, home in zip(model.architecture.layers, assignment.homes, strict=False):
+        load = model.context_load(layer)
+        decode_s += model.decode_s(load, home if settings.is_kv_offloaded else CPU)
+        stages[home] += model.prompt_s(load, home)
+    splits_decode_s, splits_prompt_s = model.splits_s(counts.splits_decode, counts.splits_prompt)
+    n_rpc = sum(machine_device.is_rpc for machine_device in map(problem.machine.device, assignment.devices))
+    splits_decode_s += 2 * n_rpc * model.rates.rpc_split_s
+    prompt_s = prompt_fixed_s + splits_prompt_s + pipelined_s(stages.values(), len(model.ubatches), counts.n_copies)
+    return Speed(decode_s + splits_decode_s, prompt_s, workload.generate_tokens, workload.prompt_tokens)
+
+
+def pipelined_s(stages: Iterable[float], n_ubatches: int, n_copies: int) -> float:
+    """Prompt seconds of stages in series, or overlapped where the engine keeps several ubatches in flight."""
+    times = list(stages)
+    if n_copies <= 1 or n_ubatches <= 1:
+        return sum(times)
+    return (sum(times) + (n_ubatches - 1) * max(times)) / n_ubatches
+
