@@ -10,11 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from placement.architecture import describe
 from placement.arguments import parse
 from placement.emit import compile_pattern, emit_arguments, layer_ranges, patterns_for, resolve, shell_command
+from placement.engine import Engine, model_path, rpc_workers, run
 from placement.errors import InputError
 from placement.machine import Cpu, Device, Machine
 from placement.model import Model, Tensor
+from placement.model_files import resolve_model
 from placement.problem import CPU, Assignment, Settings
 
 
@@ -410,3 +413,30 @@ def test_assignment_survives_the_round_trip(case: tuple[Model, Machine, Assignme
     """`resolve(parse(emit_arguments(a)))` is `a` again."""
     model, on, assignment = case
     assert assignment == resolve(model, on, parse(emit_arguments(model, on, assignment)))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b-q4", "gpt-oss-120b", "gemma-3-27b-q4"])
+@pytest.mark.parametrize("cuts", [(0, 20), (5, 30), (40, 40)])
+def test_engine_puts_layers_and_tensors_where_meant(engine: Engine, name: str, cuts: tuple[int, int]) -> None:
+    """llama-fit-params takes the arguments, and its log names the same device for each layer and tensor."""
+    model = resolve_model(name)
+    n_all = describe(model).n_layer_all + 1
+    with rpc_workers(engine, 2) as workers, model_path(model) as path:
+        cards = [card(f"RPC{i}", 200_000, worker.endpoint) for i, worker in enumerate(workers)]
+        on, names = machine(*cards), tuple(device.name for device in cards)
+        start, cut = min(cuts[0], n_all), min(cuts[1], n_all)
+        homes = (CPU,) * start + (names[1],) * (cut - start) + (names[0],) * (n_all - cut)
+        moved = tuple(
+            (tensor.name, CPU if tensor.layer % 2 else names[0])
+            for tensor in model.tensors
+            if tensor.layer is not None and start <= tensor.layer < cut and ".ffn_up" in tensor.name
+        )
+        settings_ = Settings(flash_attention="on", has_overrides=bool(moved))
+        assignment = Assignment((names[1], names[0]), homes, moved, settings_)
+        args = emit_arguments(model, on, assignment, "llama-fit-params")
+        finished = run([engine.program("llama-fit-params"), "-m", path, *args, "-fitp", "on", "-lv", "5"])
+    layers = dict(re.findall(r"layer +(\d+) assigned to device (\w+)", finished.text))
+    tensors = dict(re.findall(r"tensor (\S+) \(.*\) buffer type overridden to (CPU|RPC\d)", finished.text))
+    assert {str(i): home for i, home in enumerate(homes)} == layers
+    assert dict(moved) == tensors

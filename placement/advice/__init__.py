@@ -24,6 +24,7 @@ _RULES = (
     overrides.attention_output_matched,
     overrides.router_moved,
     overrides.shared_experts_moved,
+    overrides.norms_moved,
     overrides.gate_and_up_apart,
     overrides.override_without_effect,
     context.kv_on_host,

@@ -121,6 +121,11 @@ def is_router(tensor: Tensor) -> bool:
     return ".ffn_gate_inp." in tensor.name or ".exp_probs_b" in tensor.name
 
 
+def is_norm(tensor: Tensor) -> bool:
+    """Whether a tensor scales or shifts a norm."""
+    return "norm" in tensor.name
+
+
 def is_shared_expert(tensor: Tensor) -> bool:
     """Whether a tensor is of experts that every token uses."""
     return "_shexp" in tensor.name
@@ -154,6 +159,7 @@ __all__ = [
     "Plan",
     "count",
     "is_ffn",
+    "is_norm",
     "is_router",
     "is_shared_expert",
     "layer_list",

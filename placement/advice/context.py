@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from placement.advice.case import Advice, Case, count, layers_named
+from placement.advice.case import Advice, Case, count, layer_list
 from placement.architecture import LayerFacts
 from placement.memory import context_size, kv_bytes_read, layer_context_bytes
 from placement.problem import CPU
@@ -140,7 +140,7 @@ def flash_attention_turned_off(case: Case) -> Iterator[Advice]:
     found = [layer for layer in layers if layer is not None]
     yield Advice(
         "flash-attention-auto-off",
-        f"-fa auto turns flash attention off: {count(len(found), 'layer')} ({layers_named(found)}) have "
+        f"-fa auto turns flash attention off: {count(len(found), 'layer')} ({layer_list(found)}) have "
         f"attention "
         f"weights and KV on different cards{cost}; say -fa on, or move layers with -ts",
     )

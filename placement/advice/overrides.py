@@ -6,7 +6,16 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from placement.advice.case import Advice, Case, count, is_ffn, is_router, is_shared_expert, layers_named
+from placement.advice.case import (
+    Advice,
+    Case,
+    count,
+    is_ffn,
+    is_norm,
+    is_router,
+    is_shared_expert,
+    layers_named,
+)
 from placement.arguments import Override
 from placement.emit import compile_pattern
 from placement.memory import layer_context_bytes
@@ -121,6 +130,11 @@ def shared_experts_moved(case: Case) -> Iterator[Advice]:
     yield from _riders(case, "override-shared-experts", "shared experts", is_shared_expert)
 
 
+def norms_moved(case: Case) -> Iterator[Advice]:
+    """Norms taken along by patterns such as `ffn_.*`."""
+    yield from _riders(case, "override-norm", "norms", is_norm)
+
+
 def _riders(case: Case, code: str, what: str, is_rider: Callable[[Tensor], bool]) -> Iterator[Advice]:
     """Parts that belong at home, moved in layers whose attention stays there."""
     homes, devices = case.assignment.homes, case.tensor_devices
@@ -134,13 +148,16 @@ def _riders(case: Case, code: str, what: str, is_rider: Callable[[Tensor], bool]
     if hit:
         layers = sorted({tensor.layer for tensor in hit if tensor.layer is not None})
         estimate = f"up to +{SPLITS_PER_MOVED_PART * len(layers)} splits a token"
-        saved = case.splits_saved(case.without({t.name for t in hit}), estimate)
+        # one kind alone would leave the splits of the others
+        riders = {t.name for t in case.model.tensors if is_router(t) or is_shared_expert(t) or is_norm(t)}
+        saved = case.splits_saved(case.without(riders), estimate)
+        parts = "ffn_(up|down|gate)" + ("_exps" if case.architecture.n_expert else r"\.")
+        n_bytes = sum(t.n_bytes for t in hit)
         yield Advice(
             code,
-            f"-ot moves {what} of {count(len(layers), 'layer')} "
-            f"({format_bytes(sum(t.n_bytes for t in hit))}, "
-            rf"{layers_named(layers)}): {saved}; write ffn_(up|down|gate)_exps to move routed "
-            rf"experts alone",
+            f"-ot moves {what} of {count(len(layers), 'layer')} ({format_bytes(n_bytes)}, "
+            f"{layers_named(layers)}): "
+            f"{saved}; write {parts} to leave them at home",
         )
 
 
