@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from placement.engine import DeviceMemory, PlanReading, classify_failure, read_plan, read_run
+from placement.engine import EngineMemory, PlanReading, classify_failure, read_plan, read_run
 
 LOGS = Path(__file__).parent / "engine_logs"
 
@@ -30,9 +30,9 @@ def run_of(name: str) -> PlanReading:
 def test_current_table() -> None:
     """The breakdown table of b11434 gives MiB per device, the sum rounded by the engine itself."""
     assert plan_of("b11434-fit-params-cuda.log").devices == {
-        "CUDA0": DeviceMemory(11755, 1117, 824, 13697),
-        "CUDA1": DeviceMemory(34066, 2222, 823, 37111),
-        "Host": DeviceMemory(8967, 0, 272, 9239),
+        "CUDA0": EngineMemory(11755, 1117, 824, 13697),
+        "CUDA1": EngineMemory(34066, 2222, 823, 37111),
+        "Host": EngineMemory(8967, 0, 272, 9239),
     }
 
 
@@ -79,14 +79,14 @@ def test_two_caches_of_a_sliding_window_model() -> None:
 
 def test_server_that_was_ended_early() -> None:
     """What llama-server prints before it loads anything is enough; negative free memory is no trouble."""
-    assert plan_of("b11434-server-fit-cuda.log").devices["CUDA1"] == DeviceMemory(34066, 2222, 823, 37111)
+    assert plan_of("b11434-server-fit-cuda.log").devices["CUDA1"] == EngineMemory(34066, 2222, 823, 37111)
 
 
 def test_short_output_alone() -> None:
     """Without any breakdown the rows of `-fitp` are read."""
     reading = read_plan("CUDA0 100 20 3 \nHost 5 0 1 \n")
     assert reading is not None
-    assert reading.devices == {"CUDA0": DeviceMemory(100, 20, 3, 123), "Host": DeviceMemory(5, 0, 1, 6)}
+    assert reading.devices == {"CUDA0": EngineMemory(100, 20, 3, 123), "Host": EngineMemory(5, 0, 1, 6)}
     assert reading.splits_decode is None
 
 
@@ -99,7 +99,7 @@ def test_last_measurement_counts() -> None:
 def test_early_2026() -> None:
     """Logs of early 2026 (llama_memory_breakdown_print, "with bs=") are read, overflowed numbers too."""
     reading = plan_of("reconstructed-2026-02-fit.log")
-    assert reading.devices["CUDA0"] == DeviceMemory(9814, 252, 51, 10118)
+    assert reading.devices["CUDA0"] == EngineMemory(9814, 252, 51, 10118)
     assert (
         reading.splits_prompt,
         reading.splits_decode,
@@ -111,7 +111,7 @@ def test_early_2026() -> None:
 def test_draft_model_is_added() -> None:
     """A draft model that the server measures as well is added, weights included."""
     reading = plan_of("reconstructed-2026-06-server-draft.log")
-    assert reading.devices["CUDA0"] == DeviceMemory(16364, 822, 340, 17526)
+    assert reading.devices["CUDA0"] == EngineMemory(16364, 822, 340, 17526)
     assert reading.splits_decode == 2
 
 
@@ -120,7 +120,7 @@ def test_mtp_layers_share_the_weights() -> None:
     text = text_of("reconstructed-2026-06-server-draft.log").replace("use 17526 MiB", "use 16526 MiB")
     reading = read_plan(text)
     assert reading is not None
-    assert reading.devices["CUDA0"] == DeviceMemory(15364, 822, 340, 16526)
+    assert reading.devices["CUDA0"] == EngineMemory(15364, 822, 340, 16526)
 
 
 @pytest.mark.parametrize(

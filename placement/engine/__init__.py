@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from placement.engine.cache import PlanCache
 from placement.engine.find import Engine, EngineDevice, EngineInfo, describe, find_engine, list_devices
-from placement.engine.logs import DeviceMemory, Failure, PlanReading, classify_failure, read_plan, read_run
+from placement.engine.logs import EngineMemory, Failure, PlanReading, classify_failure, read_plan, read_run
 from placement.engine.plan import EnginePlan, fit_arguments, model_path, plan, plan_many
 from placement.engine.rpc import RpcWorker, rpc_workers
 from placement.engine.run import run, run_many
 
 __all__ = [
-    "DeviceMemory",
     "Engine",
     "EngineDevice",
     "EngineInfo",
+    "EngineMemory",
     "EnginePlan",
     "Failure",
     "PlanCache",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from placement.engine.find import Engine, list_devices
-from placement.engine.logs import DeviceMemory, PlanReading
+from placement.engine.logs import EngineMemory, PlanReading
 from placement.engine.rpc import endpoints_of, exclusive
 from placement.errors import EngineError
 from placement.model import Model
@@ -148,8 +148,8 @@ def _reading(row: dict[str, Any]) -> PlanReading:
     )
 
 
-def _memory(row: dict[str, Any]) -> DeviceMemory:
+def _memory(row: dict[str, Any]) -> EngineMemory:
     values = [float(row[name]) for name in ("weights_mib", "context_mib", "compute_mib", "total_mib")]
     if not all(0 <= value < math.inf for value in values):
         raise ValueError("a size is not a number of MiB")
-    return DeviceMemory(*values)
+    return EngineMemory(*values)

@@ -40,6 +40,7 @@ _BUFFER = re.compile(
     r"(?P<said>load_tensors)?: +(?P<name>[^\s:]\S*) +(?P<what>model |KV |RS |compute |)"
     r"buffer size =\s*(?P<mib>[\d.]+) MiB"
 )
+_PLAIN_HOST_BUFFER = re.compile(r"CPU|CPU_Mapped|\w+_Host")
 _DEVICE_USED = re.compile(r"using device (\S+) \((.*?)\)")
 _LOAD_BEGINS = "loading model tensors, this can take a while"
 _PROJECTED = re.compile(r"projected to use (\d+) MiB of device memory")
@@ -49,7 +50,7 @@ _GPU_BUFFER = re.compile(r"(?:CUDA|ROCm|HIP|MUSA|Vulkan|SYCL|Metal|MTL|OpenCL|CA
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceMemory:
+class EngineMemory:
     """MiB that the engine takes on one device, each rounded down by the engine; `total_mib` is of the sum."""
 
     weights_mib: float
@@ -57,8 +58,8 @@ class DeviceMemory:
     compute_mib: float
     total_mib: float
 
-    def __add__(self, other: DeviceMemory) -> DeviceMemory:
-        return DeviceMemory(
+    def __add__(self, other: EngineMemory) -> EngineMemory:
+        return EngineMemory(
             self.weights_mib + other.weights_mib,
             self.context_mib + other.context_mib,
             self.compute_mib + other.compute_mib,
@@ -70,8 +71,8 @@ class DeviceMemory:
 class PlanReading:
     """What a plan's log says; `extra_buffers` (CPU_REPACK, AMX …) are part of `devices["Host"]` as well."""
 
-    devices: dict[str, DeviceMemory]
-    extra_buffers: dict[str, DeviceMemory] = field(default_factory=dict)
+    devices: dict[str, EngineMemory]
+    extra_buffers: dict[str, EngineMemory] = field(default_factory=dict)
     splits_prompt: int | None = None
     splits_decode: int | None = None
     nodes_prompt: int | None = None
@@ -83,13 +84,13 @@ class PlanReading:
     config_files: tuple[str, ...] = ()
 
 
-Row = tuple[str, DeviceMemory]
+Row = tuple[str, EngineMemory]
 
 
-def _memory(values: dict[str, object]) -> DeviceMemory:
+def _memory(values: dict[str, object]) -> EngineMemory:
     model, context, compute = (float(str(values[key])) for key in ("model", "context", "compute"))
     total = values.get("self")
-    return DeviceMemory(
+    return EngineMemory(
         model, context, compute, float(str(total)) if total is not None else model + context + compute
     )
 
@@ -99,19 +100,26 @@ def _breakdowns(text: str) -> Iterator[tuple[int, list[Row]]]:
     matches = list(_BREAKDOWN_JSON.finditer(text))
     for match in matches:
         try:
-            rows = json.loads(match.group())["data"]["rows"]
-            yield match.end(), [(str(row["name"]), _memory(row)) for row in rows]
+            data = json.loads(match.group())["data"]["rows"]
+            rows = [(str(row["name"]), _memory(row)) for row in data]
         except (ValueError, KeyError, TypeError):
             continue  # cut off by the end of the process
+        if _has_host(rows):
+            yield match.end(), rows
     if matches:
         return
     start = text.find(_TABLE_HEAD)
     while start >= 0:
         following = text.find(_TABLE_HEAD, start + 1)
         end, rows = _table(text, start, following if following >= 0 else len(text))
-        if rows:
+        if _has_host(rows):
             yield end, rows
         start = following
+
+
+def _has_host(rows: list[Row]) -> bool:
+    """Every whole breakdown has a row for the host."""
+    return any(name == HOST for name, _ in rows)
 
 
 def _table(text: str, start: int, limit: int) -> tuple[int, list[Row]]:
@@ -136,7 +144,7 @@ def read_plan(text: str) -> PlanReading | None:
     found = list(_breakdowns(text))
     if not found:
         rows = [(match["name"], _memory(match.groupdict())) for match in _FITP_ROW.finditer(text)]
-        return _reading(text, rows) if any(name == HOST for name, _ in rows) else None
+        return _reading(text, rows) if _has_host(rows) else None
     extra_from = text.find(_EXTRA_MODEL)
     main = [item for item in found if extra_from < 0 or item[0] < extra_from] or found[:1]
     begins = [0, *(end for end, _ in found)]
@@ -144,6 +152,18 @@ def read_plan(text: str) -> PlanReading | None:
     if found[-1][0] > end:
         rows = rows + _extra(rows, found[-1][1], text)
     return _reading(text[begins[found.index(main[-1])] : end], rows, whole=text)
+
+
+def is_whole(text: str, reading: PlanReading) -> bool:
+    """Whether a plan's log has everything: llama-fit-params loses its last lines if it exits too soon."""
+    return reading.splits_decode is not None and has_all_buffers(text, reading)
+
+
+def has_all_buffers(text: str, reading: PlanReading) -> bool:
+    """Whether the breakdown has a row for each of the host's special buffers that the log names before."""
+    buffers = {match["name"] for match in _BUFFER.finditer(text) if match["what"] == "model "}
+    special = {name for name in buffers if _home(name) == HOST and not _PLAIN_HOST_BUFFER.fullmatch(name)}
+    return special <= set(reading.extra_buffers)
 
 
 def _extra(rows: list[Row], extra: list[Row], text: str) -> list[Row]:
@@ -156,15 +176,15 @@ def _extra(rows: list[Row], extra: list[Row], text: str) -> list[Row]:
     return [
         (
             name,
-            DeviceMemory(0.0, memory.context_mib, memory.compute_mib, memory.total_mib - memory.weights_mib),
+            EngineMemory(0.0, memory.context_mib, memory.compute_mib, memory.total_mib - memory.weights_mib),
         )
         for name, memory in extra
     ]
 
 
 def _reading(text: str, rows: list[Row], whole: str | None = None) -> PlanReading:
-    devices: dict[str, DeviceMemory] = {}
-    extra: dict[str, DeviceMemory] = {}
+    devices: dict[str, EngineMemory] = {}
+    extra: dict[str, EngineMemory] = {}
     for name, memory in rows:
         is_extra = name != HOST and (name.startswith("CPU") or _GPU_BUFFER.match(name) is None)
         for table, key in ((devices, HOST if is_extra else name), *(((extra, name),) if is_extra else ())):
@@ -204,7 +224,7 @@ def read_run(text: str) -> PlanReading | None:
             row[column] += float(match["mib"])
     if not sums:
         return None
-    rows = [(name, DeviceMemory(*row, total_mib=sum(row))) for name, row in sums.items()]
+    rows = [(name, EngineMemory(row[0], row[1], row[2], sum(row))) for name, row in sums.items()]
     return _reading(text[begins:], rows, whole=text)
 
 

@@ -31,6 +31,14 @@ def require_success(finished: Finished) -> None:
         raise EngineFailed(failure_line(finished))
 
 
+def is_unexplained(finished: Finished) -> bool:
+    """Whether a run failed with an exception's text alone: the log line with the reason may be lost."""
+    if finished.returncode == 0 or finished.is_stopped:
+        return False
+    failure = classify_failure(finished.text)
+    return failure is not None and failure.line.startswith(("what():", "terminate called"))
+
+
 def failure_line(finished: Finished) -> str:
     """Say in one line which program failed, how and why, and where its last lines are kept."""
     name = finished.arguments[0]

@@ -20,8 +20,8 @@ from pathlib import Path
 from placement.engine.cache import PlanCache
 from placement.engine.find import Engine, read_program_flags
 from placement.engine.flags import Flags
-from placement.engine.logs import DeviceMemory, PlanReading, read_plan
-from placement.engine.outcome import failure_line, require_success, unreadable
+from placement.engine.logs import EngineMemory, PlanReading, has_all_buffers, is_whole, read_plan
+from placement.engine.outcome import failure_line, is_unexplained, require_success, unreadable
 from placement.engine.rpc import endpoints_of, exclusive
 from placement.engine.run import Finished, run, run_many
 from placement.errors import EngineFailed, EngineTimeout, InputError
@@ -37,8 +37,9 @@ _NOISE = re.compile(
     r"llama_graph_n_input_tensors|create_tensor|: layer +\d+|llama_model_loader: - |buffer type overridden"
 )
 _TAIL_LINES = 40
-_RPC_TRIES = 3  # a worker that is just leaving its last client sometimes answers nothing
-_RPC_PAUSE_S = 0.2
+_TRIES = 8  # on a busy machine llama-fit-params loses its last lines in one run of five
+_REASON_TRIES = 3
+_PAUSE_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,8 @@ class EnginePlan:
     """
 
     program: str
-    devices: dict[str, DeviceMemory]
-    extra_buffers: dict[str, DeviceMemory]
+    devices: dict[str, EngineMemory]
+    extra_buffers: dict[str, EngineMemory]
     splits_prompt: int | None
     splits_decode: int | None
     nodes_prompt: int | None
@@ -141,10 +142,7 @@ class _Request:
 
     def make(self, path: Path) -> EnginePlan:
         began_s = time.monotonic()
-        finished = _measure(self, path)
-        reading = read_plan(finished.text)
-        if reading is None:
-            raise unreadable(finished, "memory breakdown")
+        finished, reading = _measure(self, path)
         if self.cache is not None:
             self.cache.put(self.model, self.program, self.arguments, reading)
         made = _plan_of(reading, self.program, is_cached=False)
@@ -227,20 +225,35 @@ def _command(engine: Engine, path: Path, arguments: Sequence[str], program: str)
     return [engine.program(program), "-m", path, *flags.spell(without_fit(arguments)), *options]
 
 
-def _measure(request: _Request, path: Path) -> Finished:
+def _measure(request: _Request, path: Path) -> tuple[Finished, PlanReading]:
+    """Run the measuring program until its log is whole; the last reading if it never is.
+
+    Raises:
+        EngineError: it failed, or no run printed a breakdown.
+    """
     command = _command(request.engine, path, request.arguments, request.program)
     is_server = request.program == "llama-server"
-    finished = run_on(
-        endpoints_of(request.arguments),
-        command,
-        timeout_s=request.timeout_s,
-        stop_when=_is_measured if is_server else None,
-        cancel=request.cancel,
-    )
-    require_success(finished)
-    if is_server and (not finished.is_stopped or _FIT_ERROR.search(finished.text)):
-        raise EngineFailed(failure_line(finished))
-    return finished
+    stop_when = _is_measured if is_server else None
+    for attempt in range(_TRIES):
+        time.sleep(_PAUSE_S * attempt)
+        finished = run_on(
+            endpoints_of(request.arguments),
+            command,
+            timeout_s=request.timeout_s,
+            stop_when=stop_when,
+            cancel=request.cancel,
+        )
+        if attempt < _REASON_TRIES and is_unexplained(finished):
+            continue
+        require_success(finished)
+        if is_server and (not finished.is_stopped or _FIT_ERROR.search(finished.text)):
+            raise EngineFailed(failure_line(finished))
+        reading = read_plan(finished.text)
+        if reading is not None and is_whole(finished.text, reading):
+            break
+    if reading is None or not has_all_buffers(finished.text, reading):
+        raise unreadable(finished, "memory breakdown")
+    return finished, reading
 
 
 def _is_measured(line: str) -> bool:
@@ -255,24 +268,19 @@ def run_on(
     stop_when: Callable[[str], bool] | None = None,
     cancel: threading.Event | None = None,
 ) -> Finished:
-    """Run a command that uses the RPC workers at `endpoints` (or none) alone on them; retry an empty answer.
+    """Run a command that uses the RPC workers at `endpoints` (or none) alone on them.
 
     Raises:
         EngineError: as `run` does; a time-out says that a worker may be busy.
     """
-    for attempt in range(_RPC_TRIES if endpoints else 1):
-        time.sleep(_RPC_PAUSE_S if attempt else 0)
-        try:
-            with exclusive(endpoints, timeout_s):
-                finished = run(command, timeout_s=timeout_s, stop_when=stop_when, cancel=cancel)
-        except EngineTimeout as error:
-            if not endpoints:
-                raise
-            busy = ", ".join(endpoints)
-            raise EngineTimeout(f"{error} (a worker serves one client at a time: is {busy} busy?)") from error
-        if finished.text.strip():
-            break
-    return finished
+    try:
+        with exclusive(endpoints, timeout_s):
+            return run(command, timeout_s=timeout_s, stop_when=stop_when, cancel=cancel)
+    except EngineTimeout as error:
+        if not endpoints:
+            raise
+        busy = ", ".join(endpoints)
+        raise EngineTimeout(f"{error} (a worker serves one client at a time: is {busy} busy?)") from error
 
 
 def fit_arguments(

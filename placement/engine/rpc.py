@@ -48,20 +48,6 @@ def endpoints_of(arguments: Sequence[str]) -> tuple[str, ...]:
     return found
 
 
-def buffer_names(devices: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Map RPC device names to the buffer types that `-ot` takes, from (name, "host:port") in engine order.
-
-    A device's own number counts all workers (`RPC1`); a buffer's only those of its worker, so the first
-    device of the second worker is `RPC1` for `-dev` and `RPC0[host:port]` for `-ot`.
-    """
-    seen: dict[str, int] = {}
-    names: dict[str, str] = {}
-    for name, endpoint in devices:
-        names[name] = f"RPC{seen.get(endpoint, 0)}[{endpoint}]"
-        seen[endpoint] = seen.get(endpoint, 0) + 1
-    return names
-
-
 @contextlib.contextmanager
 def exclusive(endpoints: Sequence[str], timeout_s: float) -> Iterator[None]:
     """Hold the workers at `endpoints` against other users of this function, in any thread or process.

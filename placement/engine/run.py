@@ -8,10 +8,10 @@ an environment without the settings that llama.cpp reads by itself.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import threading
@@ -29,7 +29,6 @@ MAX_OUTPUT_BYTES = 64 * 1024 * 1024  # a plan at the highest verbosity prints ha
 _POLL_S = 0.05
 _DRAIN_S = 1.0  # for output still in the pipe when the process has ended
 _NO_CONFIG = "/dev/null/no-config"  # below a file, so nothing can be there
-_PR_SET_PDEATHSIG = 1
 
 Process = subprocess.Popen[bytes]
 Item = TypeVar("Item")
@@ -65,15 +64,14 @@ def isolated_environment(base: Mapping[str, str] | None = None) -> dict[str, str
 
 
 @functools.cache
-def _die_with_parent() -> Callable[[], None] | None:
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is None:
-        return None
+def _death_signal() -> tuple[str, ...]:
+    """The prefix that has the kernel kill a program when the thread that started it ends; () without one.
 
-    def set_death_signal() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    return set_death_signal
+    Not `preexec_fn`: that forks with Python's own hooks, in which a Ctrl-C is lost.
+    """
+    tool = shutil.which("setpriv")
+    is_known = tool is not None and Path(tool).resolve().name == "setpriv"  # that of busybox cannot
+    return (str(tool), "--pdeathsig", "KILL", "--") if is_known else ()
 
 
 def _start(arguments: Sequence[str | Path], *, stdout: int | IO[bytes], stderr: int) -> Process:
@@ -83,15 +81,18 @@ def _start(arguments: Sequence[str | Path], *, stdout: int | IO[bytes], stderr: 
         EngineMissing: it is not there, not executable, or not a program for this machine.
     """
     command = [str(argument) for argument in arguments]
+    program = shutil.which(command[0])
+    if program is None:
+        reason = "is not executable" if Path(command[0]).exists() else "is not there any more"
+        raise EngineMissing(f"{command[0]} {reason}")
     try:
         return subprocess.Popen(
-            command,
+            [*_death_signal(), program, *command[1:]],
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
             env=isolated_environment(),
             start_new_session=True,
-            preexec_fn=_die_with_parent(),
         )
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
