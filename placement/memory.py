@@ -85,13 +85,13 @@ def placed_tensors(model: Model, machine: Machine, assignment: Assignment) -> li
     """Every allocation of a tensor with its device: tied and shared tensors may have several."""
     moved = dict(assignment.moved)
     homes = assignment.homes
+    architecture = describe(model)
     cuda = {device.name for device in machine.devices if device.is_cuda}
     found: list[tuple[PlacedTensor, str]] = []
-    for placed in describe(model).tensors:
-        override = moved.get(placed.tensor.name) if moved else None
+    for placed in architecture.tensors:
+        override = moved.get(placed.tensor.name) if moved and not placed.is_lazy else None
         if override is not None:
-            # The tied copy is looked up by the embedding's own name, so an override serves both at once.
-            targets = [] if placed.is_copy else [override]
+            targets = [override]
         elif placed.is_shared:
             targets = list(dict.fromkeys(homes[:-1]))
         else:
@@ -99,7 +99,13 @@ def placed_tensors(model: Model, machine: Machine, assignment: Assignment) -> li
         for device in targets:
             is_kept = override is None and device in cuda and not placed.has_cuda_kernel
             found.append((placed, CPU if is_kept else device))
-    return [pair for pair in found if not (pair[0].is_copy and pair[1] == CPU)]
+    return found if architecture.rule.is_tied_copy_separate else _merge_tied(found)
+
+
+def _merge_tied(found: list[tuple[PlacedTensor, str]]) -> list[tuple[PlacedTensor, str]]:
+    """Drop the copy of a tied embedding where the first one is on the same device."""
+    taken = {(placed.tensor.name, device) for placed, device in found if not placed.is_copy}
+    return [pair for pair in found if not (pair[0].is_copy and (pair[0].tensor.name, pair[1]) in taken)]
 
 
 def layer_context_bytes(model: Model, settings: Settings) -> tuple[int, ...]:

@@ -71,6 +71,8 @@ class PlacedTensor:
     `layer` is None for input tensors and `n_layer_all` for output tensors. `is_copy` marks the second copy of
     a tied token embedding (named `TIED_OUTPUT`). `is_shared`: one copy on each device with layers.
     `has_cuda_kernel` False: unless an override says otherwise, the engine keeps it on the CPU.
+    `is_lazy`: rows are read from the file on demand; it counts as host memory in the engine's figures, is not
+    resident, and no override moves it.
     """
 
     name: str
@@ -80,6 +82,7 @@ class PlacedTensor:
     is_copy: bool = False
     is_shared: bool = False
     has_cuda_kernel: bool = True
+    is_lazy: bool = False
 
 
 @dataclass(frozen=True)

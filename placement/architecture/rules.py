@@ -41,6 +41,7 @@ class Rule:
     keys: "trunk", "typed" (attention.indexer.types), "sparse" (after the leading dense ones, with V) or
     "attention" (those that are not recurrent); `indexer_pool_row` slots of the key length per cell when the
     header pools keys. `n_kv_from_start`: layers after it reuse a cache, "shared_kv_layers" from the header.
+    `is_tied_copy_separate`: the output's copy of a tied embedding is a second one even on the same device.
     `is_nextn_cached`: NextN layers have a cache although the trunk never reads it; `nextn_loaded`: the
     tensors of NextN layers that are loaded all the same.
     """
@@ -57,6 +58,7 @@ class Rule:
     is_nextn_cached: bool = False
     nextn_loaded: frozenset[str] = frozenset()
     is_output_tied: bool = True
+    is_tied_copy_separate: bool = False
     has_router_layer: bool = False
     has_loops: bool = False
     has_token_norm_as_output: bool = False
@@ -126,8 +128,8 @@ RULES: dict[str, Rule] = {
     "exaone-moe": Rule(window=Window(4, default_tokens=128)),
     "gemma2": Rule(window=Window(2, default_tokens=4096)),
     "gemma3": Rule(window=Window(6, is_always_on=False)),
-    "gemma3n": Rule(window=Window(5), n_kv_from_start=20),
-    "gemma4": Rule(window=Window(), n_kv_from_start="shared_kv_layers"),
+    "gemma3n": Rule(window=Window(5), n_kv_from_start=20, is_tied_copy_separate=True),
+    "gemma4": Rule(window=Window(), n_kv_from_start="shared_kv_layers", is_tied_copy_separate=True),
     "gemma4-assistant": _PATTERN,
     "gpt-oss": Rule(window=Window(2)),
     "granite_swa": _PATTERN,

@@ -71,7 +71,8 @@ def place_tensors(model: Model, header: Header) -> tuple[tuple[PlacedTensor, ...
         layer = {INPUT: None, OUTPUT: header.n_layer_all, REPEATING: number}[kind]
         is_shared = _base(tensor.name) in ROPE_TENSORS
         has_kernel = _has_cuda_kernel(tensor, header)
-        placed.append(PlacedTensor(tensor.name, tensor, kind, layer, False, is_shared, has_kernel))
+        is_lazy = _is_lazy(tensor, model)
+        placed.append(PlacedTensor(tensor.name, tensor, kind, layer, False, is_shared, has_kernel, is_lazy))
     embedding = model.by_name.get("token_embd.weight")
     if embedding is not None and header.rule.is_output_tied and TIED_OUTPUT not in model.by_name:
         has_kernel = _has_cuda_kernel(embedding, header)
@@ -86,10 +87,13 @@ def _is_skipped(tensor: Tensor, header: Header) -> bool:
     layer = tensor_layer(tensor.name)
     if layer is not None and layer >= header.n_layer and not header.rule.has_router_layer:
         return base.partition(".")[2].partition(".")[2] not in header.rule.nextn_loaded
-    if base.rpartition(".")[2] in UNUSED_TENSORS or base in UNUSED_TENSORS:
-        return True
-    is_lazy = base in LAZY_TENSORS and header.model.architecture in LAZY_ARCHITECTURES
-    return is_lazy and tensor.n_bytes > LAZY_MIN_BYTES
+    return base.rpartition(".")[2] in UNUSED_TENSORS or base in UNUSED_TENSORS
+
+
+def _is_lazy(tensor: Tensor, model: Model) -> bool:
+    """Whether the default lazy mode applies (lazy_read::add of llama-model-loader.cpp)."""
+    is_candidate = _base(tensor.name) in LAZY_TENSORS and model.architecture in LAZY_ARCHITECTURES
+    return is_candidate and tensor.n_bytes > LAZY_MIN_BYTES
 
 
 def _has_cuda_kernel(tensor: Tensor, header: Header) -> bool:
