@@ -162,6 +162,8 @@ def test_flash_attention_as_a_number(name: str, fa_enabled: bool) -> None:
         ("b11434-server-oom-weights.log", "out-of-memory", "allocating 4.27 MiB on device 0"),
         ("b11434-server-oom-kv.log", "out-of-memory", "allocating 8192.00 MiB on device 0"),
         ("b11434-server-oom-compute.log", "out-of-memory", "allocating"),
+        ("b11434-server-oom-inference.log", "out-of-memory", "CUDA error: out of memory"),
+        ("b11434-server-gpu-error.log", "gpu-error", "ggml-cuda.cu:109: CUDA error"),
         ("b11434-server-bad-argument.log", "bad-argument", "invalid argument: --no-such-flag"),
         ("b11434-server-bad-setting.log", "bad-setting", "quantized V cache requires flash_attn"),
         ("b11434-server-port-taken.log", "port-taken", "couldn't bind HTTP server socket"),
@@ -180,6 +182,9 @@ def test_failures_are_named(name: str, kind: str, words: str) -> None:
     ("line", "kind"),
     [
         ("CUDA error: out of memory", "out-of-memory"),
+        ("/x/ggml-cuda.cu:109: CUDA error", "gpu-error"),
+        ("/x/ggml-cuda.cu:109: CUDA error\nCUDA error: out of memory", "out-of-memory"),
+        ("/x/ggml-cuda.cu:109: CUDA error\nCUDA error: an illegal memory access", "abort"),
         ("terminate called after throwing an instance of 'std::bad_alloc'", "out-of-memory"),
         ("CUDA error: an illegal memory access was encountered", "abort"),
         ("ggml-backend.cpp:12: GGML_ASSERT(x) failed", "abort"),

@@ -8,11 +8,13 @@ and GGML_* variables of the environment.
 from __future__ import annotations
 
 from placement.engine.cache import PlanCache
+from placement.engine.failures import Failure, classify_failure
 from placement.engine.find import Engine, EngineDevice, EngineInfo, describe, find_engine, list_devices
-from placement.engine.logs import EngineMemory, Failure, PlanReading, classify_failure, read_plan, read_run
+from placement.engine.logs import EngineMemory, PlanReading, read_plan, read_run
 from placement.engine.plan import EnginePlan, fit_arguments, model_path, plan, plan_many
 from placement.engine.rpc import RpcWorker, rpc_workers
 from placement.engine.run import run, run_many
+from placement.engine.serve import Server, ServerFailed, ServerHung, Timings, serve
 
 __all__ = [
     "Engine",
@@ -24,6 +26,10 @@ __all__ = [
     "PlanCache",
     "PlanReading",
     "RpcWorker",
+    "Server",
+    "ServerFailed",
+    "ServerHung",
+    "Timings",
     "classify_failure",
     "describe",
     "find_engine",
@@ -37,4 +43,5 @@ __all__ = [
     "rpc_workers",
     "run",
     "run_many",
+    "serve",
 ]

@@ -1,4 +1,4 @@
-"""Reads what llama.cpp prints: memory breakdowns, splits and caches of a plan, and why a run failed.
+"""Reads what llama.cpp prints: memory breakdowns, splits and caches of a plan, and the buffers of a run.
 
 Knows the formats of current builds and of those since 2024 (engine.md 3.1). Works on plain log lines and on
 those of `--log-jsonl` alike; the machine-readable breakdown is preferred where there is one. Whatever a log
@@ -263,66 +263,3 @@ def _last(pattern: re.Pattern[str], text: str) -> str | None:
 def _flash_attention(text: str) -> bool | None:
     value = _last(_FA_NOW, text) or _last(_FA_SETTING, text)
     return None if value is None else value in ("enabled", "1")
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a run failed: `kind` is one of FAILURE_KINDS, `line` the log line that says so."""
-
-    kind: str
-    line: str
-
-
-_OUT_OF_MEMORY = (
-    r"out of memory|failed to allocate .*buffer|unable to allocate .*buffer|cudaMalloc failed"
-    r"|failed to allocate compute|std::bad_alloc|OutOfDeviceMemory|failed to allocate buffer for kv cache"
-)
-_FAILURES = tuple(
-    (kind, re.compile(pattern, re.IGNORECASE))
-    for kind, pattern in (
-        (
-            "bad-argument",
-            r"invalid argument:|unknown argument|error while handling argument|unknown buffer type",
-        ),
-        ("port-taken", r"couldn't bind|address already in use|failed to bind"),
-        ("out-of-memory", _OUT_OF_MEMORY),
-        ("rpc", r"Failed to connect to|RPC (?:handshake|transport|server)\b.*fail|Remote RPC server crashed"),
-        (
-            "bad-model",
-            r"error loading model|failed to load model|failed to open GGUF|invalid magic|unknown model arch",
-        ),
-        (
-            "bad-setting",
-            r"requires flash_attn|failed to initialize the context|failed to create (?:llama_)?context",
-        ),
-        ("abort", r"GGML_ASSERT|CUDA error|terminate called|Segmentation fault|GGML_ABORT"),
-        ("error", r"^(?:error|fatal|\S* ?E )|\berror:|what\(\):"),
-    )
-)
-FAILURE_KINDS = tuple(kind for kind, _ in _FAILURES)
-_PREFIX = re.compile(r"^\d+\.\d\d\.\d{3}\.\d{3} [A-Z] ")
-
-
-def classify_failure(text: str) -> Failure | None:
-    """Name the failure that a log tells of: the first line of the kind that stands first in FAILURE_KINDS."""
-    lines = [_plain(line) for line in text.splitlines() if line.strip()]
-    for kind, pattern in _FAILURES:
-        for line in lines:
-            if pattern.search(line):
-                return Failure(kind, line)
-    return None
-
-
-def last_line(text: str) -> str:
-    """Return the last line that is not empty, without the log's prefix; "" if there is none."""
-    lines = [line for line in text[-8192:].splitlines() if line.strip()]
-    return _plain(lines[-1]) if lines else ""
-
-
-def _plain(line: str) -> str:
-    if line.startswith('{"type":"log"'):
-        try:
-            line = str(json.loads(line)["msg"])
-        except (ValueError, KeyError):
-            return line.strip()
-    return _PREFIX.sub("", line.strip()).strip()

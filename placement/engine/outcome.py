@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from placement.engine.logs import classify_failure, last_line
+from placement.engine.failures import classify_failure, last_line
 from placement.engine.record import keep_record
 from placement.engine.run import Finished
 from placement.errors import EngineFailed, EngineOutputError

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from placement.engine.failures import last_line
 from placement.engine.find import Engine
-from placement.engine.logs import last_line
 from placement.engine.run import Process, kill_group, start_logged
 from placement.errors import EngineFailed, EngineTimeout
 
