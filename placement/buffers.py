@@ -29,15 +29,15 @@ def compute_table(way: Way, plan: ComputePlan) -> ComputeTable:
 class Buffers:
     """Estimates compute buffers for ways of one problem; between two planned ubatches it interpolates.
 
-    The buffers of a placement depend on it little: on which device is first and last, and on whether weights in
-    host memory are streamed. What is found for a typical placement is corrected once the solver's is known.
+    The buffers of a placement depend on it little: on a device's place in the order, and on whether weights in
+    host memory are streamed; not on which card it is. What is found for a typical placement is corrected once the solver's is known.
     """
 
     _PLANNED_UBATCHES = (512, 2048)
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self._tables: dict[Way, ComputeTable] = {}
+        self._tables: dict[tuple[object, ...], ComputeTable] = {}
 
     def table(self, way: Way) -> ComputeTable:
         """The estimate for a way."""
@@ -51,7 +51,12 @@ class Buffers:
         return ComputeTable(sizes, low.counts)
 
     def _planned(self, way: Way) -> ComputeTable:
-        key = replace(way, settings=replace(way.settings, load_mode="auto"))
+        key = (
+            tuple(self.problem.machine.device(name).is_cuda for name in way.devices),
+            way.settings.ubatch_tokens,
+            way.uses_host,
+            way.is_pipelined,
+        )
         if key not in self._tables:
             assignment = typical_assignment(self.problem, way)
             machine, program = self.problem.machine, self.problem.program

@@ -34,6 +34,8 @@ DEFAULTS: dict[str, tuple[float, str, str]] = {
     "dense_compute_efficiency": (0.55, "fraction", "share of matrix throughput of dense layers in prompts"),
     "expert_compute_efficiency": (0.25, "fraction", "share of matrix throughput of experts in prompts"),
     "attention_compute_efficiency": (0.35, "fraction", "share of matrix throughput of attention in prompts"),
+    "compute_half_tokens": (96.0, "tokens", "ubatch at which matrix work reaches half of its throughput"),
+    "pipeline_overlap": (0.5, "fraction", "share of the ideal overlap that pipelined prompts reach"),
     "cpu_tflops_per_thread": (0.06, "Tflop/s", "matrix throughput of one CPU thread in prompts"),
     "tflops_per_gb_per_s": (0.12, "Tflop/GB", "matrix throughput of a GPU whose own is not in its file"),
 }
@@ -69,7 +71,15 @@ class Load:
     prompt_kv_bytes: float = 0.0  # KV that is copied per ubatch when the layer lives on the CPU
 
     def __add__(self, other: Load) -> Load:
-        return Load(*(getattr(self, name) + getattr(other, name) for name in Load.__slots__))
+        return Load(
+            self.decode_bytes + other.decode_bytes,
+            self.decode_kv_bytes + other.decode_kv_bytes,
+            self.prompt_bytes + other.prompt_bytes,
+            self.dense_flops + other.dense_flops,
+            self.expert_flops + other.expert_flops,
+            self.attention_flops + other.attention_flops,
+            self.prompt_kv_bytes + other.prompt_kv_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +177,10 @@ class CostModel:
         self.machine = problem.machine
         size = context_size(problem.model, settings)
         self.ubatches = ubatch_sizes(problem.workload, settings, size.batch_tokens, size.ubatch_tokens)
+        half = coefficient(problem.machine, "compute_half_tokens")
+        # small ubatches use the matrix units badly: each costs as much as `half` more tokens
+        self.work_tokens = sum(tokens + half for tokens in self.ubatches)
+        self.overlap = coefficient(problem.machine, "pipeline_overlap")
         self._kv_read = kv_bytes_read(problem.model, settings, problem.workload.depth_tokens)
         self._by_fraction: dict[float, float] = {}
 
@@ -184,7 +198,7 @@ class CostModel:
         if placed.kind == "output" and len(tensor.shape) > 1:
             # only the last token's logits are computed
             return Load(tensor.n_bytes, prompt_bytes=tensor.n_bytes)
-        flops = 2.0 * n_elements * fraction * self.workload.prompt_tokens if len(tensor.shape) > 1 else 0.0
+        flops = 2.0 * n_elements * fraction * self.work_tokens if len(tensor.shape) > 1 else 0.0
         is_expert = is_expert_stack(tensor)
         return Load(
             decode_bytes=tensor.n_bytes * fraction,
@@ -291,14 +305,17 @@ def evaluate(problem: Problem, assignment: Assignment, counts: GraphCounts) -> S
     splits_decode_s, splits_prompt_s = model.splits_s(counts.splits_decode, counts.splits_prompt)
     n_rpc = sum(machine_device.is_rpc for machine_device in map(problem.machine.device, assignment.devices))
     splits_decode_s += 2 * n_rpc * model.rates.rpc_split_s
-    prompt_s = prompt_fixed_s + splits_prompt_s + pipelined_s(stages.values(), len(model.ubatches), counts.n_copies)
+    prompt_s = prompt_fixed_s + splits_prompt_s + pipelined_s(
+        stages.values(), len(model.ubatches), counts.n_copies, model.overlap
+    )
     return Speed(decode_s + splits_decode_s, prompt_s, workload.generate_tokens, workload.prompt_tokens)
 
 
-def pipelined_s(stages: Iterable[float], n_ubatches: int, n_copies: int) -> float:
+def pipelined_s(stages: Iterable[float], n_ubatches: int, n_copies: int, overlap: float) -> float:
     """Prompt seconds of stages in series, or overlapped where the engine keeps several ubatches in flight."""
     times = list(stages)
+    serial = sum(times)
     if n_copies <= 1 or n_ubatches <= 1:
-        return sum(times)
-    return (sum(times) + (n_ubatches - 1) * max(times)) / n_ubatches
-
+        return serial
+    ideal = (serial + (n_ubatches - 1) * max(times)) / n_ubatches
+    return serial + overlap * (ideal - serial)

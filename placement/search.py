@@ -1,30 +1,35 @@
 """The search over ways to run a model: which of them deserve CP-SAT, and what CP-SAT then proves.
 
-A way fixes device order, ubatch, load mode and whether the host is used. Each way's frame gets a bound and a
-greedy answer by relaxation; ways that cannot beat the best answer are dropped by their bound; CP-SAT settles the
-others below a cutoff. Compute buffers are estimates until an answer is known; then that placement is planned
-exactly, and where it does not fit the frame is built again with what was found.
+A way fixes device order, ubatch, load mode and whether the host is used. Each way's frame gets a bound by
+relaxation; ways that cannot beat the best answer are dropped by it; a greedy answer and CP-SAT below a cutoff
+settle the others. Compute buffers are estimates until an answer is known; then that placement is planned
+exactly, and where it does not fit its frame is built again with what was found.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from placement.buffers import Buffers, compute_table, graph_counts
 from placement.compute import ComputePlan, plan_compute
 from placement.cost import Speed, evaluate
 from placement.problem import Assignment, Problem
-from placement.solver.frame import Answer
+from placement.solver.frame import Answer, is_taken, used_kib
 from placement.solver.placing import Placing
 from placement.solver.relaxation import Relaxation, Relaxed
-from placement.tables import NO_PINS, ComputeTable, Pins, Table, TableBuilder, Way
+from placement.tables import N_EARLY_LAYERS, NO_PINS, ComputeTable, Pieces, Pins, Table, TableBuilder, Way, host_pattern
+from placement.units import KIB
 
 UBATCHES = (256, 512, 1024, 2048, 4096)
+DEFAULT_UBATCH = 512
 MAX_ORDERED_DEVICES = 3  # up to here every subset in every order is tried
 GAP = 0.002
+MAX_CORRECTIONS = 5
+NEAR_LAYERS = 4
+NEAR_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,173 +54,215 @@ class Found:
     speed: Speed
     objective: int
     bound: float
-    status: str
+    is_proven: bool
 
 
 @dataclass
-class _Lead:
-    """A way with what its relaxation gave."""
+class Lead:
+    """A way with its frame and what its relaxation gave."""
 
     way: Way
     table: Table
+    compute: ComputeTable
+    relaxation: Relaxation
     relaxed: Relaxed
 
     @property
     def bound(self) -> float:
-        return self.relaxed.bound if self.relaxed.bound is not None else float("inf")
+        """Least objective in microseconds; infinite when nothing can fit."""
+        return float("inf") if self.relaxed.bound is None else self.relaxed.bound
 
 
 def device_orders(problem: Problem) -> list[tuple[str, ...]]:
     """Device subsets and orders worth trying; equal devices are interchangeable and kept in engine order."""
-    names = [device.name for device in problem.machine.devices]
-    signature = {
-        d.name: (d.usable_mib, d.runtime_mib, d.bandwidth_gb_per_s, d.link_gb_per_s, d.tflops, d.is_rpc)
-        for d in problem.machine.devices
-    }
-    orders: list[tuple[str, ...]] = []
+    devices = problem.machine.devices
+    names = [device.name for device in devices]
+    same_as = {device.name: replace(device, name="", uuid=None, address=None) for device in devices}
+    orders: Iterable[tuple[str, ...]]
     if len(names) <= MAX_ORDERED_DEVICES:
-        candidates = itertools.chain.from_iterable(itertools.permutations(names, n) for n in range(1, len(names) + 1))
-        orders = list(candidates)
+        lengths = range(1, len(names) + 1)
+        orders = itertools.chain.from_iterable(itertools.permutations(names, n) for n in lengths)
     else:
-        fastest = sorted(names, key=lambda name: -signature[name][2])
-        for ordered in (names, fastest):
-            orders += [tuple(ordered[:n]) for n in range(1, len(names) + 1)]
+        fastest = sorted(names, key=lambda name: -same_as[name].bandwidth_gb_per_s)
+        orders = [tuple(row[:n]) for row in (names, fastest) for n in range(1, len(names) + 1)]
     kept: dict[tuple[object, ...], tuple[str, ...]] = {}
     for order in orders:
-        kept.setdefault(tuple(signature[name] for name in order), order)
+        kept.setdefault(tuple(same_as[name] for name in order), order)
     return list(kept.values())
 
 
 def ways(problem: Problem, freedom: Freedom) -> Iterator[Way]:
-    """Every way the freedom allows; ubatches beyond the prompt and the context add nothing."""
-    longest = max(problem.workload.prompt_tokens, min(freedom.ubatches))
-    ubatches = [u for u in freedom.ubatches if u // 2 < longest] or [min(freedom.ubatches)]
+    """Every way the freedom allows; an ubatch of more than twice the prompt adds nothing."""
+    smallest = min(freedom.ubatches)
+    longest = max(2 * problem.workload.prompt_tokens, smallest + 1)
     orders = freedom.orders if freedom.orders is not None else tuple(device_orders(problem))
-    for order in orders or ((),):
-        for ubatch in ubatches:
-            settings = replace(
-                problem.settings, ubatch_tokens=ubatch, batch_tokens=max(problem.settings.batch_tokens, ubatch)
-            )
-            if order:
-                yield Way(order, replace(settings, load_mode="auto"), uses_host=False)
-            if len(order) > 1 and settings.is_kv_offloaded:
-                yield Way(order, replace(settings, load_mode="auto"), uses_host=False, is_pipelined=True)
-            for load_mode in freedom.load_modes:
-                yield Way(order, replace(settings, load_mode=load_mode), uses_host=True)
+    for order, ubatch in itertools.product(orders or ((),), freedom.ubatches):
+        if ubatch >= longest:
+            continue
+        batch = max(problem.settings.batch_tokens, ubatch)
+        settings = replace(problem.settings, ubatch_tokens=ubatch, batch_tokens=batch)
+        if order:
+            yield Way(order, settings, uses_host=False)
+        if len(order) > 1 and settings.is_kv_offloaded:
+            yield Way(order, settings, uses_host=False, is_pipelined=True)
+        for load_mode in freedom.load_modes:
+            yield Way(order, replace(settings, load_mode=load_mode), uses_host=True)
 
 
 class Search:
-    """One problem's search; tables and plans are kept between questions."""
+    """One problem's search; pieces, buffers and plans are kept between questions."""
 
     def __init__(self, problem: Problem, time_limit_s: float = 10.0, seed: int = 1) -> None:
         self.problem = problem
         self.buffers = Buffers(problem)
         self.seed = seed
-        self.deadline = time.monotonic() + time_limit_s
+        self.deadline_s = time.monotonic() + time_limit_s
+        self._pieces: dict[int, Pieces] = {}
         self._plans: dict[Assignment, ComputePlan] = {}
         self._corrected: dict[Way, ComputeTable] = {}
+        self._prices: dict[tuple[object, ...], tuple[float, ...]] = {}
 
-    def leads(self, freedom: Freedom, only: list[Way] | None = None) -> list[_Lead]:
+    def leads(self, freedom: Freedom) -> list[Lead]:
         """Every way with its relaxation, lowest bound first; ways that cannot fit are left out."""
-        found = []
-        for way in only if only is not None else ways(self.problem, freedom):
-            lead = self._lead(way, freedom)
-            if lead.relaxed.bound is not None:
-                found.append(lead)
-        return sorted(found, key=lambda lead: lead.bound)
+        found = [lead for way in ways(self.problem, freedom) if (lead := self._lead(way, freedom)) is not None]
+        return sorted(self._without_needless_cards(found), key=lambda lead: lead.bound)
 
-    def _lead(self, way: Way, freedom: Freedom) -> _Lead:
+    def _lead(self, way: Way, freedom: Freedom) -> Lead | None:
         compute = self._corrected.get(way) or self.buffers.table(way)
-        problem = self.problem
-        table = TableBuilder(problem, way, compute, freedom.pins, freedom.reserve_fraction).build()
-        return _Lead(way, table, Relaxation(table.frame, freedom.decode_weight, freedom.prompt_weight).solve())
+        pieces = self._pieces.setdefault(id(freedom.pins), Pieces(self.problem, freedom.pins))
+        table = TableBuilder(pieces, way, compute, freedom.reserve_fraction).build()
+        relaxation = Relaxation(table.frame, freedom.decode_weight, freedom.prompt_weight)
+        kin = (way.devices, way.uses_host, way.is_pipelined, freedom.reserve_fraction, freedom.decode_weight)
+        relaxed = relaxation.bound(list(self._prices.get(kin, ())), rounds=40 if kin in self._prices else 150)
+        if relaxed.bound is None:
+            return None
+        self._prices[kin] = relaxed.prices
+        return Lead(way, table, compute, relaxation, relaxed)
 
-    def best(self, freedom: Freedom, leads: list[_Lead], gap: float = GAP) -> Found | None:
+    def _without_needless_cards(self, leads: list[Lead]) -> list[Lead]:
+        """Where the fast cards hold the whole model at the engine's own ubatch, slower cards are left out."""
+        speed = {device.name: device.bandwidth_gb_per_s for device in self.problem.machine.devices}
+        enough: float | None = None
+        for lead in leads:
+            slowest = min((speed[name] for name in lead.way.devices), default=0.0)
+            is_roomy = lead.way.settings.ubatch_tokens >= DEFAULT_UBATCH
+            if lead.way.uses_host or not is_roomy or (enough is not None and slowest <= enough):
+                continue
+            if lead.relaxation.answer(lead.relaxed) is not None:
+                enough = slowest
+        if enough is None:
+            return leads
+        return [lead for lead in leads if all(speed[name] >= enough for name in lead.way.devices)]
+
+    def best(self, freedom: Freedom, leads: list[Lead], gap: float = GAP) -> Found | None:
         """The best placement over the leads, its bound that of all of them together."""
         best: Found | None = None
-        open_bound = float("inf")
+        open_bound, is_proven = float("inf"), True
         for lead in leads:
             limit = best.objective * (1 - gap) if best else float("inf")
             if lead.bound >= limit:
                 open_bound = min(open_bound, lead.bound)
                 continue
-            found = self.settle(lead, freedom, limit, gap)
-            if found is None:
-                open_bound = min(open_bound, limit)
-            elif isinstance(found, float):
-                open_bound = min(open_bound, found)
-            else:
-                open_bound = min(open_bound, found.bound)
-                if best is None or found.objective < best.objective:
-                    best = found
+            found, bound, is_done = self.settle(lead, freedom, limit, gap)
+            open_bound, is_proven = min(open_bound, bound), is_proven and is_done
+            if found is not None:
+                best = found
         if best is None:
             return None
-        bound = min(best.bound, open_bound, best.objective)
-        return replace(best, bound=bound)
+        return replace(best, bound=min(open_bound, best.objective), is_proven=is_proven)
 
-    def settle(self, lead: _Lead, freedom: Freedom, limit: float, gap: float) -> Found | float | None:
-        """Solve one way to the gap: a placement that fits, a bound, or None when none is below the limit."""
-        for _ in range(4):
-            answer, bound, status = self._prove(lead, freedom, limit, gap)
+    def settle(self, lead: Lead, freedom: Freedom, limit: float, gap: float) -> tuple[Found | None, float, bool]:
+        """Solve one way below a limit: a placement that fits or None, the way's bound, whether it is proven."""
+        for _ in range(MAX_CORRECTIONS):
+            answer, bound, is_proven = self._prove(lead, limit, gap)
             if answer is None:
-                return bound if bound < limit else None
+                return None, bound, is_proven
             assignment = lead.table.assignment(answer)
             plan = self.plan(assignment)
-            real = compute_table(lead.way, plan)
-            assumed = self._corrected.get(lead.way) or self.buffers.table(lead.way)
-            excess = self._excess_bytes(lead, answer, real, assumed)
-            if excess <= 0:
-                return self.found(assignment, plan, lead, answer, freedom, bound, status)
-            merged = tuple(max(a, b) for a, b in zip(real.n_bytes, assumed.n_bytes, strict=True))
-            self._corrected[lead.way] = ComputeTable(merged, real.counts)
-            again = self._lead(lead.way, freedom)
-            lead.table, lead.relaxed = again.table, again.relaxed
-            if lead.relaxed.bound is None:
-                return None
-        return None
+            if self._fits(lead, answer, compute_table(lead.way, plan)):
+                speed = evaluate(self.problem, assignment, graph_counts(plan))
+                objective = lead.relaxation.objective(answer)
+                return Found(assignment, plan, speed, objective, bound, is_proven), bound, is_proven
+            again = self._correct(lead, answer, compute_table(lead.way, plan), freedom)
+            if again is None:
+                return None, float("inf"), True
+            lead = again
+        return None, lead.bound, False
 
-    def _excess_bytes(self, lead: _Lead, answer: Answer, real: ComputeTable, assumed: ComputeTable) -> int:
-        from placement.solver.frame import used_kib
-
+    def _fits(self, lead: Lead, answer: Answer, real: ComputeTable) -> bool:
+        """Whether the placement keeps within the caps with its own compute buffers."""
         frame = lead.table.frame
-        left = [cap - used for cap, used in zip(frame.cap_kib, used_kib(frame, answer), strict=True)]
-        return max(
-            r - a - 1024 * free for r, a, free in zip(real.n_bytes, assumed.n_bytes, left, strict=True)
-        )
+        spare = [(cap - used) * KIB for cap, used in zip(frame.cap_kib, used_kib(frame, answer), strict=True)]
+        assumed = self._assumed(lead, answer)
+        return all(left + a >= r for left, a, r in zip(spare, assumed, real.n_bytes, strict=True))
 
-    def _prove(
-        self, lead: _Lead, freedom: Freedom, limit: float, gap: float
-    ) -> tuple[Answer | None, float, str]:
-        """An answer below the limit with its bound, or no answer and the bound."""
-        relaxed, frame = lead.relaxed, lead.table.frame
-        answer, value = relaxed.answer, relaxed.objective
-        bound = lead.bound
-        relaxation = Relaxation(frame, freedom.decode_weight, freedom.prompt_weight)
-        while True:
-            best = min(limit, float(value)) if value is not None else limit
-            if best < float("inf") and bound >= best * (1 - gap):
-                break
-            left = self.deadline - time.monotonic()
-            if left <= 0:
-                return self._kept(answer, value, limit), bound, "FEASIBLE"
-            placing = Placing(frame, freedom.decode_weight, freedom.prompt_weight)
-            if best < float("inf"):
-                placing.cut_off(int(best * (1 - gap)))
-            result = placing.program.solve(left, gap, self.seed)
-            if result.status == "INFEASIBLE":
-                bound = max(bound, best * (1 - gap)) if best < float("inf") else float("inf")
-                break
-            if result.status == "UNKNOWN":
-                return self._kept(answer, value, limit), max(bound, result.bound or bound), "FEASIBLE"
-            answer = placing.answer(result.values)
-            value = relaxation.objective(answer)
-            bound = max(bound, result.bound or bound)
-            if result.status == "OPTIMAL":
-                break
-        return self._kept(answer, value, limit), bound, "OPTIMAL"
+    def _assumed(self, lead: Lead, answer: Answer) -> list[int]:
+        """The compute buffers that the frame counted for this answer."""
+        assumed = list(lead.compute.n_bytes)
+        for extra in lead.table.frame.extras:
+            if is_taken(lead.table.frame, answer, extra):
+                assumed = [a + kib * KIB for a, kib in zip(assumed, extra.kib, strict=True)]
+        return assumed
 
-    def _kept(self, answer: Answer | None, value: int | None, limit: float) -> Answer | None:
-        return answer if value is not None and value < limit else None
+    def _correct(self, lead: Lead, answer: Answer, real: ComputeTable, freedom: Freedom) -> Lead | None:
+        """The way again, with what its buffers lacked: charged to early or partly moved layers where any are new."""
+        lacking = tuple(max(0, r - a) for r, a in zip(real.n_bytes, self._assumed(lead, answer), strict=True))
+        frame = lead.table.frame
+        patterns = {
+            pattern
+            for i, (home, pick) in enumerate(zip(answer.homes, answer.picks, strict=True))
+            if (groups := frame.layers[i].choices[home][pick].groups)
+            and (pattern := host_pattern(home, i < N_EARLY_LAYERS, groups)) is not None
+        }
+        known = dict(lead.compute.extras)
+        new = patterns - known.keys()
+        if new:
+            early = {pattern for pattern in new if pattern[1]}
+            compute = replace(lead.compute, extras=(*lead.compute.extras, *((each, lacking) for each in sorted(early or new))))
+        else:
+            merged = tuple(a + b for a, b in zip(lead.compute.n_bytes, lacking, strict=True))
+            compute = replace(lead.compute, n_bytes=merged)
+        self._corrected[lead.way] = compute
+        return self._lead(lead.way, freedom)
+
+    def _prove(self, lead: Lead, limit: float, gap: float) -> tuple[Answer | None, float, bool]:
+        """An answer below the limit within the gap, or none; the bound; whether that is proven.
+
+        CP-SAT proves quickly that nothing is below a cutoff, and finds slowly: so the cuts near the relaxed ones
+        are searched first, and the whole frame is then asked for anything better.
+        """
+        relaxation, bound = lead.relaxation, lead.bound
+        answer = relaxation.answer(lead.relaxed)
+        value = float("inf") if answer is None else relaxation.objective(answer)
+        near = answer.homes if answer is not None else lead.relaxed.homes
+        while bound < (target := self._target(limit, value, gap)):
+            left_s = self.deadline_s - time.monotonic()
+            if left_s <= 0:
+                return (answer if value < limit else None), bound, False
+            placing = Placing(lead.table.frame, *relaxation.weights)
+            if near is not None:
+                placing.stay_near(near, NEAR_LAYERS)
+                target = min(limit, value * (1 - gap / 4))
+            if target < float("inf"):
+                placing.cut_off(int(target))
+            result = placing.program.solve(min(left_s, NEAR_S) if near is not None else left_s, gap / 4, self.seed)
+            if result.values:
+                answer = placing.answer(result.values)
+                value = relaxation.objective(answer)
+            if near is not None:
+                near = None
+            elif result.status == "INFEASIBLE":
+                bound = max(bound, target)
+            elif result.status == "OPTIMAL":
+                bound = max(bound, result.bound or bound)
+                break
+            else:
+                return (answer if value < limit else None), max(bound, result.bound or bound), False
+        return (answer if value < limit else None), bound, True
+
+    def _target(self, limit: float, value: float, gap: float) -> float:
+        """The bound that ends a search: nothing within the gap of the best answer is left."""
+        return limit if limit < value else value * (1 - gap)
 
     def plan(self, assignment: Assignment) -> ComputePlan:
         """The exact simulated plan of a placement."""
@@ -224,17 +271,35 @@ class Search:
             self._plans[assignment] = plan_compute(problem.model, problem.machine, assignment, problem.program)
         return self._plans[assignment]
 
-    def found(
-        self,
-        assignment: Assignment,
-        plan: ComputePlan,
-        lead: _Lead,
-        answer: Answer,
-        freedom: Freedom,
-        bound: float,
-        status: str,
-    ) -> Found:
-        """The placement with its predicted speed, from the exact plan's own splits and nodes."""
-        speed = evaluate(self.problem, assignment, graph_counts(plan))
-        relaxation = Relaxation(lead.table.frame, freedom.decode_weight, freedom.prompt_weight)
-        return Found(assignment, plan, speed, relaxation.objective(answer), bound, status)
+    def front(self, freedom: Freedom, leads: list[Lead], n_per_ubatch: int = 1) -> list[Found]:
+        """Greedy placements for each ubatch that the leads allow, the best ways of each by their bound."""
+        found = []
+        for ubatch in freedom.ubatches:
+            mine = [lead for lead in leads if lead.way.settings.ubatch_tokens == ubatch][:n_per_ubatch]
+            for lead in mine:
+                each, _, _ = self.settle(lead, freedom, float("inf"), gap=0.02)
+                if each is not None:
+                    found.append(each)
+        return found
+
+
+def shortfall(search: Search, freedom: Freedom) -> str:
+    """Which caps fail by how much, on the way that needs least; a multiple of 1 MiB, rounded up."""
+    best: tuple[int, str] | None = None
+    smallest = replace(freedom, ubatches=(min(freedom.ubatches),), load_modes=freedom.load_modes[:1])
+    for way in ways(search.problem, smallest):
+        if way.is_pipelined:
+            continue
+        pieces = Pieces(search.problem, freedom.pins)
+        frame = TableBuilder(pieces, way, search.buffers.table(way), freedom.reserve_fraction).build().frame
+        placing = Placing(frame, has_caps=False)
+        extra = placing.minimise_overflow()
+        result = placing.program.solve(5.0, 0.01, search.seed)
+        if not result.values:
+            continue
+        over = {name: result.values[v] for name, v in zip(frame.positions, extra, strict=True) if result.values[v]}
+        total_kib = sum(over.values())
+        if over and (best is None or total_kib < best[0]):
+            parts = (f"{name} lacks {-(-kib // KIB):,} MiB" for name, kib in over.items())
+            best = total_kib, " and ".join(parts)
+    return best[1] if best else "the wishes contradict each other"

@@ -13,7 +13,7 @@ from placement.groups import movable_groups
 from placement.machine import Device
 from placement.memory import layer_context_bytes, weight_bytes
 from placement.problem import CPU, Assignment, Problem, Settings
-from placement.solver.frame import Answer, Choice, Frame, LayerTable
+from placement.solver.frame import Answer, Choice, Extra, Frame, LayerTable
 from placement.units import KIB, MIB
 
 # A real override that changes nothing: the engine looks the embedding up on the CPU anyway, and with any
@@ -35,12 +35,32 @@ class Way:
     is_pipelined: bool = False
 
 
+# Home position, whether it is one of the model's first layers, and which of its groups are in host memory.
+HostPattern = tuple[int, bool, tuple[bool, ...]]
+
+# The allocator packs a graph's start less densely: streaming experts of the first three layers may take hundreds
+# of MiB more on the first card than streaming any others.
+N_EARLY_LAYERS = 3
+
+
+def host_pattern(home: int, is_early: bool, groups: tuple[int, ...]) -> HostPattern | None:
+    """The pattern of a layer that may need buffers of its own: partly in host memory, or early; else None."""
+    on_host = tuple(position == 0 for position in groups)
+    if home == 0 or not any(on_host) or (all(on_host) and not is_early):
+        return None
+    return home, is_early, on_host
+
+
 @dataclass(frozen=True, slots=True)
 class ComputeTable:
-    """Compute buffers of a way in bytes, per position (0 is the host), and its graphs' nodes."""
+    """Compute buffers of a way in bytes, per position (0 is the host), and its graphs' nodes.
+
+    `extras` adds bytes once any layer at that home keeps just those of its groups in host memory.
+    """
 
     n_bytes: tuple[int, ...]
     counts: GraphCounts
+    extras: tuple[tuple[HostPattern, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,24 +109,16 @@ class Table:
         return Assignment(self.way.devices, homes, tuple(moved), settings)
 
 
-class TableBuilder:
-    """Builds the frame of one way; what does not depend on caps is computed once per kind of layer."""
+class Pieces:
+    """A model cut into what a frame is made of; the same for every way of one problem.
 
-    def __init__(
-        self,
-        problem: Problem,
-        way: Way,
-        compute: ComputeTable,
-        pins: Pins = NO_PINS,
-        reserve_fraction: float = 0.0,
-    ) -> None:
-        self.problem, self.way, self.compute, self.pins = problem, way, compute, pins
-        self.reserve_fraction = reserve_fraction
+    `kinds[i]` numbers layers that are alike; `example[kind]` is one of them. `parts[kind]` lists the fixed
+    tensors first, then each movable group.
+    """
+
+    def __init__(self, problem: Problem, pins: Pins = NO_PINS) -> None:
+        self.problem, self.pins = problem, pins
         self.architecture: Architecture = describe(problem.model)
-        self.cost = CostModel(problem, way.settings, way.devices)
-        self.positions = (CPU, *way.devices)
-        self.devices: tuple[Device | None, ...] = (None, *map(problem.machine.device, way.devices))
-        self.context_bytes = layer_context_bytes(problem.model, way.settings)
         self.n_layers = self.architecture.n_layer_all
         self.groups = movable_groups(problem.model, self.n_layers)
         self.members: list[list[PlacedTensor]] = [[] for _ in range(self.n_layers + 1)]
@@ -119,29 +131,21 @@ class TableBuilder:
                 self.inputs.append(placed)
             else:
                 self.members[placed.layer].append(placed)
-
-    def build(self) -> Table:
-        """The frame, with caps after compute buffers, runtime and reserve."""
-        kinds: dict[Hashable, int] = {}
-        tables: dict[int, LayerTable] = {}
-        layers = []
-        for i in range(self.n_layers + 1):
-            kind = kinds.setdefault(self._kind(i), len(kinds))
-            if kind not in tables:
-                tables[kind] = LayerTable(kind, self._choices(i))
-            layers.append(tables[kind])
-        frame = Frame(
-            positions=self.positions,
-            layers=tuple(layers),
-            cap_kib=self._caps(),
-            hidden_us=self._hidden_us(),
-            fixed_us=self._fixed_us(),
-            n_in_flight=len(self.cost.ubatches) if self.way.is_pipelined else 1,
+        numbers: dict[Hashable, int] = {}
+        self.kinds = [numbers.setdefault(self._signature(i), len(numbers)) for i in range(self.n_layers + 1)]
+        self.example = {kind: i for i, kind in reversed(list(enumerate(self.kinds)))}
+        self.parts = {kind: self._parts(i) for kind, i in self.example.items()}
+        alike: dict[Hashable, int] = {}
+        self.moves = {
+            kind: alike.setdefault(self._move_signature(i), len(alike)) for kind, i in self.example.items()
+        }
+        self.group_names = (
+            *(tuple(tuple(t.name for t in group.tensors) for group in groups) for groups in self.groups),
+            (),
         )
-        names = tuple(tuple(tuple(t.name for t in g.tensors) for g in groups) for groups in self.groups)
-        return Table(self.way, frame, (*names, ()))
+        self._bytes: dict[tuple[int, int, bool], int] = {}
 
-    def _kind(self, i: int) -> Hashable:
+    def _signature(self, i: int) -> Hashable:
         shapes = tuple(
             (p.name.split(".", 2)[-1] if i < self.n_layers else p.name, p.tensor.shape, p.tensor.type)
             for p in self.members[i]
@@ -150,25 +154,87 @@ class TableBuilder:
             return ("output", shapes, self.pins.homes.get(i))
         facts = self.architecture.layers[i]
         pins = tuple(self.pins.groups.get((i, group.kind)) for group in self.groups[i])
-        return (
-            shapes, facts.caches, facts.n_head, facts.window_tokens, facts.state_r, facts.state_s, facts.is_loaded,
-            facts.n_expert_used, facts.cache_layer == i, self.pins.homes.get(i), pins,
-        )  # fmt: skip
+        memory = (facts.caches, facts.n_head, facts.window_tokens, facts.state_r, facts.state_s)
+        use = (facts.is_loaded, facts.n_expert_used, facts.cache_layer == i)
+        return (shapes, memory, use, self.pins.homes.get(i), pins, i < N_EARLY_LAYERS)
+
+    def _move_signature(self, i: int) -> Hashable:
+        """What the differences between a layer's choices depend on: its groups, whatever its attention."""
+        if i == self.n_layers:
+            return "output"
+        groups = self.groups[i]
+        shapes = tuple((g.kind, tuple((t.shape, t.type) for t in g.tensors)) for g in groups)
+        pins = tuple(self.pins.groups.get((i, group.kind)) for group in groups)
+        n_used = self.architecture.layers[i].n_expert_used
+        return (shapes, n_used, self.pins.homes.get(i), pins, i < N_EARLY_LAYERS)
+
+    def is_early(self, kind: int) -> bool:
+        """Whether a kind's layers are among the model's first."""
+        return self.example[kind] < N_EARLY_LAYERS
+
+    def _parts(self, i: int) -> list[list[PlacedTensor]]:
+        groups = self.groups[i] if i < self.n_layers else ()
+        by_name = {placed.name: placed for placed in self.members[i]}
+        movable = [[by_name[t.name] for t in group.tensors if t.name in by_name] for group in groups]
+        moving = {placed.name for group in movable for placed in group}
+        return [[placed for placed in self.members[i] if placed.name not in moving], *movable]
+
+    def part_bytes(self, kind: int, part: int, device: Device | None) -> int:
+        """Weight bytes of one part on a device (None: host memory)."""
+        key = kind, part, device is not None and device.is_cuda
+        if key not in self._bytes:
+            self._bytes[key] = sum(weight_bytes(placed.tensor, device) for placed in self.parts[kind][part])
+        return self._bytes[key]
+
+
+class TableBuilder:
+    """Builds the frame of one way from a problem's pieces."""
+
+    def __init__(self, pieces: Pieces, way: Way, compute: ComputeTable, reserve_fraction: float = 0.0) -> None:
+        self.pieces, self.way, self.compute = pieces, way, compute
+        self.problem, self.pins = pieces.problem, pieces.pins
+        self.reserve_fraction = reserve_fraction
+        self.cost = CostModel(self.problem, way.settings, way.devices)
+        self.positions = (CPU, *way.devices)
+        self.devices: tuple[Device | None, ...] = (None, *map(self.problem.machine.device, way.devices))
+        self.context_bytes = layer_context_bytes(self.problem.model, way.settings)
+
+    def build(self) -> Table:
+        """The frame, with caps after compute buffers, runtime and reserve."""
+        tables = {kind: LayerTable(kind, self.pieces.moves[kind], self._choices(kind)) for kind in self.pieces.example}
+        frame = Frame(
+            positions=self.positions,
+            layers=tuple(tables[kind] for kind in self.pieces.kinds),
+            cap_kib=self._caps(),
+            hidden_us=self._hidden_us(),
+            fixed_us=self._fixed_us(),
+            longest_percent=self._longest_percent(),
+            extras=tuple(self._extra(tables, *each) for each in self.compute.extras),
+        )
+        return Table(self.way, frame, self.pieces.group_names)
+
+    def _extra(self, tables: dict[int, LayerTable], pattern: HostPattern, n_bytes: tuple[int, ...]) -> Extra:
+        home, is_early, _ = pattern
+        taken = frozenset(
+            (table.moves, home, index)
+            for kind, table in tables.items()
+            if self.pieces.is_early(kind) == is_early
+            for index, choice in enumerate(table.choices[home])
+            if host_pattern(home, is_early, choice.groups) == pattern
+        )
+        return Extra(taken, tuple(-(-each // KIB) for each in n_bytes))
 
     def _caps(self) -> tuple[int, ...]:
         caps = []
         for p, device in enumerate(self.devices):
             if device is None:
-                cap = self.problem.machine.cpu.usable_mib * MIB - sum(self._weights(t, p) for t in self.inputs)
+                cap = self.problem.machine.cpu.usable_mib * MIB - sum(weight_bytes(each.tensor, None) for each in self.pieces.inputs)
             else:
                 reserve = self.problem.reserve_mib + self.reserve_fraction * device.total_mib
                 cap = (device.usable_mib - device.runtime_mib - reserve) * MIB
-                cap -= sum(self._weights(t, p) for t in self.shared)
+                cap -= sum(weight_bytes(each.tensor, device) for each in self.pieces.shared)
             caps.append(int(cap - self.compute.n_bytes[p]) // KIB)
         return tuple(caps)
-
-    def _weights(self, placed: PlacedTensor, position: int) -> int:
-        return weight_bytes(placed.tensor, self.devices[position])
 
     def _is_rpc(self, position: int) -> bool:
         device = self.devices[position]
@@ -178,10 +244,19 @@ class TableBuilder:
         return round(seconds * 1e6)
 
     def _turn_us(self, decode_s: float, prompt_s: float) -> tuple[int, int]:
-        workload = self.problem.workload
-        n_ubatches = max(len(self.cost.ubatches), 1)
-        prompt_us = self._us(prompt_s / n_ubatches if self.way.is_pipelined else prompt_s)
-        return self._us(decode_s * max(workload.generate_tokens, 1)), prompt_us
+        generated = max(self.problem.workload.generate_tokens, 1)
+        return self._us(decode_s * generated), self._us(prompt_s * self._serial_share())
+
+    def _serial_share(self) -> float:
+        """What of a stage's prompt time cannot overlap: serial·(1 − overlap·(1 − 1/n)) (cost.pipelined_s)."""
+        n = max(len(self.cost.ubatches), 1)
+        return 1.0 - self.cost.overlap * (1.0 - 1.0 / n) if self.way.is_pipelined else 1.0
+
+    def _longest_percent(self) -> int:
+        n = max(len(self.cost.ubatches), 1)
+        if not self.way.is_pipelined or n == 1:
+            return 0
+        return round(100 * self.cost.overlap * (1.0 - 1.0 / n) / self._serial_share())
 
     def _hidden_us(self) -> tuple[int, int]:
         if self.way.is_pipelined or len(self.way.devices) < 2:
@@ -195,42 +270,36 @@ class TableBuilder:
         for seconds in (self.cost.splits_s(base, base), self._rpc_s(sum(map(self._is_rpc, range(len(self.devices)))))):
             decode_s += seconds[0]
             prompt_s += seconds[1]
-        decode_us, _ = self._turn_us(decode_s, 0.0)
-        return decode_us, self._us(prompt_s)
+        return self._turn_us(decode_s, 0.0)[0], self._us(prompt_s)
 
     def _rpc_s(self, n_crossings: int) -> tuple[float, float]:
         seconds = 2 * n_crossings * self.cost.rates.rpc_split_s
         return seconds, seconds * len(self.cost.ubatches)
 
-    def _choices(self, i: int) -> tuple[tuple[Choice, ...], ...]:
-        groups = self.groups[i] if i < self.n_layers else ()
-        by_name = {placed.name: placed for placed in self.members[i]}
-        movable = [[by_name[t.name] for t in group.tensors if t.name in by_name] for group in groups]
-        moving = {placed.name for group in movable for placed in group}
-        parts = [self._part([placed for placed in self.members[i] if placed.name not in moving])]
-        parts += [self._part(group) for group in movable]
+    def _choices(self, kind: int) -> tuple[tuple[Choice, ...], ...]:
+        i = self.pieces.example[kind]
+        parts = [self._part(kind, part) for part in range(len(self.pieces.parts[kind]))]
         context = Load()
         context_bytes = 0
-        if i < self.n_layers:
-            context = self.cost.context_load(self.architecture.layers[i])
+        if i < self.pieces.n_layers:
+            context = self.cost.context_load(self.pieces.architecture.layers[i])
             context_bytes = self.context_bytes[i]
         return tuple(
             tuple(
                 self._choice(home, targets, parts, context, context_bytes)
-                for targets in self._targets(i, home, len(groups))
+                for targets in self._targets(i, home, len(parts) - 1)
             )
             for home in range(len(self.positions))
         )
 
-    def _part(self, members: list[PlacedTensor]) -> _Part:
+    def _part(self, kind: int, part: int) -> _Part:
+        members = self.pieces.parts[kind][part]
         load = total(map(self.cost.tensor_load, members))
-        positions = range(len(self.positions))
-        names = self.positions
         return _Part(
             n_tensors=len(members),
-            n_bytes=tuple(sum(self._weights(placed, p) for placed in members) for p in positions),
-            decode_s=tuple(self.cost.decode_s(load, names[p]) for p in positions),
-            prompt_s=tuple(self.cost.prompt_s(load, names[p]) for p in positions),
+            n_bytes=tuple(self.pieces.part_bytes(kind, part, device) for device in self.devices),
+            decode_s=tuple(self.cost.decode_s(load, name) for name in self.positions),
+            prompt_s=tuple(self.cost.prompt_s(load, name) for name in self.positions),
         )
 
     def _targets(self, i: int, home: int, n_groups: int) -> list[tuple[int, ...]]:
@@ -248,7 +317,7 @@ class TableBuilder:
                 found.append((other,) * n_groups)
                 if n_groups == 2:
                     found += [(other, home), (home, other)]
-        pinned = [self.pins.groups.get((i, group.kind)) for group in self.groups[i]] if n_groups else []
+        pinned = [self.pins.groups.get((i, group.kind)) for group in self.pieces.groups[i]] if n_groups else []
         return [
             targets
             for targets in found
@@ -258,24 +327,33 @@ class TableBuilder:
     def _choice(
         self, home: int, targets: tuple[int, ...], parts: list[_Part], context: Load, context_bytes: int
     ) -> Choice:
+        """A choice as the layer all at home plus the difference, each rounded by itself: layers whose groups are
+        alike then have equal differences, whatever else they are made of."""
         kv_at = home if self.way.settings.is_kv_offloaded else 0
-        used: dict[int, int] = {kv_at: context_bytes}
-        decode_s = self.cost.decode_s(context, self.positions[kv_at])
-        prompt_s = self.cost.prompt_s(context, self.positions[home])
-        for position, part in zip((home, *targets), parts, strict=True):
-            decode_s += part.decode_s[position]
-            prompt_s += part.prompt_s[position]
-            used[position] = used.get(position, 0) + part.n_bytes[position]
-        away = {position for position in targets if position != home}
-        if away:
-            moves = [self.cost.splits_s(2, self._n_prompt_splits(home, targets, parts))]
-            if any(self._is_rpc(position) for position in (home, *away)):
-                moves.append(self._rpc_s(1))
-            decode_s += sum(seconds for seconds, _ in moves)
-            prompt_s += sum(seconds for _, seconds in moves)
+        decode_s = self.cost.decode_s(context, self.positions[kv_at]) + sum(part.decode_s[home] for part in parts)
+        prompt_s = self.cost.prompt_s(context, self.positions[home]) + sum(part.prompt_s[home] for part in parts)
         decode_us, prompt_us = self._turn_us(decode_s, prompt_s)
-        kib = tuple((position, -(-n_bytes // KIB)) for position, n_bytes in sorted(used.items()) if n_bytes)
-        return Choice(targets, decode_us, prompt_us, kib, is_host=home > 0 and 0 in away)
+        kib = {home: -(-sum(part.n_bytes[home] for part in parts) // KIB)}
+        kib[kv_at] = kib.get(kv_at, 0) + -(-context_bytes // KIB)
+        moved = [(at, part) for at, part in zip(targets, parts[1:], strict=True) if at != home]
+        if moved:
+            more_us = self._turn_us(*self._move_s(home, targets, parts))
+            decode_us, prompt_us = decode_us + more_us[0], prompt_us + more_us[1]
+            for at, part in moved:
+                kib[home] -= part.n_bytes[home] // KIB
+                kib[at] = kib.get(at, 0) + -(-part.n_bytes[at] // KIB)
+        is_host = home > 0 and any(at == 0 for at, _ in moved)
+        return Choice(targets, decode_us, prompt_us, tuple(sorted(kib.items())), is_host)
+
+    def _move_s(self, home: int, targets: tuple[int, ...], parts: list[_Part]) -> tuple[float, float]:
+        """(decode, prompt) seconds that moving groups off their home adds."""
+        costs = [self.cost.splits_s(2, self._n_prompt_splits(home, targets, parts))]
+        away = {position for position in targets if position != home}
+        if any(self._is_rpc(position) for position in (home, *away)):
+            costs.append(self._rpc_s(1))
+        for at, part in zip(targets, parts[1:], strict=True):
+            costs.append((part.decode_s[at] - part.decode_s[home], part.prompt_s[at] - part.prompt_s[home]))
+        return sum(decode for decode, _ in costs), sum(prompt for _, prompt in costs)
 
     def _n_prompt_splits(self, home: int, targets: tuple[int, ...], parts: list[_Part]) -> int:
         """One split per streamed weight, and one more to come back to a home that is not the first device."""

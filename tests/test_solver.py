@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placement.solver.frame import Answer, Choice, Frame, LayerTable, is_valid, times_us
+from placement.solver.frame import Answer, Choice, Extra, Frame, LayerTable, is_valid, times_us
 from placement.solver.placing import Placing
 
 
@@ -30,8 +30,10 @@ def frames(draw: st.DrawFn) -> Frame:
             if home == 0 and n_positions > 1 and draw(st.booleans()):
                 choices = []
             rows.append(tuple(choices))
-        kinds.append(LayerTable(kind, tuple(rows)))
+        kinds.append(LayerTable(kind, kind, tuple(rows)))
     layers = tuple(kinds[k] for k in draw(st.lists(st.integers(0, n_kinds - 1), min_size=1, max_size=5)))
+    taken = [(k, p, 1) for k in range(n_kinds) for p in range(1, n_positions) if len(kinds[k].choices[p]) > 1]
+    extras = [Extra(frozenset(taken), tuple(draw(st.integers(0, 5)) for _ in range(n_positions)))] if taken else []
     is_pipelined = draw(st.booleans())
     return Frame(
         positions=tuple(str(p) for p in range(n_positions)),
@@ -39,7 +41,8 @@ def frames(draw: st.DrawFn) -> Frame:
         cap_kib=tuple(draw(st.lists(st.integers(0, 30), min_size=n_positions, max_size=n_positions))),
         hidden_us=draw(st.sampled_from([(0, 0), (1, 2)])) if n_positions > 2 and not is_pipelined else (0, 0),
         fixed_us=(3, 5),
-        n_in_flight=3 if is_pipelined else 1,
+        extras=tuple(extras),
+        longest_percent=draw(st.sampled_from([70, 230])) if is_pipelined else 0,
     )
 
 

@@ -27,11 +27,21 @@ class Choice:
 class LayerTable:
     """Choices per home position; the first of each is "all at home"; an empty tuple forbids that home.
 
-    Layers of one `kind` have equal tables and may be exchanged.
+    Layers of one `kind` have equal tables. Layers of one `moves` have equal differences between their choices and
+    the first: which of them moves something is all the same, as long as its home is.
     """
 
     kind: int
+    moves: int
     choices: tuple[tuple[Choice, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """Memory that is needed once any layer takes one of these choices, given as (moves, home, choice index)."""
+
+    choices: frozenset[tuple[int, int, int]]
+    kib: tuple[int, ...]  # per position
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +50,8 @@ class Frame:
 
     `hidden_us` is (decode, prompt) time saved when a layer with host experts is the last of its device: its
     return split and the boundary's are one. `fixed_us` is (decode, prompt) time of every answer.
-    With pipeline parallelism `n_in_flight` ubatches overlap: the choices' `prompt_us` are then one ubatch's, and
-    the prompt takes Σ + (n_in_flight − 1) · the longest device's; `hidden_us` is zero.
+    With pipeline parallelism (`longest_percent` > 0, `hidden_us` zero) the choices' `prompt_us` are what cannot
+    overlap, and `longest_percent` of the longest device's sum is added to the prompt.
     """
 
     positions: tuple[str, ...]
@@ -49,7 +59,8 @@ class Frame:
     cap_kib: tuple[int, ...]
     hidden_us: tuple[int, int] = (0, 0)
     fixed_us: tuple[int, int] = (0, 0)
-    n_in_flight: int = 1
+    longest_percent: int = 0
+    extras: tuple[Extra, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +77,16 @@ def used_kib(frame: Frame, answer: Answer) -> list[int]:
     for table, home, pick in zip(frame.layers, answer.homes, answer.picks, strict=True):
         for position, kib in table.choices[home][pick].kib:
             used[position] += kib
+    for extra in frame.extras:
+        if is_taken(frame, answer, extra):
+            used = [a + b for a, b in zip(used, extra.kib, strict=True)]
     return used
+
+
+def is_taken(frame: Frame, answer: Answer, extra: Extra) -> bool:
+    """Whether any layer of the answer takes one of the extra's choices."""
+    moves = (table.moves for table in frame.layers)
+    return any(taken in extra.choices for taken in zip(moves, answer.homes, answer.picks, strict=True))
 
 
 def times_us(frame: Frame, answer: Answer) -> tuple[int, int]:
@@ -81,7 +101,7 @@ def times_us(frame: Frame, answer: Answer) -> tuple[int, int]:
         if choice.is_host and ends_device:
             decode -= frame.hidden_us[0]
             prompt -= frame.hidden_us[1]
-    prompt += sum(stages) + (frame.n_in_flight - 1) * max(stages)
+    prompt += sum(stages) + frame.longest_percent * max(stages) // 100
     return decode, prompt
 
 

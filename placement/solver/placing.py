@@ -22,9 +22,11 @@ class _Number(Protocol):
 
 class Placing:
     """Variables and rules of a frame. `before[i][p]` is 1 when layer i's home is at position p or earlier;
-    `counts[p, kind, c]` is how many layers of that kind at home p take choice c (c ≥ 1)."""
+    `counts[p, moves, c]` is how many layers of those moves at home p take choice c (c ≥ 1)."""
 
-    def __init__(self, frame: Frame, decode_weight: int = 1, prompt_weight: int = 1) -> None:
+    def __init__(
+        self, frame: Frame, decode_weight: int = 1, prompt_weight: int = 1, *, has_caps: bool = True
+    ) -> None:
         self.frame = frame
         self.program = Program()
         self.n_positions = len(frame.positions)
@@ -32,14 +34,22 @@ class Placing:
         self.one = self.program.integer(1, 1)
         self.members: dict[int, list[int]] = {}
         for i, table in enumerate(frame.layers):
-            self.members.setdefault(table.kind, []).append(i)
-        self.tables: dict[int, LayerTable] = {kind: frame.layers[m[0]] for kind, m in self.members.items()}
+            self.members.setdefault(table.moves, []).append(i)
+        # one layer's choices stand for all of its moves
+        self.rows: dict[int, list[tuple[Choice, ...]]] = {
+            moves: [
+                max((frame.layers[i].choices[p] for i in members), key=len) for p in range(self.n_positions)
+            ]
+            for moves, members in self.members.items()
+        }
         self._add_homes()
         self._add_counts()
         self._order_homes()
         self._use_every_device()
         self._move_no_more_layers_than_are_home()
-        self._keep_within_caps()
+        self._pay_extras_once_taken()
+        if has_caps:
+            self._keep_within_caps()
         self._hide_boundaries()
         self._set_objective(decode_weight, prompt_weight)
 
@@ -52,10 +62,10 @@ class Placing:
 
     def _add_counts(self) -> None:
         self.counts: dict[tuple[int, int, int], int] = {}
-        for kind, table in self.tables.items():
-            for p in range(self.n_positions):
-                for c in range(1, len(table.choices[p])):
-                    self.counts[p, kind, c] = self.program.integer(0, len(self.members[kind]))
+        for moves, rows in self.rows.items():
+            for p, row in enumerate(rows):
+                for c in range(1, len(row)):
+                    self.counts[p, moves, c] = self.program.integer(0, len(self.members[moves]))
 
     def at_home(self, layer: int, position: int, factor: int = 1) -> Terms:
         """Terms that sum to `factor` when the layer's home is that position, else to 0."""
@@ -77,39 +87,52 @@ class Placing:
             self.program.at_least([term for i in range(self.n_layers) for term in self.at_home(i, p)], 1)
 
     def _move_no_more_layers_than_are_home(self) -> None:
-        for kind, table in self.tables.items():
-            for p in range(self.n_positions):
-                moved = [(self.counts[p, kind, c], 1) for c in range(1, len(table.choices[p]))]
-                if moved or not table.choices[p]:
-                    home = [term for i in self.members[kind] for term in self.at_home(i, p, -1 if moved else 1)]
+        for moves, rows in self.rows.items():
+            for p, row in enumerate(rows):
+                forbidden = [i for i in self.members[moves] if not self.frame.layers[i].choices[p]]
+                for i in forbidden:
+                    self.program.at_most(self.at_home(i, p), 0)
+                moved = [(self.counts[p, moves, c], 1) for c in range(1, len(row))]
+                if moved:
+                    home = [term for i in self.members[moves] for term in self.at_home(i, p, -1)]
                     self.program.at_most([*moved, *home], 0)
 
     def _sum(self, number: _Number, only_position: int | None = None) -> Terms:
         """Terms of Σ number(choice) over the layers' actual choices (homes at `only_position`, or all)."""
         terms: Terms = []
-        for kind, table in self.tables.items():
-            for p in range(self.n_positions) if only_position is None else (only_position,):
-                if not table.choices[p]:
-                    continue
-                base = number(table.choices[p][0])
-                for i in self.members[kind]:
-                    terms += self.at_home(i, p, base)
-                for c in range(1, len(table.choices[p])):
-                    terms.append((self.counts[p, kind, c], number(table.choices[p][c]) - base))
+        positions = range(self.n_positions) if only_position is None else (only_position,)
+        for p in positions:
+            for i, table in enumerate(self.frame.layers):
+                if table.choices[p]:
+                    terms += self.at_home(i, p, number(table.choices[p][0]))
+            for moves, rows in self.rows.items():
+                for c in range(1, len(rows[p])):
+                    terms.append((self.counts[p, moves, c], number(rows[p][c]) - number(rows[p][0])))
         return terms
 
-    def _host_counts(self, kind: int, positions: Iterable[int]) -> list[int]:
+    def _host_counts(self, moves: int, positions: Iterable[int]) -> list[int]:
         return [
-            self.counts[p, kind, c]
+            self.counts[p, moves, c]
             for p in positions
-            for c, choice in enumerate(self.tables[kind].choices[p])
+            for c, choice in enumerate(self.rows[moves][p])
             if choice.is_host
         ]
 
-    def _keep_within_caps(self) -> None:
-        for position in range(self.n_positions):
+    def _pay_extras_once_taken(self) -> None:
+        self.paid = [self.program.boolean() for _ in self.frame.extras]
+        for literal, extra in zip(self.paid, self.frame.extras, strict=True):
+            for moves, home, c in sorted(extra.choices):
+                if (home, moves, c) in self.counts:
+                    n_members = len(self.members[moves])
+                    self.program.at_most([(self.counts[home, moves, c], 1), (literal, -n_members)], 0)
+
+    def _keep_within_caps(self, extra: list[int] | None = None) -> None:
+        for position, cap in enumerate(self.frame.cap_kib):
             terms = self._sum(lambda choice, at=position: sum(kib for p, kib in choice.kib if p == at))  # type: ignore[misc]
-            self.program.at_most(terms, self.frame.cap_kib[position])
+            terms += [(paid, each.kib[position]) for paid, each in zip(self.paid, self.frame.extras, strict=True)]
+            if extra is not None:
+                terms.append((extra[position], -1))
+            self.program.at_most(terms, cap)
 
     def _hide_boundaries(self) -> None:
         """A layer hides its device's boundary when it is the last one there and keeps weights in host memory."""
@@ -117,7 +140,7 @@ class Placing:
         if not any(self.frame.hidden_us) or self.n_positions < 3:
             return
         for i, table in enumerate(self.frame.layers[:-1]):
-            if not self._host_counts(table.kind, range(1, self.n_positions)):
+            if not self._host_counts(table.moves, range(1, self.n_positions)):
                 continue
             literal = self.program.boolean()
             self.hidden.append(literal)
@@ -125,7 +148,7 @@ class Placing:
             cut = [(self.before[i][p], -1) for p in inner] + [(self.before[i + 1][p], 1) for p in inner]
             self.program.at_most([(literal, 1), *cut], 0)
             for p in inner:
-                host = [(count, -1) for count in self._host_counts(table.kind, (p,))]
+                host = [(count, -1) for count in self._host_counts(table.moves, (p,))]
                 self.program.at_most([(literal, 1), *host, *self.at_home(i, p)], 1)
 
     def _set_objective(self, decode_weight: int, prompt_weight: int) -> None:
@@ -141,13 +164,28 @@ class Placing:
         self.program.minimise(self.objective, self.offset)
 
     def _overlap_ubatches(self) -> None:
-        if self.frame.n_in_flight <= 1:
+        percent = self.frame.longest_percent
+        if not percent:
             return
-        longest = self.program.integer(0, sum(map(_most_prompt_us, self.frame.layers)))
+        longest = self.program.integer(0, sum(map(_most_prompt_us, self.frame.layers)) * percent // 100 + 1)
         for p in range(self.n_positions):
             stage = self._sum(lambda choice: choice.prompt_us, only_position=p)
-            self.program.at_most([*stage, (longest, -1)], 0)
-        self.prompt.append((longest, self.frame.n_in_flight - 1))
+            # 100 · longest ≥ percent · stage − 99 rounds down as `times_us` does
+            self.program.at_most([*((v, percent * c) for v, c in stage), (longest, -100)], 99)
+        self.prompt.append((longest, 1))
+
+    def minimise_overflow(self) -> list[int]:
+        """Let every cap be exceeded, and minimise by how much in all; returns one KiB variable per position."""
+        extra = [self.program.integer(0, 2**40) for _ in range(self.n_positions)]
+        self._keep_within_caps(extra)
+        self.program.minimise([(variable, 1) for variable in extra])
+        return extra
+
+    def stay_near(self, homes: tuple[int, ...], reach: int) -> None:
+        """Fix the home of every layer that is more than `reach` layers from a cut of these homes."""
+        for i, home in enumerate(homes):
+            if homes[max(0, i - reach)] == home == homes[min(len(homes) - 1, i + reach)]:
+                self.program.at_least(self.at_home(i, home), 1)
 
     def cut_off(self, most: int) -> None:
         """Require an objective of at most `most`."""
@@ -157,14 +195,12 @@ class Placing:
         """The answer that the variables' values stand for."""
         homes = tuple(self.n_positions - sum(values[b] for b in row) for row in self.before)
         picks = [0] * self.n_layers
-        for kind, table in self.tables.items():
-            for p in range(self.n_positions):
-                here = [i for i in self.members[kind] if homes[i] == p]
-                wanted = [
-                    c for c in range(1, len(table.choices[p])) for _ in range(values[self.counts[p, kind, c]])
-                ]
+        for moves, rows in self.rows.items():
+            for p, row in enumerate(rows):
+                here = [i for i in self.members[moves] if homes[i] == p]
+                wanted = [c for c in range(1, len(row)) for _ in range(values[self.counts[p, moves, c]])]
                 # host choices go to the last layers, where a device's very last one hides the boundary
-                wanted.sort(key=lambda c, row=table.choices[p]: (row[c].is_host, len(set(row[c].groups)) == 1))  # type: ignore[misc]
+                wanted.sort(key=lambda c, row=row: (row[c].is_host, len(set(row[c].groups)) == 1))  # type: ignore[misc]
                 for i, c in zip(reversed(here), reversed(wanted), strict=False):
                     picks[i] = c
         return Answer(homes, tuple(picks))

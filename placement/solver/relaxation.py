@@ -17,11 +17,11 @@ IMPOSSIBLE_US = 1e13  # a bound of four months: the caps cannot hold
 
 @dataclass(frozen=True, slots=True)
 class Relaxed:
-    """`bound` is None when no answer can keep within the caps; `answer` is None when the greedy found none."""
+    """`bound` is None when no answer can keep within the caps; `homes` and `prices` are the bound's own."""
 
     bound: float | None
-    answer: Answer | None
-    objective: int | None
+    homes: tuple[int, ...] | None
+    prices: tuple[float, ...]
 
 
 class Relaxation:
@@ -32,9 +32,10 @@ class Relaxation:
         self.weights = decode_weight, prompt_weight
         self.n_positions = len(frame.positions)
         self.kinds = [table.kind for table in frame.layers]
+        self.moves = [table.moves for table in frame.layers]
         tables = {table.kind: table for table in frame.layers}
         # max(stages) is at least their mean, so pipelined prompt time is bounded by a sum
-        overlap = 1.0 + (frame.n_in_flight - 1) / max(self.n_positions - 1, 1)
+        overlap = 1.0 + frame.longest_percent / 100 / max(self.n_positions - 1, 1)
         self.choices: dict[tuple[int, int], list[tuple[float, Choice]]] = {
             (kind, p): [
                 (decode_weight * c.decode_us + prompt_weight * overlap * c.prompt_us, c) for c in table.choices[p]
@@ -44,23 +45,24 @@ class Relaxation:
         }
         fixed = decode_weight * frame.fixed_us[0] + prompt_weight * frame.fixed_us[1]
         hidden = decode_weight * frame.hidden_us[0] + prompt_weight * frame.hidden_us[1]
+        fixed -= prompt_weight if frame.longest_percent else 0  # rounding down
         self.constant = fixed - hidden * max(self.n_positions - 2, 0)
 
-    def solve(self, rounds: int = N_ROUNDS) -> Relaxed:
-        """Bound and answer; no bound when the prices prove that the caps cannot hold."""
-        prices = [0.0] * self.n_positions
-        best_bound, best_homes = float("-inf"), None
+    def bound(self, prices: list[float] | None = None, rounds: int = N_ROUNDS) -> Relaxed:
+        """The best bound found by moving the prices; None when they prove that the caps cannot hold."""
+        prices = list(prices) if prices else [0.0] * self.n_positions
+        best, best_homes, best_prices = float("-inf"), None, prices
         target, scale, stalled = 0.0, 1.0, 0
         for _ in range(rounds):
-            bound, homes, used = self._price(prices)
+            value, homes, used = self._price(prices)
             if homes is None:
-                return Relaxed(None, None, None)
-            if bound > best_bound:
-                stalled = stalled if bound <= best_bound + abs(best_bound) * 1e-4 else 0
-                best_bound, best_homes, best_prices = bound, homes, prices
+                return Relaxed(None, None, ())
+            if value > best:
+                stalled = stalled if value <= best + abs(best) * 1e-4 else 0
+                best, best_homes, best_prices = value, homes, prices
             stalled += 1
-            if best_bound > IMPOSSIBLE_US:
-                return Relaxed(None, None, None)
+            if best > IMPOSSIBLE_US:
+                return Relaxed(None, None, ())
             over = [u - cap for u, cap in zip(used, self.frame.cap_kib, strict=True)]
             norm = sum(o * o for o, price in zip(over, prices, strict=True) if o > 0 or price > 0)
             if norm == 0:
@@ -69,11 +71,14 @@ class Relaxation:
                 scale, stalled, prices = scale * 0.5, 0, best_prices
                 if scale < 0.001:
                     break
-            target = max(target, abs(best_bound) * 1.3 + 1.0)
-            step = scale * (target - bound) / norm
+            target = max(target, abs(best) * 1.3 + 1.0)
+            step = scale * (target - value) / norm
             prices = [max(0.0, price + step * o) for price, o in zip(prices, over, strict=True)]
-        answer = self._climb(best_homes) if best_homes is not None else None
-        return Relaxed(best_bound, answer, self.objective(answer) if answer else None)
+        return Relaxed(best, best_homes, tuple(best_prices))
+
+    def answer(self, relaxed: Relaxed) -> Answer | None:
+        """A good answer near the homes of a relaxed solution, or None when the greedy finds none."""
+        return self._climb(relaxed.homes) if relaxed.homes is not None else None
 
     def _climb(self, start: tuple[int, ...]) -> Answer | None:
         """Shift one cut at a time while the greedy answer gets better."""
@@ -170,16 +175,17 @@ class Relaxation:
         """The cheapest found set of host moves at p that frees that many KiB; later layers first."""
         if need_kib <= 0:
             return {}
-        moves: dict[int, list[tuple[float, int, int]]] = {}  # kind: (cost, freed, pick)
-        for kind in {self.kinds[i] for i in layers}:
-            base_cost, base = self.choices[kind, p][0]
+        moves: dict[int, list[tuple[float, int, int]]] = {}  # moves: (cost, freed, pick)
+        for i in {self.moves[i]: i for i in layers}.values():
+            rows = self.choices[self.kinds[i], p]
+            base_cost, base = rows[0]
             kept = dict(base.kib).get(p, 0)
-            moves[kind] = [
+            moves[self.moves[i]] = [
                 (cost - base_cost, kept - dict(choice.kib).get(p, 0), pick)
-                for pick, (cost, choice) in enumerate(self.choices[kind, p])
+                for pick, (cost, choice) in enumerate(rows)
                 if choice.is_host and kept > dict(choice.kib).get(p, 0)
             ]
-        counts = {kind: sum(self.kinds[i] == kind for i in layers) for kind in moves}
+        counts = {each: sum(self.moves[i] == each for i in layers) for each in moves}
         best: tuple[float, dict[int, list[int]]] | None = None
         partials = [(kind, move) for kind, rows in moves.items() for move in rows]
         for first in (None, *partials):
@@ -198,7 +204,7 @@ class Relaxation:
             return None
         found = {}
         for kind, picks in best[1].items():
-            here = [i for i in layers if self.kinds[i] == kind]
+            here = [i for i in layers if self.moves[i] == kind]
             for i, pick in zip(reversed(here), picks[1:] + picks[:1], strict=False):
                 found[i] = pick
         return found

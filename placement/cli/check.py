@@ -1,0 +1,52 @@
+"""`place check`."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from placement.cli import options
+
+
+@click.command()
+@options.model_argument
+@click.option("--args", "arguments", default="", metavar="'…'", help="llama-server arguments, as you would type them.")
+@options.machine_option
+@options.program_option
+@options.reserve_option
+@options.engine_option
+@options.json_option
+def command(
+    model_name: str,
+    arguments: str,
+    machine_name: str | None,
+    program: str,
+    reserve_mib: float,
+    engine_name: str,
+    is_json: bool,
+) -> None:
+    """Memory, splits, predicted speed and advice for any llama.cpp arguments.
+
+    LLAMA_ARG_* variables count as the engine counts them: after the arguments. Exits with 1 when a device
+    would be over its cap.
+
+    \b
+    Example:
+      place check glm-flash --args '-c 131072 -ngl 99 -ts 33,15 -ctk q8_0 -ctv q8_0 -fa on -fit off'
+    """
+    from placement.arguments import parse
+    from placement.check import check, check_row
+
+    model = options.load(model_name)
+    machine = options.load_machine(machine_name)
+    environment = {name: value for name, value in os.environ.items() if name.startswith("LLAMA_ARG_")}
+    result = check(model, machine, parse(arguments, environment), program, reserve_mib=reserve_mib)
+    if is_json:
+        options.echo_json(check_row(result))
+    else:
+        from placement.report import print_check
+
+        print_check(result)
+    if not result.fits:
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,27 @@
+"""`place models`."""
+
+from __future__ import annotations
+
+import click
+
+from placement.cli import options
+
+
+@click.command()
+@options.json_option
+def command(is_json: bool) -> None:
+    """List the models that have a description, nearest folder first.
+
+    \b
+    Example:
+      place models
+    """
+    from placement.model_files import model_names, resolve_model
+
+    rows = [(name, resolve_model(name)) for name in model_names()]
+    if is_json:
+        options.echo_json([{"name": name, "description": model.description, "bytes": model.n_bytes} for name, model in rows])
+        return
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, model in rows:
+        click.echo(f"{name:<{width}}  {model.n_bytes / 2**30:6.1f} GiB  {model.description}")

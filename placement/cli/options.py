@@ -1,0 +1,74 @@
+"""Options that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from placement.problem import PROGRAMS
+
+if TYPE_CHECKING:
+    from placement.machine import Machine
+    from placement.model import Model
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+model_argument = click.argument("model_name", metavar="MODEL")
+machine_option = click.option(
+    "--machine", "machine_name", metavar="M", help="Machine name or file (default: the GPUs found here)."
+)
+json_option = click.option("--json", "is_json", is_flag=True, help="One JSON object on stdout.")
+program_option = click.option(
+    "--program",
+    type=click.Choice(PROGRAMS),
+    default=PROGRAMS[0],
+    show_default=True,
+    help="Whose buffers are sized: llama-server's logits are for its slots, the others' for a whole ubatch.",
+)
+reserve_option = click.option(
+    "--reserve",
+    "reserve_mib",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="MIB",
+    help="Keep that much free on every GPU, on top of its runtime.",
+)
+engine_option = click.option(
+    "--engine",
+    "engine_name",
+    default="auto",
+    show_default=True,
+    metavar="auto|off|PATH",
+    help="The llama.cpp that plans: a folder or a binary in it; off never touches one.",
+)
+
+
+def load(model_name: str) -> Model:
+    """The model of a MODEL argument."""
+    from placement.model_files import resolve_model
+
+    return resolve_model(model_name)
+
+
+def load_machine(name: str | None) -> Machine:
+    """The machine of a --machine option; without one the GPUs here, or the reference machine and a line."""
+    from placement.machine_files import REFERENCE_MACHINE, resolve_machine
+
+    if name is not None:
+        return resolve_machine(name)
+    from placement.detect import detect_machine
+
+    found, reason = detect_machine()
+    if found is not None:
+        return found
+    click.echo(f"place: {reason}: using the reference machine {REFERENCE_MACHINE} (choose with --machine)", err=True)
+    return resolve_machine(REFERENCE_MACHINE)
+
+
+def echo_json(row: object) -> None:
+    """Print one JSON object."""
+    import json
+
+    click.echo(json.dumps(row, indent=2, ensure_ascii=False))

@@ -1,0 +1,55 @@
+"""`place solve`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from placement.cli import options
+
+
+@click.command()
+@options.model_argument
+@options.machine_option
+@click.option("--ctx", "ctx_tokens", type=click.IntRange(min=1), help="Context tokens over all slots.")
+@click.option("--parallel", "n_slots", type=click.IntRange(min=1), help="Slots (-np).")
+@click.option("--kv", "kv_type", metavar="TYPE", help="KV cache type, K and V alike: f16, q8_0, q4_0, …")
+@click.option("--ubatch", metavar="N|auto", default="auto", show_default=True, help="Physical batch (-ub).")
+@click.option("--prompt", "prompt_tokens", type=click.IntRange(min=1), default=2000, show_default=True)
+@click.option("--generate", "generate_tokens", type=click.IntRange(min=1), default=500, show_default=True)
+@click.option("--depth", "depth_tokens", type=click.IntRange(min=0), help="Tokens already there [a quarter of --ctx].")
+@options.reserve_option
+@click.option("--objective", type=click.Choice(["turn", "decode", "prompt"]), default="turn", show_default=True)
+@click.option("--pin", "pins", multiple=True, metavar="'REGEX=DEV'", help="Tensors that stay on a device.")
+@click.option("--top", type=click.IntRange(min=1, max=50), default=12, show_default=True, help="Solutions shown.")
+@click.option("--time-limit", "time_limit_s", type=click.FloatRange(min=0.05), default=10.0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="CP-SAT's seed.")
+@options.program_option
+@options.engine_option
+@click.option("--out", "out_folder", metavar="DIR", help="Where solutions/ lies [./solutions].")
+@options.json_option
+def command(model_name: str, machine_name: str | None, is_json: bool, out_folder: str | None, **asked: Any) -> None:
+    """Find the fastest placement of MODEL, with a proof of how close to optimal it is.
+
+    Prints the Pareto table with `aggressive` (the fastest within every cap) and `moderate` (the fastest that
+    also keeps 5 % of every card free), what fills each device, and the exact arguments; writes
+    solutions/MODEL--MACHINE--WORKLOAD/solution.toml.
+
+    \b
+    Example:
+      place solve qwen3-coder-q5 --ctx 262144
+    """
+    from placement.solving import run_solve
+
+    model = options.load(model_name)
+    machine = options.load_machine(machine_name)
+    outcome = run_solve(model, machine, asked, out_folder, lambda text: click.echo(text, err=True))
+    if is_json:
+        options.echo_json(outcome.row())
+    else:
+        from placement.report import print_solutions
+
+        print_solutions(outcome)
+    if not outcome.found.solutions:
+        raise click.exceptions.Exit(1)

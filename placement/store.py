@@ -1,0 +1,103 @@
+"""`solutions/MODEL--MACHINE--WORKLOAD/solution.toml`: written atomically, read back by whoever runs or applies it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from placement import __version__
+from placement.errors import InputError
+from placement.files import write_atomically
+from placement.problem import Problem
+from placement.solution import SolutionSet, solution_row, workload_row
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
+
+
+def slug(text: str) -> str:
+    """A name as one safe path component: never empty, never hidden, no separators."""
+    return _UNSAFE.sub("-", text).strip("-.") or "unnamed"
+
+
+def workload_slug(problem: Problem) -> str:
+    """Context, KV type, slots and turn in one word."""
+    settings, turn = problem.settings, problem.workload
+    return (
+        f"ctx{settings.ctx_tokens}-{settings.kv_type_k}-np{settings.n_slots}"
+        f"-p{turn.prompt_tokens}-g{turn.generate_tokens}-d{turn.depth_tokens}"
+    )
+
+
+def solution_folder(root: Path, problem: Problem) -> Path:
+    """Where the solutions and run records of a problem lie."""
+    names = (slug(problem.model.name), slug(problem.machine.name), workload_slug(problem))
+    return root / "--".join(names)
+
+
+def solution_set_row(problem: Problem, found: SolutionSet, commands: dict[str, str]) -> dict[str, Any]:
+    """The set with the contract's keys; the first solution is the recommended one."""
+    settings = problem.settings
+    workload = workload_row(problem.workload, settings.ctx_tokens, settings.n_slots, settings.kv_type_k)
+    return {
+        "model": found.model,
+        "machine": found.machine,
+        "workload": workload,
+        "status": found.status,
+        "message": found.message,
+        "warnings": list(found.warnings),
+        "solutions": [
+            solution_row(each, commands[each.name], found.extra_args) for each in found.solutions
+        ],
+    }
+
+
+def save_solutions(path: Path, problem: Problem, row: dict[str, Any]) -> bool:
+    """Write solution.toml; returns False when the file already says exactly this (it is left alone).
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    import tomli_w
+
+    head = {
+        "place_version": __version__,
+        "model_digest": problem.model.digest,
+        "program": problem.program,
+        "reserve_mib": problem.reserve_mib,
+    }
+    text = tomli_w.dumps(_without_none({**head, **row}))
+    try:
+        if path.read_text(encoding="utf-8") == text:
+            return False
+    except (FileNotFoundError, UnicodeDecodeError):
+        pass
+    write_atomically(path, text)
+    return True
+
+
+def read_solutions(path: Path) -> dict[str, Any]:
+    """A solution.toml as written, after checking that it has what later commands need.
+
+    Raises:
+        InputError: the file is missing, is not TOML or lacks a field.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise InputError(path, "there is no such file: run place solve first") from exc
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise InputError(path, f"cannot be read as TOML: {exc}") from exc
+    for field in ("model", "model_digest", "machine", "workload", "solutions"):
+        if field not in table:
+            raise InputError(path, "is missing: run place solve again", field=field)
+    return table
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [_without_none(each) for each in value]
+    return value
