@@ -268,7 +268,7 @@ _REMOVED = {
 
 
 def parse(tokens: Sequence[str] | str, env: Mapping[str, str] | None = None) -> Arguments:
-    """Read engine arguments; a whole string is split as a POSIX shell would split it.
+    """Read engine arguments; a whole string is split nearly as a POSIX shell would split it.
 
     The command line beats the environment, except that overrides of both count, the environment's first. A
     first token that is no option is the program. A bare `-fa` means on, as in older builds.
@@ -293,9 +293,20 @@ def parse(tokens: Sequence[str] | str, env: Mapping[str, str] | None = None) -> 
     )
 
 
+_SHELL_PIECE = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\\'"]+|.""", re.DOTALL)
+
+
 def _split(text: str) -> list[str]:
+    """Words as a POSIX shell makes them, except that a bare backslash before anything but white space, a quote or
+    another backslash stays: people paste `blk\\.1\\.` from files where it needs no quotes."""
+
+    def keep(match: re.Match[str]) -> str:
+        piece = match.group()
+        is_bare_escape = piece[0] == "\\" and len(piece) == 2
+        return "\\" + piece if is_bare_escape and piece[1] not in " \t\n'\"\\" else piece
+
     try:
-        return shlex.split(text.replace("\\\n", " "))
+        return shlex.split(_SHELL_PIECE.sub(keep, text.replace("\\\n", " ")))
     except ValueError as error:
         raise InputError("arguments", f"must have closed quotes ({error})", value=text) from error
 

@@ -156,6 +156,21 @@ def test_bare_flash_attention_is_on() -> None:
     assert arguments.removed == (("-fa", "-fa on"),)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (r"-ot blk\.([0-9]|10)\.=CUDA0,exps=CPU", r"blk\.([0-9]|10)\.=CUDA0,exps=CPU"),
+        (r"-ot 'blk\.1\.=CPU'", r"blk\.1\.=CPU"),
+        (r'-ot "blk\.1\.=CPU"', r"blk\.1\.=CPU"),
+        (r"-ot blk\\.1\\.=CPU", r"blk\.1\.=CPU"),
+        (r"-ot a\ b=CPU", "a b=CPU"),
+    ],
+)
+def test_backslashes_of_a_pattern_survive_without_quotes(text: str, words: str) -> None:
+    """A pattern pasted from a configuration file keeps its backslashes, quoted or not."""
+    assert words == ",".join(f"{each.pattern}={each.target}" for each in parse(text).overrides)
+
+
 def test_string_is_split_as_a_shell_does() -> None:
     """Quotes, backslashes and continued lines mean what they mean in a POSIX shell."""
     arguments = parse("llama-server \\\n -ot 'blk\\.1\\.=CPU'")
