@@ -1,0 +1,34 @@
+"""A user's models.conf in and out.
+
+`models_conf` reads and writes the file without losing a byte, `find_model` maps a section to a model,
+`survey` says what each profile costs and what `place` would do, `apply` writes a choice into a section.
+"""
+
+from placement.profiles.apply import Applied, apply_choice
+from placement.profiles.choice import Choice, Measured, choice_of
+from placement.profiles.find_model import ModelFinder, read_mapping, remember
+from placement.profiles.models_conf import ModelsConf, Section, parse_models_conf, read_models_conf, words
+from placement.profiles.survey import Defaults, Profile, profile_row, read_profile, survey
+from placement.profiles.table import survey_lines
+
+__all__ = [
+    "Applied",
+    "Choice",
+    "Defaults",
+    "Measured",
+    "ModelFinder",
+    "ModelsConf",
+    "Profile",
+    "Section",
+    "apply_choice",
+    "choice_of",
+    "parse_models_conf",
+    "profile_row",
+    "read_mapping",
+    "read_models_conf",
+    "read_profile",
+    "remember",
+    "survey",
+    "survey_lines",
+    "words",
+]

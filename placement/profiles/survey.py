@@ -1,0 +1,182 @@
+"""A models.conf's sections → what each costs now, what `place` would do instead, and the gain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from placement.arguments import Arguments, parse
+from placement.check import Check, check, check_row
+from placement.errors import InputError
+from placement.machine import Machine
+from placement.model import Model
+from placement.profiles.find_model import ModelFinder
+from placement.profiles.models_conf import ModelsConf, Section, words
+from placement.profiles.options import plain_words
+from placement.solution import Solution, SolutionSet, solution_row
+from placement.solve import Request, make_problem, solve
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What profiles run with although their sections do not say so."""
+
+    tokens: tuple[str, ...] = ()  # before the section's own, which win
+
+    @classmethod
+    def of_text(cls, text: str) -> Defaults:
+        """The defaults in one text, such as "-ctk q8_0 -ctv q8_0"."""
+        return cls(tuple(word.value for word in words(text)))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One section: `problem` says why it could not be read; `found` is None until it was solved for."""
+
+    section: Section
+    problem: str | None = None
+    model: Model | None = None
+    arguments: Arguments | None = None
+    now: Check | None = None
+    request: Request = field(default_factory=Request)
+    notes: tuple[str, ...] = ()
+    found: SolutionSet | None = None
+
+    @property
+    def best(self) -> Solution | None:
+        """What `place` would do."""
+        return self.found.solutions[0] if self.found is not None and self.found.solutions else None
+
+    @property
+    def applied(self) -> str | None:
+        """The name of the solution that the section already is."""
+        if self.now is None or self.found is None:
+            return None
+        mine = _compared(self.now.assignment)
+        return next((each.name for each in self.found.solutions if _compared(each.assignment) == mine), None)
+
+
+def _compared(assignment: Any) -> Any:
+    """The assignment without the threads, which are not placement."""
+    return replace(assignment, settings=replace(assignment.settings, n_threads=None))
+
+
+def read_profile(
+    section: Section,
+    machine: Machine,
+    finder: ModelFinder,
+    defaults: Defaults,
+    request: Request,
+) -> Profile:
+    """What a section costs now; a section that cannot be read, found or run is a profile with a problem.
+
+    The cache types come from the section, else from `defaults`, else from the model's own description. Of
+    `request` the turn, the reserve and the program count; context, slots and cache type are the section's.
+    """
+    bad = [text for text in section.problems if "last one counts" not in text]
+    notes = [text for text in section.problems if text not in bad]
+    if bad:
+        return Profile(section, problem="; ".join(bad), notes=tuple(notes))
+    try:
+        own = section.tokens()
+        model, how = finder.find(section, parse([*defaults.tokens, *own]).model_path)
+        tokens, told = _with_cache_types([*defaults.tokens, *own], model)
+        arguments = parse(tokens)
+        asked, warned = _request(model, machine, arguments, request)
+        turn = make_problem(model, machine, asked)[0].workload
+        now = check(model, machine, arguments, asked.program, turn, asked.reserve_mib)
+    except InputError as exc:
+        return Profile(section, problem=str(exc), notes=tuple(notes))
+    notes += [f"model {model.name}, {how}", *told, *warned]
+    return Profile(section, None, model, arguments, now, asked, tuple(notes))
+
+
+def _with_cache_types(tokens: Sequence[str], model: Model) -> tuple[list[str], list[str]]:
+    """The tokens with the description's cache types where they name none, and a line that says so."""
+    arguments, kv_type = parse(tokens), model.profile.kv_type
+    options = {"-ctk": arguments.kv_type_k, "-ctv": arguments.kv_type_v}
+    missing = [option for option, value in options.items() if value is None]
+    if not missing or kv_type is None:
+        return list(tokens), []
+    added = [token for option in missing for token in (option, kv_type)]
+    return [*added, *tokens], [
+        f"{' '.join(added)} taken from the description of {model.name}; the section has none"
+    ]
+
+
+def _request(
+    model: Model, machine: Machine, arguments: Arguments, request: Request
+) -> tuple[Request, list[str]]:
+    """What to solve for: the section's context, slots and cache type."""
+    from placement.emit import resolve
+
+    settings = resolve(model, machine, arguments, request.program).settings
+    notes = []
+    n_slots = settings.n_slots
+    if settings.is_kv_unified and n_slots > 1:
+        notes.append(f"{n_slots} slots share one cache now; solved for one slot, which has all of it (-np 1)")
+        n_slots = 1
+    if settings.kv_type_k != settings.kv_type_v:
+        notes.append(
+            f"-ctk {settings.kv_type_k} -ctv {settings.kv_type_v} now; solved with {settings.kv_type_k}"
+        )
+    ctx = settings.ctx_tokens or None
+    return replace(request, ctx_tokens=ctx, n_slots=n_slots, kv_type=settings.kv_type_k), notes
+
+
+def survey(
+    conf: ModelsConf,
+    machine: Machine,
+    finder: ModelFinder,
+    defaults: Defaults | None = None,
+    request: Request | None = None,
+    *,
+    is_solved: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Iterator[Profile]:
+    """Each section's profile in the file's order, solved for unless `is_solved` is False."""
+    names = [section.name for section in conf.sections]
+    for section in conf.sections:
+        if progress is not None:
+            progress(section.name)
+        profile = read_profile(section, machine, finder, defaults or Defaults(), request or Request())
+        if names.count(section.name) > 1:
+            note = f"{names.count(section.name)} sections have this name"
+            profile = replace(profile, notes=(*profile.notes, note))
+        if is_solved and profile.problem is None and profile.model is not None:
+            profile = replace(profile, found=solve(profile.model, machine, profile.request))
+        yield profile
+
+
+def gain(profile: Profile) -> dict[str, float | None]:
+    """Predicted gain in percent (of speed) and seconds (of a turn); None where one of the two is unknown."""
+    now, best = profile.now, profile.best
+    if now is None or best is None:
+        return {"decode_percent": None, "prompt_percent": None, "turn_s": None}
+    return {
+        "decode_percent": _percent(now.speed.decode_tps, best.speed.decode_tps),
+        "prompt_percent": _percent(now.speed.prompt_tps, best.speed.prompt_tps),
+        "turn_s": round(now.speed.turn_s - best.speed.turn_s, 4),
+    }
+
+
+def _percent(now: float | None, then: float | None) -> float | None:
+    return round(100.0 * (then / now - 1.0), 1) if now and then is not None else None
+
+
+def profile_row(profile: Profile) -> dict[str, Any]:
+    """The profile as one JSON object."""
+    best, found = profile.best, profile.found
+    return {
+        "section": profile.section.name,
+        "line": profile.section.line,
+        "model": profile.model.name if profile.model else None,
+        "problem": profile.problem,
+        "notes": list(profile.notes),
+        "now": check_row(profile.now) if profile.now else None,
+        "place": solution_row(best, "", ()) if best else None,
+        "message": found.message if found is not None else "",
+        "applied": profile.applied,
+        "gain": gain(profile),
+    }
