@@ -80,7 +80,7 @@ class _Planner:
 
     def plan(self) -> ComputePlan:
         """Reserve decode and prompt graphs, flash attention settled first."""
-        asked = self.settings.flash_attention
+        asked = self.settings.flash_attention if self.row.has_flash else "off"
         is_quantised_v = BLOCKS[self.settings.kv_type_v.upper()][0] != 1
         is_auto = asked == "auto" and not is_quantised_v
         context = make_context(self.settings, self.facts, self.is_full_offload, asked != "off")

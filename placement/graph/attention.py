@@ -1,4 +1,4 @@
-"""Attention over the caches: masks, cache writes and reads, flash attention or plain products (build_attn*)."""
+"""Attention over the caches: masks, writes and reads, flash attention or plain products (build_attn*)."""
 
 from __future__ import annotations
 
@@ -139,7 +139,6 @@ class AttentionBuilder(Builder):
         v: Tensor | None,
         *,
         wo: str | None = "attn_output",
-        has_wo_bias: bool = True,
         sinks: Tensor | None = None,
         bias: Tensor | None = None,
         is_windowed: bool = False,
@@ -159,7 +158,7 @@ class AttentionBuilder(Builder):
         cur = self.mha(il, q, k_read, v_read, self.mask(il), sinks=sinks, bias=bias, is_capped=is_capped)
         if v_rot is not None:
             cur = self._rotate(cur, v_rot)
-        return self.project_out(cur, il, wo, has_wo_bias)
+        return self.project_out(cur, il, wo)
 
     def _through_cache(self, il: int, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
         owner = self.layer(il).cache_layer
@@ -187,7 +186,7 @@ class AttentionBuilder(Builder):
         k_read = self.read_k(cache, facts.k_head, self.layer(il).n_head_kv)
         v_read = self.view(k_read, (v.ne[0], *k_read.ne[1:]), k_read.nb[1:])
         cur = self.mha(il, q, k_read, v_read, self.mask(il), v_mla=wv_b)
-        return self.project_out(cur, il, wo, False)
+        return self.project_out(cur, il, wo)
 
     def attention_no_cache(
         self,
@@ -204,15 +203,17 @@ class AttentionBuilder(Builder):
             self.expand(tensor)
         type = "F16" if self.context.is_flash else "F32"
         mask = self.input_once(f"mask.{self._group(il)}", type, self.n_tokens, self.n_tokens)
-        return self.project_out(self.mha(il, q, k, v, mask, bias=bias), il, wo, True)
+        return self.project_out(self.mha(il, q, k, v, mask, bias=bias), il, wo)
 
-    def project_out(self, cur: Tensor, il: int, wo: str | None, has_bias: bool) -> Tensor:
-        """The output projection `blk.<il>.<wo>`, if any."""
+    def project_out(self, cur: Tensor, il: int, wo: str | None) -> Tensor:
+        """The output projection `blk.<il>.<wo>`, if any; BitNet norms before it."""
         if wo is None:
             return cur
+        if self.w(il, "attn_sub_norm") is not None:
+            cur = self.layer_norm(cur, il, "attn_sub_norm")
         if (weight := self.w(il, wo)) is not None:
-            cur = self.lora_mm(weight, cur)
-        bias = self.b(il, wo) if has_bias else None
+            cur = self.lora_mm(weight, cur, is_scaled=True)
+        bias = self.b(il, wo) if "o" not in self.unread else None
         return self.add(cur, bias) if bias is not None else cur
 
     def mha(

@@ -25,6 +25,11 @@ class Builder(Graph):
         self.inputs: dict[str, Tensor] = {}
         self.flash_nodes: list[Tensor] = []
         self.has_mixed_batch = True
+        self.has_embedding_scale = False
+        self.n_deepstack = 0
+        self.n_pos_per_token = 1
+        self.unread = ""  # tensors that the engine loads and does not use, see `Row.unread`
+        self.is_down_scaled = False
         self.token_input: Tensor | None = None
 
     # --- facts
@@ -60,8 +65,9 @@ class Builder(Graph):
         return leaf
 
     def w(self, il: int, name: str) -> Tensor | None:
-        """The weight `blk.<il>.<name>.weight`."""
-        return self.weight(f"blk.{il}.{name}.weight", il)
+        """The weight `blk.<il>.<name>.weight`; a few files have it without the last part."""
+        found = self.weight(f"blk.{il}.{name}.weight", il)
+        return found if found is not None else self.weight(f"blk.{il}.{name}", il)
 
     def b(self, il: int, name: str) -> Tensor | None:
         """The bias `blk.<il>.<name>.bias`."""
@@ -84,11 +90,6 @@ class Builder(Graph):
         """inp_pos; four numbers a token where the architecture ropes in several dimensions."""
         return self.input_once("pos", "I32", self.n_tokens * self.n_pos_per_token)
 
-    @property
-    def n_pos_per_token(self) -> int:
-        """Position numbers a token (n_pos_per_embd)."""
-        return 1
-
     def rows_out(self, *tensors: Tensor) -> list[Tensor]:
         """The rows of the tokens that give logits."""
         ids = self.input_once("out_ids", "I32", self.batch.n_outputs)
@@ -96,18 +97,17 @@ class Builder(Graph):
 
     # --- blocks
 
-    def lora_mm(self, weight: Tensor | None, cur: Tensor) -> Tensor:
-        """A projection, with the per-tensor scale that NVFP4 files carry (build_lora_mm)."""
+    def lora_mm(self, weight: Tensor | None, cur: Tensor, *, is_scaled: bool = False) -> Tensor:
+        """A projection (build_lora_mm), times the tensor's own scale where the engine asks for it."""
         weight = self.need(weight)
         out = self.mul_mat(weight, cur)
-        scale = self.scale_of(weight)
-        return self.mul(out, scale) if scale is not None else out
+        return self.scaled(out, weight) if is_scaled else out
 
-    def scale_of(self, weight: Tensor) -> Tensor | None:
-        """The `.scale` tensor of a weight; only NVFP4 files have them."""
-        if weight.type != "NVFP4" or not weight.weight:
-            return None
-        return self.weight(weight.weight.removesuffix("weight") + "scale", weight.layer)
+    def scaled(self, out: Tensor, weight: Tensor) -> Tensor:
+        """A result times the `.scale` tensor of its weight, where the file has one (NVFP4)."""
+        name = weight.weight or ""
+        scale = self.weight(name.removesuffix("weight") + "scale", weight.layer)
+        return self.mul(out, scale) if scale is not None else out
 
     def build_norm(
         self,
@@ -134,7 +134,7 @@ class Builder(Graph):
     def embed(self, token_scale: float = 1.0) -> Tensor:
         """The token embeddings with the unused branches for other inputs (build_inp_embd)."""
         table = self.need(self.weight("token_embd.weight"))
-        n_embd_inp = self.n_embd * (1 + self.integer("n_deepstack_layers"))
+        n_embd_inp = self.n_embd * (1 + self.n_deepstack)
         tokens = self.input_once("tokens", "I32", self.n_tokens)
         cur = self._token_rows(table, tokens, n_embd_inp)
         branches = [cur, self.input("F32", n_embd_inp, self.n_tokens)]
@@ -147,8 +147,8 @@ class Builder(Graph):
         for branch in branches:
             self.expand(branch)
         if n_embd_inp != self.n_embd:
-            self.token_input = cur
             cur = self.view_2d(cur, self.n_embd, self.n_tokens, cur.nb[1])
+            self.token_input = cur
         return self._scaled_embeddings(cur, token_scale)
 
     def _token_rows(self, table: Tensor, ids: Tensor, n_embd_inp: int) -> Tensor:
@@ -156,11 +156,10 @@ class Builder(Graph):
         return self.pad(rows, n_embd_inp - self.n_embd) if n_embd_inp != self.n_embd else rows
 
     def _scaled_embeddings(self, cur: Tensor, token_scale: float) -> Tensor:
-        scale = self.number("embedding_scale")
-        is_token_only = scale != 0.0 and self.integer("n_deepstack_layers") > 0
-        if scale != 0.0 and not is_token_only:
+        is_token_only = self.has_embedding_scale and self.n_deepstack > 0
+        if self.has_embedding_scale and not is_token_only:
             cur = self.scale(cur if cur.is_contiguous else self.cont(cur))
-        if token_scale * (scale if is_token_only else 1.0) != 1.0:
+        if is_token_only or token_scale != 1.0:
             rows = self.input("F32", 1, self.n_tokens)
             cur = self.mul(cur if cur.is_contiguous else self.cont(cur), rows)
         self.expand(cur)
@@ -180,8 +179,9 @@ class Builder(Graph):
             return self._qkv_fused(cur, il, fused, heads, sizes, is_flat)
         parts = []
         for name, n_head, size in zip(("attn_q", "attn_k", "attn_v"), heads, sizes, strict=True):
-            part = self.lora_mm(self.w(il, name), cur)
-            if (bias := self.b(il, name)) is not None:
+            part = self.lora_mm(self.w(il, name), cur, is_scaled="s" not in self.unread)
+            bias = self.b(il, name) if "q" not in self.unread else None
+            if bias is not None:
                 part = self.add(part, bias)
             if not is_flat:
                 part = self._clamp_qkv(part)
@@ -201,7 +201,7 @@ class Builder(Graph):
         sizes: tuple[int, int, int],
         is_flat: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.lora_mm(fused, cur)
+        qkv = self.lora_mm(fused, cur, is_scaled="s" not in self.unread)
         biases = [self.b(il, name) for name in ("attn_q", "attn_k", "attn_v")]
         if (bias := self.b(il, "attn_qkv")) is not None:
             qkv = self.add(qkv, bias)
@@ -229,35 +229,37 @@ class Builder(Graph):
         activation: str,
         *,
         suffix: str = "",
-        has_gate: bool = True,
-        has_bias: bool = True,
-        has_down: bool = True,
-        clamp: float = 0.0,
+        clamp: str = "",
+        is_scaled: bool = False,
     ) -> Tensor:
         """A dense feed-forward block of `ffn_{up,gate,down}<suffix>`, parallel gate (build_ffn)."""
-        up = self._ffn_part(cur, il, f"ffn_up{suffix}", has_bias)
-        gated = has_gate and self.w(il, f"ffn_gate{suffix}") is not None
-        if gated:
-            gate = self._ffn_part(cur, il, f"ffn_gate{suffix}", has_bias)
+        if self.w(il, f"ffn_up{suffix}") is None:  # nothing but the activation
+            return self.activate(cur, activation, il)
+        up = self.linear(cur, il, f"ffn_up{suffix}", is_scaled=is_scaled)
+        if self.w(il, f"ffn_gate{suffix}") is not None:
+            gate = self.linear(cur, il, f"ffn_gate{suffix}", is_scaled=is_scaled)
             cur = self.gated(gate, up, activation, clamp)
         else:
             cur = self.activate(up, activation, il)
-        if not has_down:
-            return cur
-        return self._ffn_part(cur, il, f"ffn_down{suffix}", has_bias)
+        if self.w(il, "ffn_sub_norm") is not None:
+            cur = self.layer_norm(cur, il, "ffn_sub_norm")
+        return self.linear(cur, il, f"ffn_down{suffix}", is_scaled=is_scaled or self.is_down_scaled)
 
-    def _ffn_part(self, cur: Tensor, il: int, name: str, has_bias: bool) -> Tensor:
-        cur = self.lora_mm(self.w(il, name), cur)
-        bias = self.b(il, name) if has_bias else None
-        return self.add(cur, bias) if bias is not None else cur
+    def linear(self, cur: Tensor, il: int, name: str, *, is_scaled: bool = False) -> Tensor:
+        """The projection `blk.<il>.<name>`, with its bias where there is one."""
+        weight = self.need(self.w(il, name))
+        cur = self.mul_mat(weight, cur)
+        bias = self.b(il, name) if "f" not in self.unread else None
+        cur = self.add(cur, bias) if bias is not None else cur
+        return self.scaled(cur, weight) if is_scaled else cur
 
-    def gated(self, gate: Tensor, up: Tensor, activation: str, clamp: float = 0.0) -> Tensor:
-        """The activation of a gated block."""
-        if activation == "silu" and clamp > 1e-6:
+    def gated(self, gate: Tensor, up: Tensor, activation: str, clamp: str = "") -> Tensor:
+        """The activation of a gated block; `clamp` limits SiLU in one operation ("fused") or in several."""
+        if activation == "silu" and clamp == "fused":
+            return self.glu(gate, up, "swiglu_clamp")
+        if activation == "silu" and clamp == "split":
             up = self.clamp(up)
             return self.mul(self.clamp(self.unary(gate, "silu")), up)
-        if activation == "swiglu_clamp":
-            return self.glu(gate, up, "swiglu_clamp")
         return self.glu(gate, up, GATED_GLU[activation])
 
     def activate(self, cur: Tensor, activation: str, il: int) -> Tensor:
@@ -267,15 +269,10 @@ class Builder(Graph):
         if activation == "relu_sqr":
             return self.like("SQR", self.unary(cur, "relu"))
         cur = self.unary(cur, activation)
-        scales = self.w(il, "ffn_act") if activation == "gelu" else None
+        scales = self.weight(f"blk.{il}.ffn.act.scales", il) if activation == "gelu" else None
         return self.div(cur, scales) if scales is not None else cur
 
     # --- the end
-
-    def output(self, cur: Tensor, softcap: float = 0.0) -> Tensor:
-        """The logits, with a soft cap where the model has one."""
-        cur = self.lora_mm(self.output_weight(), cur)
-        return self.soft_cap(cur) if softcap else cur
 
     def output_weight(self) -> Tensor:
         """output.weight, or the copy of the token embedding that is loaded in its place."""

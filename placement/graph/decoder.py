@@ -9,20 +9,28 @@ from collections.abc import Sequence
 
 from placement.architecture import Architecture
 from placement.graph.context import Batch, Context
-from placement.graph.experts import Routing
-from placement.graph.latent import LatentBuilder
+from placement.graph.feed import FeedBuilder
 from placement.graph.rows import Row
 from placement.graph.tensor import Tensor
 from placement.model import Model
 
+NO_ROPE_STEP = 4  # n_no_rope_layer_step
+ROPED_BAICHUAN_LAYERS = 32
+UNNORMED_LLAMA4_EXPERTS = 128
 
-class Decoder(LatentBuilder):
+
+class Decoder(FeedBuilder):
     """Builds the graph of one batch; `layers` may leave out layers that repeat others."""
 
     def __init__(self, model: Model, facts: Architecture, row: Row, context: Context, batch: Batch) -> None:
         super().__init__(model, facts, context, batch)
         self.row = row
         self.has_mixed_batch = row.has_mixed_batch
+        self.has_embedding_scale = self.is_on(row.embedding_scale, "embedding_scale")
+        self.n_deepstack = self._n_deepstack()
+        self.n_pos_per_token = row.n_pos_per_token or self._n_pos()
+        self.unread = row.unread
+        self.is_down_scaled = "d" in row.scaled
         self.layer_starts: list[int] = []
 
     def build(self, layers: Sequence[int]) -> None:
@@ -34,6 +42,23 @@ class Decoder(LatentBuilder):
         self.layer_starts.append(len(self.nodes))
         self.head(cur)
 
+    def is_on(self, feature: str, key: str) -> bool:
+        """Whether a feature holds: "always", or "meta" and its metadata key is set."""
+        return feature == "always" or (feature == "meta" and self.number(key) != 0.0)
+
+    def _n_pos(self) -> int:
+        sections = self.model.get("rope.dimension_sections", ())
+        return 4 if isinstance(sections, (tuple, list)) and any(sections[:2]) else 1
+
+    def _n_deepstack(self) -> int:
+        if self.row.deepstack == "after":
+            return self.integer("n_deepstack_layers")
+        return len({i for i in self._deepstack_map() if i >= 0}) if self.row.deepstack else 0
+
+    def _deepstack_map(self) -> Sequence[int]:
+        mapping = self.model.get("deepstack_mapping", ())
+        return mapping if isinstance(mapping, (tuple, list)) else ()
+
     # --- the ends
 
     def embeddings(self) -> Tensor:
@@ -42,12 +67,13 @@ class Decoder(LatentBuilder):
         cur = self.embed(2.0 if row.embedding_scale == "rows" else 1.0)
         if row.embedding_scale == "graph":
             cur = self.scale(cur)
-        if (table := self.weight("position_embd.weight")) is not None and row.has_position_table:
+        if row.has_position_table and (table := self.weight("position_embd.weight")) is not None:
             cur = self.add(cur, self.get_rows(table, self.positions))
-        if row.has_embedding_norm and (norm := self.weight("token_embd_norm.weight")) is not None:
-            cur = self.build_norm(
-                cur, norm, self.weight("token_embd_norm.bias"), row.norm, row.embedding_norm_pin
-            )
+        if row.embedding_norm:
+            weight = self.weight("token_embd_norm.weight") if row.embedding_norm == "weights" else None
+            bias = self.weight("token_embd_norm.bias")
+            cur = self.build_norm(cur, weight, bias, row.norm, row.embedding_norm_pin)
+        self.skip = cur
         return cur
 
     def head(self, cur: Tensor) -> None:
@@ -57,24 +83,26 @@ class Decoder(LatentBuilder):
             cur.is_output = True
             (cur,) = self.rows_out(cur)
         if row.has_output_norm:
-            cur = self.build_norm(
-                cur, self.weight("output_norm.weight"), self.weight("output_norm.bias"), row.norm
-            )
+            weight, bias = self.weight("output_norm.weight"), self.weight("output_norm.bias")
+            cur = self.build_norm(cur, weight, bias, row.norm)
         if row.rows_at == "end_normed":
             cur.is_output = True
             (cur,) = self.rows_out(cur)
         cur.is_output = True
-        softcap = row.softcap == "always" or (
-            row.softcap == "meta" and self.number("final_logit_softcapping") != 0.0
-        )
-        if row.scale_before_output:
+        self.logits(cur)
+
+    def logits(self, cur: Tensor) -> None:
+        """The output matrix and what scales its result."""
+        row = self.row
+        if row.output_scale:
             cur = self.scale(cur)
         cur = self.lora_mm(self.output_weight(), cur)
-        if row.has_output_bias and (bias := self.weight("output.bias")) is not None:
+        bias = self.weight("output.bias") if "l" not in row.unread else None
+        if bias is not None:
             cur = self.add(cur, bias)
-        if row.logit_scale == "always" or (row.logit_scale == "meta" and self.number("logit_scale") != 0.0):
+        if self.is_on(row.logit_scale, "logit_scale"):
             cur = self.scale(cur)
-        if softcap:
+        if self.is_on(row.softcap, "final_logit_softcapping"):
             cur = self.soft_cap(cur)
         cur.is_output = True
         self.expand(cur)
@@ -84,44 +112,93 @@ class Decoder(LatentBuilder):
     def build_layer(self, il: int, residual: Tensor, *, is_last: bool) -> Tensor:
         """One layer, its residual sums included."""
         row = self.row
+        if row.deepstack == "before":
+            residual = self._deepstacked(il, residual)
+        self.layer_input = residual
+        if row.feed == "router_first":
+            self.router_logits = self.lora_mm(self.w(il, "ffn_gate_inp"), residual)
         normed = self.input_norm(il, residual)
         cur = self.mix(il, normed)
+        skip = self.skip
+        if row.has_rows_after_norm:
+            cur = self.attention_normed(il, cur)
         if is_last and row.rows_at == "last_layer":
-            if row.parallel and row.is_parallel_from_norm:
-                cur, residual, normed = self.rows_out(cur, residual, normed)
-            else:
-                cur, residual = self.rows_out(cur, residual)
-        if row.parallel:
-            return self.parallel_sum(il, cur, residual, normed)
-        if row.post_attention_norm:
-            cur = self.layer_norm(cur, il, row.post_attention_norm, row.norm)
+            cur, residual, normed, skip = self._last_rows(cur, residual, normed, skip)
+        if row.parallel and self._is_parallel(il):
+            cur = self.parallel_sum(il, cur, residual, normed)
+        else:
+            cur = self.serial_sum(il, cur, residual)
+        if row.has_skip:
+            cur = self.add(cur, self.mul(skip, self.need(self.w(il, "layer_output_scale"))))
+        return self._deepstacked(il, cur) if row.deepstack == "after" else cur
+
+    def _last_rows(self, cur: Tensor, residual: Tensor, normed: Tensor, skip: Tensor) -> list[Tensor]:
+        """The rows that give logits, of all that the layer still reads; unread ones never enter the graph."""
+        cur, residual, normed, skip, self.router_logits = self.rows_out(
+            cur, residual, normed, skip, self.router_logits or cur
+        )
+        self.layer_input = residual
+        return [cur, residual, normed, skip]
+
+    def serial_sum(self, il: int, cur: Tensor, residual: Tensor) -> Tensor:
+        """Attention added to the residual, then feed-forward added to that."""
+        row = self.row
+        if not row.has_rows_after_norm:
+            cur = self.attention_normed(il, cur)
         cur = self.residual_scaled(cur)
-        middle = self.add(cur, residual)
+        middle = self.add(residual, cur) if row.is_residual_first else self.add(cur, residual)
         cur = self.feed_forward(il, middle)
         if row.post_ffn_norm:
-            cur = self.layer_norm(cur, il, row.post_ffn_norm, row.norm, is_pinned=row.is_post_ffn_norm_pinned)
-        return self.add(self.residual_scaled(cur), middle)
+            name = next(n for n in row.post_ffn_norm.split("|") if self.w(il, n) is not None)
+            cur = self.layer_norm(cur, il, name, row.norm, is_pinned=row.is_post_ffn_norm_pinned)
+        return cur if row.feed == "arctic" else self.add(self.residual_scaled(cur), middle)
+
+    def attention_normed(self, il: int, cur: Tensor) -> Tensor:
+        """The attention's result after its norm, where the row has one."""
+        row = self.row
+        if not row.post_attention_norm:
+            return cur
+        is_pinned = row.is_post_attention_norm_pinned
+        return self.layer_norm(cur, il, row.post_attention_norm, row.norm, is_pinned=is_pinned)
 
     def residual_scaled(self, cur: Tensor) -> Tensor:
         """The block's result, scaled where the metadata has a residual scale."""
-        row = self.row
-        has_scale = row.residual_scale == "always" or (
-            row.residual_scale == "meta" and self.number("residual_scale") != 0.0
-        )
-        return self.scale(cur) if has_scale else cur
+        return self.scale(cur) if self.is_on(self.row.residual_scale, "residual_scale") else cur
+
+    def _is_parallel(self, il: int) -> bool:
+        if self.row.parallel == "neox":
+            return bool(self.model.get("use_parallel_residual", True))
+        return self.row.parallel != "stablelm" or self.w(il, "ffn_norm") is None
 
     def parallel_sum(self, il: int, attn: Tensor, residual: Tensor, normed: Tensor) -> Tensor:
         """Feed-forward beside attention: the three sums in the row's order."""
-        source = normed if self.row.is_parallel_from_norm else residual
-        if not self.row.is_parallel_from_norm:
-            source = self.layer_norm(source, il, self.row.ffn_norm, self.row.norm)
-        parts = {"a": attn, "f": self.feed(il, source), "r": residual}
-        first, second, third = (parts[letter] for letter in self.row.parallel)
+        order = self.row.parallel
+        if order == "stablelm":
+            return self.add(self.feed(il, normed), self.add(attn, residual))
+        if order == "neox":
+            order, normed = "fra", self.layer_norm(residual, il, "ffn_norm", self.row.norm)
+        parts = {"a": attn, "f": self.feed(il, normed), "r": residual}
+        first, second, third = (parts[letter] for letter in order)
         return self.add(self.add(first, second), third)
+
+    def _deepstacked(self, il: int, cur: Tensor) -> Tensor:
+        """The layer's part of the input embeddings added (deepstack)."""
+        source = self.token_input
+        if source is None:
+            return cur
+        mapping = self._deepstack_map()
+        if self.row.deepstack == "after":
+            part = il + 1 if il < self.n_deepstack else -1
+        else:
+            part = mapping[il] if 0 < il < len(mapping) else -1
+        if part < 0:
+            return cur
+        view = self.view_2d(source, self.n_embd, self.n_tokens, source.nb[1], part * self.n_embd * 4)
+        return self.add(cur, view)
 
     def input_norm(self, il: int, cur: Tensor) -> Tensor:
         """The norm before attention."""
-        if self.w(il, "attn_norm") is None and self.row.norms_exist:
+        if self.w(il, "attn_norm") is None and self.row.has_norm_weights:
             return cur
         return self.layer_norm(cur, il, "attn_norm", self.row.norm)
 
@@ -135,136 +212,143 @@ class Decoder(LatentBuilder):
         if self.row.attention == "gated_q":
             self.expand(cur)
             return self.gated_query_attention(il, cur)
+        if self.layer(il).n_head_kv == 0:
+            return self.lora_mm(self.w(il, "attn_output"), cur) if self.layer(il).n_head else cur
         return self.plain_attention(il, cur)
 
     # --- attention
 
     def plain_attention(self, il: int, cur: Tensor) -> Tensor:
         """Q, K and V, their norms and rope, attention, output projection."""
-        row, facts = self.row, self.layer(il)
-        q, k, v = self.split_heads(il, cur)
+        row = self.row
+        source = self.norm_beside(il) if self.w(il, "attn_norm_2") is not None else cur
+        q, k, v = self.split_heads(il, source)
         q, k = self.positioned(il, q, k)
         if row.has_q_scale:
             q = self.scale(q)
-        if not row.is_cached:
+        if row.attention == "no_cache":
             return self.attention_no_cache(il, q, k, v)
-        sinks = self.w(il, "attn_sinks")
-        return self.attention(
+        out = self.attention(
             il,
             q,
             k,
             v,
-            has_wo_bias=row.has_wo_bias,
-            sinks=sinks,
-            is_windowed=any(layer.window_tokens is not None for layer in self.facts.layers),
-            is_capped=row.is_attention_capped or facts.n_head < 0,
+            wo=None if row.gate else "attn_output",
+            sinks=self.w(il, "attn_sinks"),
+            is_windowed=self.has_windows,
+            is_capped=row.is_capped,
         )
+        if row.gate:
+            out = self.gated_result(il, out, cur)
+            out = self.lora_mm(self.w(il, "attn_output"), out, is_scaled=True)
+        return self.scale(out) if self.is_on(row.value_scale, "attention.value_scale") else out
 
-    def head_size(self, il: int) -> int:
-        """n_embd_head_k of the layer."""
-        owner = self.layer(il).cache_layer
-        caches = self.layer(il if owner is None else owner).caches
-        if caches:
-            return caches[0].k_head
-        n_head = self.layer(il).n_head
-        return self.integer("attention.key_length", self.n_embd // n_head if n_head else 0)
+    def norm_beside(self, il: int) -> Tensor:
+        """Falcon's second norm: attention reads it, the feed-forward block the first."""
+        return self.layer_norm(self.layer_input, il, "attn_norm_2", self.row.norm)
+
+    def gated_result(self, il: int, out: Tensor, source: Tensor) -> Tensor:
+        """The attention's result times a gate per element or per head."""
+        weight = self.need(self.w(il, "attn_gate"))
+        gate = self.unary(self.lora_mm(weight, source), self.row.gate)
+        n_head, n = self.layer(il).n_head, out.ne[1]
+        if weight.ne[1] != n_head:
+            return self.mul(out, gate)
+        width = out.ne[0]
+        heads = self.reshape(out, width // n_head, n_head, n)
+        return self.reshape(self.mul(heads, self.reshape(gate, 1, n_head, n)), width, n)
 
     def split_heads(self, il: int, cur: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q, K and V by head."""
         facts = self.layer(il)
-        size = self.head_size(il)
-        heads, sizes = (facts.n_head, facts.n_head_kv, facts.n_head_kv), (size, size, size)
+        k_size, v_size = self.head_sizes(il)
+        heads, sizes = (facts.n_head, facts.n_head_kv, facts.n_head_kv), (k_size, k_size, v_size)
+        if self.row.qkv == "reshaped":
+            return self._reshaped_heads(il, cur, heads, k_size)
         if self.row.qk_norm != "flat":
             return self.qkv(cur, il, heads, sizes)
         q, k, v = self.qkv(cur, il, heads, sizes, is_flat=True)
         q, k = self.qk_normed(il, q, k)
-        q, k, v = (self.reshape(t, size, n, self.n_tokens) for t, n in zip((q, k, v), heads, strict=True))
+        parts = zip((q, k, v), sizes, heads, strict=True)
+        q, k, v = (self.reshape(tensor, size, n, self.n_tokens) for tensor, size, n in parts)
         return q, k, v
+
+    def _reshaped_heads(
+        self, il: int, cur: Tensor, heads: tuple[int, int, int], size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.lora_mm(self.w(il, "attn_qkv"), cur)
+        qkv = self.reshape(qkv, size, sum(heads), self.n_tokens)
+        parts, offset = [], 0
+        for n in heads:
+            parts.append(self.view_3d(qkv, size, n, self.n_tokens, qkv.nb[1], qkv.nb[2], offset))
+            offset += n * qkv.nb[1]
+        return parts[0], parts[1], parts[2]
 
     def qk_normed(self, il: int, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Q and K after their norms, where the layer has them."""
-        kind = self.row.qk_norm_kind
-        if self.w(il, "attn_q_norm") is not None:
+        kind, is_bare = self.row.qk_norm_kind, not self.row.has_norm_weights and self.row.qk_norm == "after"
+        if is_bare or self.w(il, "attn_q_norm") is not None:
             q = self.layer_norm(q, il, "attn_q_norm", kind)
-        if self.w(il, "attn_k_norm") is not None:
+        if is_bare or self.w(il, "attn_k_norm") is not None:
             k = self.layer_norm(k, il, "attn_k_norm", kind)
         return q, k
 
     def positioned(self, il: int, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Q and K normed and roped in the row's order."""
-        if self.row.qk_norm == "before":
+        """Q and K normed, roped and tempered in the row's order."""
+        row = self.row
+        if row.qk_norm == "mpt" and self.w(il, "attn_q_norm") is not None:
+            q, k = self._flat_normed(il, q, k)
+        if row.qk_norm == "before":
             q, k = self.qk_normed(il, q, k)
-        if self.has_rope(il):
+        has_rope = self.has_rope(il)
+        if has_rope:
             factors = self.rope_factors(il)
-            q, k = self.rope(q, self.positions, factors), self.rope(k, self.positions, factors)
-        if self.row.qk_norm == "after":
+            q, k = self.roped(q, factors), self.roped(k, factors)
+        if row.qk_norm == "after":
             q, k = self.qk_normed(il, q, k)
+        if self.is_on(row.temperature, "attention.temperature_scale") or (
+            row.temperature == "no_rope" and not has_rope
+        ):
+            q = self.tempered(q)
+        if has_rope and row.has_plain_qk_norm and self.facts.n_expert != UNNORMED_LLAMA4_EXPERTS:
+            q, k = self.rms_norm(q), self.rms_norm(k)
         return q, k
+
+    def roped(self, cur: Tensor, factors: Tensor | None) -> Tensor:
+        """Rope at the batch's positions."""
+        return self.rope(cur, self.positions, factors)
+
+    def _flat_normed(self, il: int, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        out = []
+        for tensor, name in ((q, "attn_q_norm"), (k, "attn_k_norm")):
+            flat = self.reshape(tensor, tensor.ne[0] * tensor.ne[1], self.n_tokens)
+            out.append(self.reshape(self.layer_norm(flat, il, name, "layer"), *tensor.ne[:3]))
+        return out[0], out[1]
 
     def has_rope(self, il: int) -> bool:
         """Whether the layer's Q and K are roped."""
-        rope = self.row.rope
-        if rope == "swa":
-            return self.layer(il).window_tokens is not None
-        return rope == "all"
-
-    def rope_factors(self, il: int) -> Tensor | None:
-        """The layer's copy of the rope factors for the context in use (get_rope_factors)."""
-        if not self.row.has_rope_factors:
-            return None
-        original = self.integer("rope.scaling.original_context_length", self.facts.n_ctx_train)
-        kind = "long" if self.context.n_ctx_seq > original else "short"
-        for name in ("rope_freqs.weight", f"rope_factors_{kind}.weight"):
-            if (leaf := self.weight(name, il, key=f"{name}@{il}")) is not None:
-                return leaf
-        return None
-
-    # --- feed-forward
-
-    def feed_forward(self, il: int, cur: Tensor) -> Tensor:
-        """The norm before the feed-forward block, and the block."""
-        name = self.row.ffn_norm
-        if self.w(il, name) is not None or not self.row.norms_exist:
-            cur = self.layer_norm(cur, il, name, self.row.norm)
-        return self.feed(il, cur)
-
-    def feed(self, il: int, cur: Tensor) -> Tensor:
-        """The feed-forward block of the layer: dense, or experts with or without a shared one."""
-        row = self.row
-        if self.w(il, "ffn_gate_inp") is None:
-            return self.ffn(cur, il, row.activation, has_bias=row.has_ffn_bias)
-        if row.is_shared_first and self.w(il, "ffn_up_shexp") is not None:
-            shared = self.ffn(cur, il, row.activation, suffix="_shexp")
-            return self.add(self.moe(cur, il, self.routing()), shared)
-        out = self.moe(cur, il, self.routing())
-        if self.w(il, "ffn_up_shexp") is None:
-            return out
-        return self.add(out, self.shared_expert(il, cur))
-
-    def shared_expert(self, il: int, cur: Tensor) -> Tensor:
-        """The expert that every token uses, weighed by its gate where there is one."""
-        out = self.ffn(cur, il, self.row.activation, suffix="_shexp", has_bias=False)
-        if not self.row.shared_gate:
-            return out
-        gate = self.lora_mm(self.w(il, "ffn_gate_inp_shexp"), cur)
-        if self.row.shared_gate == "silu_div":
-            return self.mul(out, self.div(self.unary(gate, "silu"), gate))
-        return self.mul(out, self.unary(gate, "sigmoid"))
-
-    def routing(self) -> Routing:
-        """How the row's architecture routes."""
-        row = self.row
-        meta = self.meta_routing()
-        return Routing(
-            gating=meta.gating if row.gating == "meta" else row.gating,
-            has_norm=meta.has_norm if row.has_expert_norm is None else row.has_expert_norm,
-            is_scaled=meta.is_scaled and row.is_expert_scaled,
-            activation=row.expert_activation,
-        )
+        rope, is_windowed = self.row.rope, self.layer(il).window_tokens is not None
+        if rope in ("all", "none"):
+            return rope == "all"
+        if rope == "finetuned":  # Granite uses the key as a switch
+            return bool(self.model.get("rope.scaling.finetuned", True))
+        if rope == "pattern":
+            pattern = self.model.get("attention.rope_pattern", ())
+            return bool(pattern[il]) if isinstance(pattern, (tuple, list)) and il < len(pattern) else True
+        step = NO_ROPE_STEP if self.has_windows or self.row.temperature != "no_rope" else self.facts.n_layer
+        answers = {
+            "swa": is_windowed,
+            "swa_if_any": is_windowed or not self.has_windows,
+            "swa_or_dense": is_windowed or il < self.integer("leading_dense_block_count"),
+            "step": (il + 1) % step != 0,
+            "step_from_0": not self.has_windows or il % NO_ROPE_STEP != 0,
+            "by_size": self.facts.n_layer == ROPED_BAICHUAN_LAYERS,
+        }
+        return answers[rope]
 
     def gated_query_attention(self, il: int, cur: Tensor) -> Tensor:
         """Attention whose Q projection also gives a gate for the result (Qwen3-Next)."""
-        facts, size = self.layer(il), self.head_size(il)
+        facts, (size, _) = self.layer(il), self.head_sizes(il)
         heads, n = (facts.n_head, facts.n_head_kv, facts.n_head_kv), self.n_tokens
         full, k, v = self.qkv(cur, il, heads, (2 * size, size, size), is_flat=True)
         full = self.reshape(full, 2 * size, facts.n_head, n, 1)
@@ -276,4 +360,4 @@ class Decoder(LatentBuilder):
         q, k = self.positioned(il, q, k)
         cur = self.attention(il, q, k, v, wo=None)
         gate = self.unary(self.cont(gate, size * facts.n_head, n), "sigmoid")
-        return self.lora_mm(self.w(il, "attn_output"), self.mul(cur, gate))
+        return self.lora_mm(self.w(il, "attn_output"), self.mul(cur, gate), is_scaled=True)

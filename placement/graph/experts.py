@@ -17,24 +17,16 @@ class Routing:
     is_scaled: bool = False
     activation: str = "silu"
     is_weighted_before: bool = False  # Llama 4: weights applied to the input
-    selects_by_logits: bool = False
-    clamp: float = 0.0
+    selects_by: str = "probs"  # or logits, sigmoid: what the best experts are chosen by
+    clamp: str = ""
+    is_scaled_by_tensor: bool = False
 
 
-GATING = {0: "softmax", 1: "softmax", 2: "sigmoid", 3: "softmax_weight", 4: "sqrt_softplus"}
+GATING = {1: "softmax", 2: "sigmoid", 3: "softmax_weight", 4: "sqrt_softplus"}
 
 
 class ExpertBuilder(AttentionBuilder):
     """Adds expert blocks."""
-
-    def meta_routing(self, **changes: object) -> Routing:
-        """Routing as the metadata's expert_gating_func, expert_weights_norm and _scale say."""
-        values: dict[str, object] = {
-            "gating": GATING.get(self.integer("expert_gating_func"), "softmax"),
-            "has_norm": bool(self.model.get("expert_weights_norm", False)),
-            "is_scaled": self.number("expert_weights_scale") not in (0.0, 1.0),
-        }
-        return Routing(**{**values, **changes})  # type: ignore[arg-type]
 
     def moe(
         self,
@@ -45,11 +37,14 @@ class ExpertBuilder(AttentionBuilder):
         logits: Tensor | None = None,
         selected: Tensor | None = None,
         suffix: str = "_exps",
-        n_expert: int | None = None,
         n_used: int | None = None,
+        is_shared_by_group: bool = False,
     ) -> Tensor:
-        """Route the tokens through the experts and add up what they give."""
-        n_expert = n_expert or self.facts.n_expert
+        """Route the tokens through the experts and add up what they give.
+
+        With `is_shared_by_group` the chosen experts' numbers are divided by their group's size.
+        """
+        n_expert = self.facts.n_expert
         n_used = n_used or self.layer(il).n_expert_used
         if logits is None:
             logits = self.lora_mm(self.w(il, "ffn_gate_inp"), cur)
@@ -58,6 +53,8 @@ class ExpertBuilder(AttentionBuilder):
         probs = self._probabilities(logits, routing)
         if selected is None:
             selected = self._select(self._selection(probs, logits, il, routing), n_expert, n_used)
+        if is_shared_by_group:
+            selected = self.cast(self.scale(self.cast(selected, "F32")), "I32")
         weights = self._weights(probs, selected, n_expert, n_used, routing)
         self.expand(weights)
         cur = self.reshape(cur, cur.ne[0], 1, self._tokens(cur))
@@ -83,10 +80,12 @@ class ExpertBuilder(AttentionBuilder):
         return logits
 
     def _selection(self, probs: Tensor, logits: Tensor, il: int, routing: Routing) -> Tensor:
-        bias = self.b(il, "exp_probs_b")
+        bias = self.b(il, "exp_probs_b") or self.w(il, "exp_probs_b")
         if bias is not None:
             probs = self.add(probs, bias)
-        return logits if routing.selects_by_logits else probs
+        if routing.selects_by == "sigmoid":
+            return self.unary(logits, "sigmoid")
+        return logits if routing.selects_by == "logits" else probs
 
     def _select(self, scores: Tensor, n_expert: int, n_used: int) -> Tensor:
         n_groups = self.integer("expert_group_count")
@@ -121,11 +120,11 @@ class ExpertBuilder(AttentionBuilder):
             weights = self.reshape(weights, 1, n_used, n_tokens)
         return self.scale(weights) if routing.is_scaled else weights
 
-    def _expert_mm(self, il: int, name: str, cur: Tensor, selected: Tensor) -> Tensor:
+    def _expert_mm(self, il: int, name: str, cur: Tensor, selected: Tensor, has_scale: bool) -> Tensor:
         """One stacked projection with its scale and bias (build_lora_mm_id)."""
         weight = self.need(self.w(il, name))
         out = self.mul_mat_id(weight, cur, selected)
-        scale = self.scale_of(weight)
+        scale = self.weight(f"blk.{il}.{name}.scale", il) if has_scale else None
         if scale is not None:
             n_expert, n_tokens = scale.ne[0], cur.ne[2]
             rows = self.repeat(self.reshape(scale, 1, n_expert, 1), 1, n_expert, n_tokens)
@@ -134,21 +133,22 @@ class ExpertBuilder(AttentionBuilder):
         return self.add_id(out, bias, selected) if bias is not None else out
 
     def _experts(self, cur: Tensor, il: int, selected: Tensor, routing: Routing, suffix: str) -> Tensor:
+        has_scale = routing.is_scaled_by_tensor
         if self.w(il, f"ffn_gate_up{suffix}") is not None:
-            both = self._expert_mm(il, f"ffn_gate_up{suffix}", cur, selected)
+            both = self._expert_mm(il, f"ffn_gate_up{suffix}", cur, selected, has_scale)
             half = both.ne[0] // 2
             shape = (half, *both.ne[1:3])
             gate = self.view_3d(both, *shape, both.nb[1], both.nb[2])
             up = self.view_3d(both, *shape, both.nb[1], both.nb[2], half * both.nb[0])
             cur = self._expert_activation(gate, up, routing)
         else:
-            up = self._expert_mm(il, f"ffn_up{suffix}", cur, selected)
+            up = self._expert_mm(il, f"ffn_up{suffix}", cur, selected, has_scale)
             if self.w(il, f"ffn_gate{suffix}") is not None:
-                gate = self._expert_mm(il, f"ffn_gate{suffix}", cur, selected)
+                gate = self._expert_mm(il, f"ffn_gate{suffix}", cur, selected, has_scale)
                 cur = self._expert_activation(gate, up, routing)
             else:
                 cur = self.activate(up, routing.activation, il)
-        return self._expert_mm(il, f"ffn_down{suffix}", cur, selected)
+        return self._expert_mm(il, f"ffn_down{suffix}", cur, selected, has_scale)
 
     def _expert_activation(self, gate: Tensor, up: Tensor, routing: Routing) -> Tensor:
         if routing.activation == "situ":

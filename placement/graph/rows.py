@@ -1,73 +1,156 @@
 """One row per architecture: what its layers are made of, where the tensors' presence does not tell.
 
 The defaults describe Llama: RMS norms before attention and feed-forward, rope on Q and K, SiLU-gated blocks.
+Norms, biases, experts, shared experts, sinks and rope factors are used wherever their tensors exist.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """How an architecture departs from Llama; tensors that exist (norms, biases, experts) need no feature."""
+    """How an architecture departs from Llama.
 
-    attention: str = "plain"  # plain, mla, none: which block; recurrent layers have their own
-    recurrent: str = ""  # block of recurrent layers: gdn, mamba, mamba2, shortconv, ...
-    is_cached: bool = True
-    norm: str = "rms"  # rms or layer
-    norms_exist: bool = True  # False: norms without weights still run
-    embedding_scale: str = ""  # "graph": a scale node; "rows": an input of one scale per token
+    "meta" in a field means: where the metadata key of that name is set; "always" needs no key.
+    """
+
+    # the ends
+    embedding_scale: str = ""  # graph, meta, always: a scale node; rows: an input of one scale per token
+    embedding_norm: str = ""  # weights, or plain (without weights)
+    embedding_norm_pin: int = -1
+    has_position_table: bool = False
     has_mixed_batch: bool = True
+    n_pos_per_token: int = 1  # 4 for multi-dimensional rope, 0: 4 where rope sections are set
+    rows_at: str = "last_layer"  # end, end_normed, never: where the tokens without logits are dropped
+    has_output_norm: bool = True
+    output_scale: str = ""  # a scale before the output matrix
+    logit_scale: str = ""
+    softcap: str = ""
+    # attention
+    attention: str = "plain"  # plain, mla, gated_q, no_cache
+    norm: str = "rms"  # rms or layer
+    has_norm_weights: bool = True  # False: norms run without weights
+    qkv: str = ""  # reshaped: Q, K and V are views of a reshaped projection
     qk_norm: str = "before"  # relative to rope; "flat": on whole rows, before heads are split
     qk_norm_kind: str = "rms"
-    rope: str = "all"  # all, none, swa (windowed layers only), step (not every n_no_rope_layer_step-th)
+    has_plain_qk_norm: bool = False  # a norm without weights on roped Q and K
+    rope: str = "all"  # none, swa, swa_if_any, swa_or_dense, step, step_from_0, by_size, pattern, finetuned
+    has_alibi: bool = False
     has_q_scale: bool = False
-    has_wo_bias: bool = True
+    temperature: str = ""  # Q times a scale input: meta, or no_rope (layers without rope)
+    gate: str = ""  # sigmoid or softplus: attn_gate weighs the result before the output projection
+    value_scale: str = ""
+    is_capped: bool = False  # attention scores have a soft cap
     post_attention_norm: str = ""  # applied to the attention's result before the residual sum
+    is_post_attention_norm_pinned: bool = True
+    has_rows_after_norm: bool = False  # the last layer's rows are chosen after that norm
+    is_residual_first: bool = False
+    has_flash: bool = True
+    unread: str = (
+        ""  # loaded, not used: q, o, f biases of QKV, output and feed-forward, l of the logits, s scales
+    )
+    # feed-forward
     ffn_norm: str = "ffn_norm"
     post_ffn_norm: str = ""
-    parallel: str = ""  # feed-forward beside attention: the order of the sums, a = attention, f, r = residual
+    is_post_ffn_norm_pinned: bool = False
+    parallel: str = ""  # feed-forward beside attention: order of the sums; a attention, f, r residual
+    is_parallel_of_norm: bool = True  # the feed-forward reads the attention's norm
     activation: str = "silu"
-    has_ffn_bias: bool = True
-    gating: str = "softmax"  # or meta: as the metadata says
-    has_expert_norm: bool | None = True  # None: as the metadata says
+    residual_scale: str = ""
+    deepstack: str = ""  # before or after: where a layer adds its part of the input embeddings
+    has_skip: bool = False  # the embeddings, scaled, are added after every layer
+    # experts
+    feed: str = ""  # arctic, grok, grove, router_first: how the block differs
+    gating: str = "softmax"  # or meta
+    default_gating: str = "sigmoid"
+    has_expert_norm: bool | None = True  # None: as expert_weights_norm says
     is_expert_scaled: bool = True  # by expert_weights_scale, where it is neither 0 nor 1
     expert_activation: str = "silu"
+    shared_activation: str = "silu"
     shared_gate: str = ""  # sigmoid or silu_div: how the shared expert is weighed
-    is_shared_first: bool = False
-    rows_at: str = "last_layer"  # or end: where the tokens without logits are dropped
-    has_output_bias: bool = True
-    logit_scale: str = ""  # "always", or "meta": where logit_scale is set
-    softcap: str = ""  # "always", or "meta": where final_logit_softcapping is set
-    residual_scale: str = ""  # "meta": where residual_scale is set; "always"
-    has_position_table: bool = False
-    has_embedding_norm: bool = False
-    embedding_norm_pin: int = -1
-    has_output_norm: bool = True
-    scale_before_output: bool = False
-    is_parallel_from_norm: bool = True
-    is_post_ffn_norm_pinned: bool = False
-    is_attention_capped: bool = False
-    has_rope_factors: bool = True
-    has_alibi: bool = False
+    is_weighted_before: bool = False
+    selects_by: str = "probs"  # or logits, sigmoid
+    is_sum_scaled: bool = False
+    scaled: str = ""  # whose `.scale` tensors are used: f feed-forward, d its last part, e experts, s shared
+    clamp: str = ""  # how swiglu_clamp_exp and _shexp limit SiLU: split or fused
+    # recurrence and structure
+    recurrent: str = ""  # gdn, mamba, mamba2, shortconv, ...
+    structure: str = ""  # builds the whole graph in its own way
 
+
+_META: dict[str, Any] = {"gating": "meta", "has_expert_norm": None}
+_GEMMA: dict[str, Any] = {"has_q_scale": True, "activation": "gelu"}
+_POST_NORMS: dict[str, Any] = {"post_attention_norm": "post_attention_norm", "post_ffn_norm": "post_ffw_norm"}
+_GRANITE: dict[str, Any] = {"embedding_scale": "meta", "residual_scale": "meta", "logit_scale": "always"}
+_LAYER_GELU: dict[str, Any] = {"norm": "layer", "activation": "gelu"}
 
 LLAMA = Row()
 
 ROWS: dict[str, Row] = {
-    "llama": Row(),
-    "qwen3moe": Row(),
-    "gemma3": Row(
-        embedding_scale="rows",
-        has_q_scale=True,
-        has_wo_bias=False,
-        post_attention_norm="post_attention_norm",
-        post_ffn_norm="post_ffw_norm",
-        activation="gelu",
-        has_ffn_bias=False,
-        softcap="meta",
+    **dict.fromkeys((*("exaone", "qwen", "qwen2", "xverse", "internlm2", "pangu-embedded"), "deci"), LLAMA),
+    "llama": Row(scaled="fe"),
+    "ernie4_5": Row(unread="o"),
+    "ernie4_5-moe": Row(unread="o"),
+    "bitnet": Row(scaled="f"),
+    "mellum": Row(scaled="e"),
+    "qwen3": Row(scaled="f"),
+    "qwen3moe": Row(scaled="e"),
+    "arctic": Row(feed="arctic"),
+    "apertus": Row(activation="xielu"),
+    "arcee": Row(activation="relu_sqr"),
+    "afmoe": Row(
+        embedding_scale="graph",
+        rope="step",
+        gate="sigmoid",
+        is_post_ffn_norm_pinned=True,
+        has_rows_after_norm=True,
+        **_POST_NORMS,
+        **_META,
     ),
+    "baichuan": Row(rope="by_size"),
+    "bailingmoe": Row(has_expert_norm=None),
+    "bailingmoe2": Row(**_META),
+    "bloom": Row(embedding_norm="weights", embedding_norm_pin=0, rope="none", has_alibi=True, **_LAYER_GELU),
+    "chameleon": Row(qk_norm_kind="layer", structure="chameleon"),
+    "chatglm": Row(activation="swiglu"),
+    "codeshell": Row(**_LAYER_GELU),
+    "cogvlm": Row(unread="s", has_mixed_batch=False, rows_at="never"),
+    "cohere2": Row(scaled="f", norm="layer", rope="swa", parallel="fra", logit_scale="meta"),
+    "cohere2moe": Row(
+        scaled="fes",
+        rope="swa_or_dense",
+        parallel="fra",
+        logit_scale="meta",
+        rows_at="end_normed",
+        is_sum_scaled=True,
+        **_META,
+    ),
+    "command-r": Row(norm="layer", qk_norm_kind="layer", parallel="fra", logit_scale="meta"),
+    "dbrx": Row(norm="layer", ffn_norm="attn_output_norm"),
+    "deepseek": Row(has_expert_norm=False),
+    "deepseek2": Row(attention="mla", temperature="meta", default_gating="softmax", **_META),
+    "deepseek2-ocr": Row(attention="plain", default_gating="softmax", **_META),
+    "dots1": Row(**_META),
+    "dream": Row(unread="l", attention="no_cache"),
+    "exaone-moe": Row(rope="swa", **_META),
+    "exaone4": Row(rope="swa_if_any", **_POST_NORMS),
+    "falcon": Row(parallel="far", **_LAYER_GELU),
+    "gemma": Row(embedding_scale="graph", **_GEMMA),
+    "gemma2": Row(embedding_scale="graph", softcap="always", is_capped=True, **_GEMMA, **_POST_NORMS),
+    "gemma3": Row(embedding_scale="rows", softcap="meta", **_GEMMA, **_POST_NORMS),
+    "gemma-embedding": Row(
+        attention="no_cache", embedding_scale="rows", structure="embedding", **_GEMMA, **_POST_NORMS
+    ),
+    "glm4": Row(
+        activation="swiglu",
+        n_pos_per_token=0,
+        is_post_ffn_norm_pinned=True,
+        **_POST_NORMS,
+    ),
+    "glm4moe": Row(ffn_norm="post_attention_norm", n_pos_per_token=0, **_META),
     "gpt-oss": Row(
         ffn_norm="post_attention_norm",
         gating="softmax_weight",
@@ -75,12 +158,112 @@ ROWS: dict[str, Row] = {
         expert_activation="swiglu_oai",
         rows_at="end",
     ),
-    "deepseek2": Row(attention="mla", gating="meta", has_expert_norm=None),
+    "gpt2": Row(has_position_table=True, rope="none", **_LAYER_GELU),
+    "gptneox": Row(parallel="neox", **_LAYER_GELU),
+    "granite": Row(deepstack="before", rope="finetuned", **_GRANITE),
+    "granite_swa": Row(deepstack="before", rope="pattern", shared_activation="swiglu", **_GRANITE),
+    "granitemoe": Row(**_GRANITE),
+    "grok": Row(
+        has_flash=False,
+        embedding_scale="always",
+        logit_scale="always",
+        softcap="meta",
+        activation="gelu",
+        expert_activation="gelu",
+        feed="grok",
+        post_attention_norm="attn_output_norm",
+        post_ffn_norm="layer_output_norm|post_ffw_norm",
+        is_post_ffn_norm_pinned=True,
+    ),
+    "grovemoe": Row(feed="grove", selects_by="sigmoid"),
+    "hunyuan-dense": Row(qk_norm="after"),
+    "hunyuan-moe": Row(qk_norm="after", feed="shared_first"),
+    "hunyuan_vl": Row(qk_norm="after", n_pos_per_token=0),
+    "hy_v3": Row(scaled="fes", rows_at="end_normed", **_META),
+    "jais": Row(norm="layer", rope="none", has_alibi=True),
+    "jais2": Row(norm="layer", activation="relu_sqr"),
+    "laguna": Row(gate="softplus", **_META),
+    "llada": Row(unread="of", attention="no_cache"),
+    "llada-moe": Row(attention="no_cache", has_expert_norm=False),
+    "llama-embed": Row(attention="no_cache", structure="embedding"),
+    "llama4": Row(
+        rope="step",
+        temperature="no_rope",
+        has_plain_qk_norm=True,
+        gating="sigmoid",
+        has_expert_norm=False,
+        is_weighted_before=True,
+        selects_by="logits",
+    ),
+    "maincoder": Row(qk_norm="after"),
+    "maple": Row(rope="swa", clamp="fused", is_expert_scaled=False),
+    "mimo2": Row(unread="qs", value_scale="meta", gating="sigmoid"),
+    "minicpm": Row(embedding_scale="always", residual_scale="always", logit_scale="always"),
+    "minicpm3": Row(attention="mla", embedding_scale="graph", residual_scale="always", output_scale="always"),
+    "minimax-m2": Row(qk_norm="flat", gating="meta"),
+    "mistral3": Row(scaled="fe", temperature="meta"),
+    "mistral4": Row(attention="mla", temperature="meta", default_gating="softmax", **_META),
+    "mpt": Row(
+        has_position_table=True,
+        rope="none",
+        has_alibi=True,
+        qk_norm="mpt",
+        qk_norm_kind="layer",
+        **_LAYER_GELU,
+    ),
+    "muse-glimmer": Row(
+        embedding_norm="plain",
+        rope="swa",
+        gate="sigmoid",
+        logit_scale="always",
+        softcap="meta",
+        is_post_attention_norm_pinned=False,
+        has_rows_after_norm=True,
+        **_POST_NORMS,
+    ),
+    "nanbeige": Row(scaled="f", structure="loops"),
+    "nemotron": Row(norm="layer", activation="relu_sqr"),
+    "olmo": Row(norm="layer", has_norm_weights=False),
+    "olmo2": Row(qk_norm="flat", **_POST_NORMS),
+    "olmoe": Row(qk_norm="flat", has_expert_norm=False),
+    "openelm": Row(is_residual_first=True, qkv="reshaped"),
+    "orion": Row(norm="layer"),
+    "paddleocr": Row(n_pos_per_token=4),
+    "phi2": Row(has_q_scale=True, parallel="afr", **_LAYER_GELU),
+    "phi3": Row(has_q_scale=True, activation="swiglu"),
+    "phimoe": Row(has_q_scale=True, activation="swiglu"),
+    "plamo": Row(parallel="far"),
+    "plamo3": Row(unread="s", activation="swiglu", is_post_ffn_norm_pinned=True, **_POST_NORMS),
+    "plm": Row(attention="mla", activation="relu_sqr"),
+    "pockettts": Row(**_LAYER_GELU),
+    "qwen2moe": Row(has_expert_norm=False, shared_gate="silu_div"),
+    "qwen2vl": Row(unread="l", n_pos_per_token=4),
     "qwen3next": Row(
+        scaled="es",
         attention="gated_q",
         recurrent="gdn",
         ffn_norm="post_attention_norm",
         shared_gate="sigmoid",
         rows_at="end_normed",
+    ),
+    "qwen3tts": Row(n_pos_per_token=4, deepstack="after"),
+    "qwen3vl": Row(n_pos_per_token=4, deepstack="after"),
+    "qwen3vlmoe": Row(n_pos_per_token=4, deepstack="after"),
+    "refact": Row(feed="dense", unread="of", rope="none", has_alibi=True),
+    "rnd1": Row(attention="no_cache"),
+    "seed_oss": Row(ffn_norm="post_attention_norm"),
+    "smallthinker": Row(rope="step_from_0", feed="router_first", expert_activation="relu", gating="meta"),
+    "smollm3": Row(rope="step"),
+    "spark2_5": Row(activation="gelu", gate="sigmoid"),
+    "stablelm": Row(norm="layer", qk_norm_kind="layer", parallel="stablelm"),
+    "starcoder": Row(has_position_table=True, rope="none", **_LAYER_GELU),
+    "starcoder2": Row(**_LAYER_GELU),
+    "talkie": Row(
+        scaled="d",
+        embedding_norm="plain",
+        has_norm_weights=False,
+        qk_norm="after",
+        logit_scale="always",
+        has_skip=True,
     ),
 }
