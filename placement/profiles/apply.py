@@ -124,7 +124,7 @@ def _with_layers_kept(choice: Choice, section: Section) -> Choice:
 def _rewrite(
     conf: ModelsConf, section: Section, chosen: dict[str, Part]
 ) -> tuple[dict[int, tuple[int, str | None]], list[str]]:
-    """By first line, the last line and new text (None: gone) of each entry that changes; and the old texts."""
+    """Last line and new text (None: gone) of each entry that changes, by first line; and the old texts."""
     counting = section.current().values()
     keyed = {entry.option for entry in counting if entry.option in chosen}
     texts: dict[int, tuple[int, str | None]] = {}

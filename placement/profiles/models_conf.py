@@ -1,9 +1,9 @@
 """A models.conf into sections and entries that remember their place in the file, and back, byte for byte.
 
-Writing what was read gives the same bytes: comments, blank lines, mixed line ends, a byte-order mark, bytes that
-are no UTF-8, a missing final newline. A line that cannot be read is a problem of its section, never an error.
-Backslashes are literal everywhere (`blk\\.` is a regular expression); quotes only group where they enclose a
-whole word, or the whole value.
+Writing what was read gives the same bytes: comments, blank lines, mixed line ends, a byte-order mark, bytes
+that are no UTF-8, a missing final newline. A line that cannot be read is a problem of its section, never an
+error. Backslashes are literal everywhere (`blk\\.` is a regular expression); quotes only group where they
+enclose a whole word, or the whole value.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """`KEY=value` on lines `first` to `last` (from 0); `head`, value, `tail` and `ending` make up the text."""
+    """`KEY=value` on lines `first` to `last` (from 0); `head`, value, `tail`, `ending` make up the text."""
 
     key: str
     value: str
@@ -119,7 +119,7 @@ class Section:
 
 @dataclass(frozen=True)
 class ModelsConf:
-    """A file's lines, with their line ends, and its sections; `problems` are of lines before the first one."""
+    """A file's lines with their ends, and its sections; `problems` are of lines before the first one."""
 
     where: str
     lines: tuple[str, ...]

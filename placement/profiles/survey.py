@@ -13,7 +13,6 @@ from placement.machine import Machine
 from placement.model import Model
 from placement.profiles.find_model import ModelFinder
 from placement.profiles.models_conf import ModelsConf, Section, words
-from placement.profiles.options import plain_words
 from placement.solution import Solution, SolutionSet, solution_row
 from placement.solve import Request, make_problem, solve
 

@@ -20,9 +20,7 @@ def survey_lines(profiles: Sequence[Profile], width: int = 100) -> list[str]:
     rows = [row for profile in profiles for row in _rows(profile, devices)]
     lines = _aligned([head, units, *rows]) if rows else []
     if rows:
-        lines.append(
-            "Speeds, memory and splits are estimated; ! = over the cap; memory includes the runtime."
-        )
+        lines.append("Everything is estimated; memory includes the runtime; ! = over the cap.")
     for profile in profiles:
         lines += ["", *_details(profile, width)]
     return lines

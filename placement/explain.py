@@ -1,0 +1,206 @@
+"""An assignment → the layer map: where each layer, its experts and its memory live, as lines of segments.
+
+A segment is a text and a role: a device's name, "CPU", or "" for plain text. Colour is the caller's; without
+it the map reads by its letters: 0-9 and A-Z are the GPUs in the engine's order, c is the CPU.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from placement.architecture import LayerFacts, describe
+from placement.emit import tensor_home
+from placement.groups import is_expert_stack
+from placement.machine import Machine
+from placement.model import Model
+from placement.problem import CPU, Assignment
+from placement.solution import DeviceUse
+from placement.units import format_bytes
+
+LETTERS = "0123456789ABDEFGHIJKLMNOPQRSTUVWXYZ"  # no C: it would be read as c, the CPU
+CPU_LETTER, MIXED, NOTHING = "c", "*", "."
+HOST = "Host"
+_TITLE_WIDTH = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a line; `role` is the device that it speaks of, "" for none."""
+
+    text: str
+    role: str = ""
+
+
+Line = tuple[Segment, ...]
+
+
+def explain(
+    model: Model,
+    machine: Machine,
+    assignment: Assignment,
+    devices: Mapping[str, DeviceUse] | None = None,
+    width: int = 80,
+) -> list[Line]:
+    """The map of an assignment: a line per device, then a strip per question, wrapped to `width` columns."""
+    letters = {name: LETTERS[i % len(LETTERS)] for i, name in enumerate(assignment.devices)} | {
+        CPU: CPU_LETTER
+    }
+    title = f"{model.name} on {machine.name}: {_size(model)}"
+    lines = [_plain(text) for text in textwrap.wrap(title, width, subsequent_indent="  ")]
+    lines += _device_lines(model, machine, assignment, devices or {}, letters, width)
+    lines.append(_plain(""))
+    lines += _strips(model, assignment, letters, width)
+    return lines
+
+
+def text_of(lines: Sequence[Line]) -> str:
+    """The map without colour."""
+    return "\n".join("".join(segment.text for segment in line).rstrip() for line in lines)
+
+
+def _plain(text: str) -> Line:
+    return (Segment(text),)
+
+
+def _size(model: Model) -> str:
+    facts = describe(model)
+    experts = f", {facts.n_expert} experts of which {facts.n_expert_used} work" if facts.n_expert else ""
+    return f"{format_bytes(model.n_bytes)}, {facts.n_layer} layers and the output{experts}"
+
+
+def _device_lines(
+    model: Model,
+    machine: Machine,
+    assignment: Assignment,
+    uses: Mapping[str, DeviceUse],
+    letters: Mapping[str, str],
+    width: int,
+) -> list[Line]:
+    """For each device its letter, layers and experts; below, its memory where that is known."""
+    facts = describe(model)
+    experts = _expert_places(model, assignment)
+    lines: list[Line] = []
+    for name in [*assignment.devices, CPU]:
+        homes = [i for i, home in enumerate(assignment.homes) if home == name and i < facts.n_layer]
+        held = [i for i, places in experts.items() if name in places]
+        what = [f"layers {_ranges(homes)}"] if homes else []
+        what += ["output"] if assignment.homes[-1] == name else []
+        what += ["embedding"] if name == CPU else []
+        what += [f"experts of {_ranges(held)}"] if held and (held != homes or name == CPU) else []
+        what += ["with their experts"] if held and held == homes and name != CPU else []
+        head = f"{letters[name]} {name:<6} "
+        lines += _wrapped(head, "; ".join(what) or "nothing", name, width)
+        use = uses.get(HOST if name == CPU else name)
+        if use is not None:
+            lines.append((Segment(" " * len(head)), Segment(_memory(use), name)))
+    return lines
+
+
+def _memory(use: DeviceUse) -> str:
+    parts = (
+        f"weights {use.weights_mib:,.0f} + context {use.context_mib:,.0f} + compute {use.compute_mib:,.0f}"
+    )
+    if use.runtime_mib:
+        parts += f" + runtime {use.runtime_mib:,.0f}"
+    over = f", OVER by {-use.headroom_mib:,.0f}" if use.headroom_mib < 0 else ""
+    return f"{parts} = {use.used_mib:,.0f} of {use.cap_mib:,.0f} MiB{over}"
+
+
+def _wrapped(head: str, text: str, role: str, width: int) -> list[Line]:
+    pieces = textwrap.wrap(text.replace(",", ", "), width - len(head)) or [""]
+    heads = [head, *[" " * len(head)] * (len(pieces) - 1)]
+    return [
+        (Segment(start, role), Segment(piece.replace(", ", ",")))
+        for start, piece in zip(heads, pieces, strict=True)
+    ]
+
+
+def _strips(model: Model, assignment: Assignment, letters: Mapping[str, str], width: int) -> list[Line]:
+    """Layer numbers and, below them, homes, experts, other moved tensors, KV and state, a column a layer."""
+    facts = describe(model)
+    layers = facts.layers[: facts.n_layer]
+    experts, others = _expert_places(model, assignment), _other_places(model, assignment)
+    homes = list(assignment.homes[: facts.n_layer])
+    memory = [home if assignment.settings.is_kv_offloaded else CPU for home in homes]
+    rows: list[tuple[str, list[set[str]]]] = [("home", [{home} for home in homes])]
+    if any(experts.values()):
+        rows.append(("experts", [experts.get(i, set()) for i in range(len(layers))]))
+    if any(others.values()):
+        rows.append(("moved", [others.get(i, set()) for i in range(len(layers))]))
+    rows.append(("KV", [{memory[i]} if layer.caches else set() for i, layer in enumerate(layers)]))
+    if any(_has_state(layer) for layer in layers):
+        rows.append(
+            ("state", [{memory[i]} if _has_state(layer) else set() for i, layer in enumerate(layers)])
+        )
+    step = max(10, (width - _TITLE_WIDTH) // 10 * 10)
+    lines: list[Line] = []
+    for start in range(0, len(layers), step):
+        end = min(start + step, len(layers))
+        lines.append(_plain("layer".ljust(_TITLE_WIDTH) + _scale(start, end)))
+        lines += [_strip(title, places[start:end], letters) for title, places in rows]
+    return [*lines, _plain(""), _plain(_legend(assignment, letters, rows))]
+
+
+def _has_state(layer: LayerFacts) -> bool:
+    return bool(layer.state_r or layer.state_s or layer.state_extra)
+
+
+def _scale(start: int, end: int) -> str:
+    return "".join(str(i).ljust(10) for i in range(start, end, 10))[: end - start + 2].rstrip()
+
+
+def _strip(title: str, places: Sequence[set[str]], letters: Mapping[str, str]) -> Line:
+    """A column a layer; neighbours with one role share a segment."""
+    segments = [Segment(title.ljust(_TITLE_WIDTH))]
+    for held in places:
+        role = next(iter(held)) if len(held) == 1 else ""
+        letter = letters[role] if role else (MIXED if held else NOTHING)
+        if len(segments) > 1 and segments[-1].role == role:
+            segments[-1] = Segment(segments[-1].text + letter, role)
+        else:
+            segments.append(Segment(letter, role))
+    return tuple(segments)
+
+
+def _legend(
+    assignment: Assignment, letters: Mapping[str, str], rows: Sequence[tuple[str, list[set[str]]]]
+) -> str:
+    parts = [f"{letters[name]} = {name}" for name in [*assignment.devices, CPU]]
+    places = [held for _, column in rows for held in column]
+    parts += [f"{MIXED} = on several"] if any(len(held) > 1 for held in places) else []
+    parts += [f"{NOTHING} = none"] if not all(places) else []
+    return ", ".join(parts)
+
+
+def _expert_places(model: Model, assignment: Assignment) -> dict[int, set[str]]:
+    """The devices that hold each layer's experts."""
+    moved, n_layer = dict(assignment.moved), describe(model).n_layer
+    places: dict[int, set[str]] = {}
+    for tensor in model.tensors:
+        if tensor.layer is not None and tensor.layer < n_layer and is_expert_stack(tensor):
+            at = moved.get(tensor.name) or tensor_home(model, tensor.name, assignment.homes)
+            places.setdefault(tensor.layer, set()).add(at)
+    return places
+
+
+def _other_places(model: Model, assignment: Assignment) -> dict[int, set[str]]:
+    """Where overrides put each layer's tensors that are not experts."""
+    places: dict[int, set[str]] = {}
+    for name, device in assignment.moved:
+        tensor = model.by_name[name]
+        if tensor.layer is not None and not is_expert_stack(tensor):
+            places.setdefault(tensor.layer, set()).add(device)
+    return places
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """Layer numbers as runs: "0-3,7"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
