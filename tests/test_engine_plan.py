@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from golden_sample import GOLDEN
+from golden_sample import model as golden_model
 
 from placement.arguments import parse
+from placement.compute import plan_compute
 from placement.emit import resolve
 from placement.engine import (
     Engine,
@@ -25,6 +28,7 @@ from placement.engine import (
 from placement.errors import EngineFailed
 from placement.machine import Cpu, Device, Machine
 from placement.memory import static_memory
+from placement.model import Model
 from placement.model_files import resolve_model
 from placement.units import MIB
 
@@ -57,8 +61,18 @@ def workers(engine: Engine) -> Iterator[Workers]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def cache(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> PlanCache:
+    """Each placement is planned once for all the tests that look at it."""
+    return PlanCache(engine, tmp_path_factory.mktemp("plans"))
+
+
 def rpc_of(workers: Workers) -> list[str]:
     return ["--rpc", ",".join(worker.endpoint for worker in workers)]
+
+
+def any_model(name: str) -> Model:
+    return golden_model(name) if (GOLDEN / "models" / f"{name}.json").exists() else resolve_model(name)
 
 
 def machine_of(workers: Workers) -> Machine:
@@ -74,11 +88,13 @@ def arguments_of(workers: Workers, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "text"), CASES)
-def test_estimate_equals_plan(engine: Engine, workers: Workers, name: str, text: str) -> None:
+def test_estimate_equals_plan(
+    engine: Engine, workers: Workers, cache: PlanCache, name: str, text: str
+) -> None:
     """Weights and context of every device are those of the engine's own plan, to the MiB it prints."""
-    model = resolve_model(name)
+    model = any_model(name)
     arguments = arguments_of(workers, text)
-    planned = plan(engine, model, arguments).devices
+    planned = plan(engine, model, arguments, cache=cache).devices
     assignment = resolve(model, machine_of(workers), parse(arguments), "llama-fit-params")
     estimated = static_memory(model, machine_of(workers), assignment)
     for device, memory in planned.items():
@@ -86,6 +102,43 @@ def test_estimate_equals_plan(engine: Engine, workers: Workers, name: str, text:
         difference = estimated[device].weights_bytes / MIB - memory.weights_mib
         assert 0 <= difference < n_parts, (device, difference)
         assert estimated[device].context_bytes // MIB == memory.context_mib
+
+
+@pytest.mark.parametrize(("name", "text"), CASES)
+def test_splits_equal_plan(engine: Engine, workers: Workers, cache: PlanCache, name: str, text: str) -> None:
+    """Prompt and decode splits, graph nodes and pipeline copies are those of the engine's own plan."""
+    model, machine = resolve_model(name), machine_of(workers)
+    arguments = arguments_of(workers, text)
+    planned = plan(engine, model, arguments, cache=cache)
+    assignment = resolve(model, machine, parse(arguments), "llama-fit-params")
+    ours = plan_compute(model, machine, assignment, "llama-fit-params")
+    assert (ours.splits_prompt, ours.splits_decode) == (planned.splits_prompt, planned.splits_decode)
+    assert (ours.n_nodes_prompt, ours.n_nodes_decode) == (planned.nodes_prompt, planned.nodes_decode)
+    assert ours.n_copies == planned.n_copies
+
+
+@pytest.mark.parametrize(("name", "text"), [case for case in CASES if "q8_0" not in case[1]])
+def test_compute_buffers_equal_plan(
+    engine: Engine, workers: Workers, cache: PlanCache, name: str, text: str
+) -> None:
+    """The compute buffer of every device is the one the engine reserves, to the MiB it prints."""
+    model, machine = resolve_model(name), machine_of(workers)
+    arguments = arguments_of(workers, text)
+    assignment = resolve(model, machine, parse(arguments), "llama-fit-params")
+    ours = plan_compute(model, machine, assignment, "llama-fit-params").compute_bytes
+    planned = plan(engine, model, arguments, cache=cache).devices
+    assert {name: memory.compute_mib for name, memory in planned.items()} == {
+        name: ours[name] // MIB for name in planned
+    }
+
+
+@pytest.mark.parametrize(
+    "text", ["-c 4096 -ngl 99 -ts 1,1", "-c 8192 -np 2 -ngl 99 -ts 1,2", "-c 512 -ngl 1"]
+)
+@pytest.mark.parametrize("name", sorted(path.stem for path in (GOLDEN / "models").glob("*.json")))
+def test_architectures(engine: Engine, workers: Workers, cache: PlanCache, name: str, text: str) -> None:
+    """The same holds for tiny models of other architectures: hybrid, sparse attention, several caches."""
+    test_estimate_equals_plan(engine, workers, cache, name, text)
 
 
 def test_server_sizes_logits_for_its_slots(engine: Engine, workers: Workers) -> None:

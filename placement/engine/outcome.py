@@ -39,6 +39,14 @@ def is_unexplained(finished: Finished) -> bool:
     return failure is not None and failure.line.startswith(("what():", "terminate called"))
 
 
+def is_unconnected(finished: Finished) -> bool:
+    """Whether a run failed because an RPC worker did not take its connection."""
+    failure = (
+        classify_failure(finished.text) if finished.returncode != 0 and not finished.is_stopped else None
+    )
+    return failure is not None and failure.kind == "rpc"
+
+
 def failure_line(finished: Finished) -> str:
     """Say in one line which program failed, how and why, and where its last lines are kept."""
     name = finished.arguments[0]

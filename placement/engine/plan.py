@@ -21,7 +21,7 @@ from placement.engine.cache import PlanCache
 from placement.engine.find import Engine, read_program_flags
 from placement.engine.flags import Flags
 from placement.engine.logs import EngineMemory, PlanReading, has_all_buffers, is_whole, read_plan
-from placement.engine.outcome import failure_line, is_unexplained, require_success, unreadable
+from placement.engine.outcome import failure_line, is_unconnected, is_unexplained, require_success, unreadable
 from placement.engine.rpc import endpoints_of, exclusive
 from placement.engine.run import Finished, run, run_many
 from placement.errors import EngineFailed, EngineTimeout, InputError
@@ -39,6 +39,8 @@ _NOISE = re.compile(
 _TAIL_LINES = 40
 _TRIES = 8  # on a busy machine llama-fit-params loses its last lines in one run of five
 _REASON_TRIES = 3
+_RPC_TRIES = 5  # a worker that is just leaving its last client refuses the next one
+_RPC_PAUSE_S = 0.1
 _PAUSE_S = 0.02
 
 
@@ -275,7 +277,12 @@ def run_on(
     """
     try:
         with exclusive(endpoints, timeout_s):
-            return run(command, timeout_s=timeout_s, stop_when=stop_when, cancel=cancel)
+            for attempt in range(_RPC_TRIES if endpoints else 1):
+                time.sleep(_RPC_PAUSE_S * attempt)
+                finished = run(command, timeout_s=timeout_s, stop_when=stop_when, cancel=cancel)
+                if not is_unconnected(finished):
+                    break
+            return finished
     except EngineTimeout as error:
         if not endpoints:
             raise

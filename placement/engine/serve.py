@@ -28,7 +28,8 @@ from placement.model import Model
 
 _LOCAL = "127.0.0.1"
 _POLL_S = 0.05
-_PORT_TRIES = 4
+_START_TRIES = 4  # a free port may be taken meanwhile, an RPC worker still be leaving its last client
+_RETRY_PAUSE_S = 0.3
 _LAST_WORDS_S = 2.0  # between a broken connection and the exit of a dying server
 _QUESTION_S = 10.0
 _LINE_LENGTH = 300
@@ -265,13 +266,15 @@ def serve(
     command = _command(engine, _weights(model), arguments)
     server = _start(command, log, port)
     try:
-        for _ in range(_PORT_TRIES if port is None else 1):
+        for attempt in range(_START_TRIES):
             try:
                 server.wait_ready(start_timeout_s, cancel)
                 break
             except ServerFailed as error:
-                if error.outcome != "port-taken" or port is not None:
+                is_passing = error.outcome == "rpc" or (error.outcome == "port-taken" and port is None)
+                if not is_passing or attempt + 1 == _START_TRIES:
                     raise
+                time.sleep(_RETRY_PAUSE_S)
                 server = _start(command, log, port)
         yield server
     finally:
