@@ -164,19 +164,18 @@ def kv_bytes_read(model: Model, settings: Settings, depth_tokens: int) -> tuple[
     """Bytes of context memory that one decoded token moves in each layer, `depth_tokens` already there.
 
     Attention reads whole blocks of 256 cells, at most the cache; sparse attention reads its indexer's keys
-    and `top_k` rows; state is read and written. A layer that reuses another's cache is counted itself.
+    and the cells chosen; state is read and written. A layer that reuses another's cache is counted itself.
     """
     architecture = describe(model)
     size = context_size(model, settings)
     totals = []
     for layer in architecture.layers:
         owner = architecture.layers[layer.cache_layer] if layer.cache_layer is not None else layer
-        has_indexer = any(cache.is_indexer for cache in owner.caches)
         total = 0
         for cache in owner.caches:
             cells = _cells_read(cache, settings, size, depth_tokens)
-            if has_indexer and not cache.is_indexer and cache.window_tokens is None:
-                cells = min(cells, architecture.indexer_top_k or cells)
+            if layer.is_sparse and not cache.is_indexer and cache.window_tokens is None:
+                cells = min(cells, architecture.sparse_tokens)
             total += cells * _row_bytes(architecture, cache, settings)
         totals.append(total + 2 * STATE_BYTES * (layer.state_r + layer.state_s))
     return tuple(totals)

@@ -215,3 +215,35 @@ def test_weights_are_conserved(homes: list[str]) -> None:
     model = golden_sample.model("gpt-oss-120b")
     total = sum(part.weights_bytes for part in static_memory(model, MACHINE, spread(model, *homes)).values())
     assert model.n_bytes <= total <= 1.001 * model.n_bytes
+
+
+def test_sparse_attention_reads_what_it_chose() -> None:
+    """With an indexer a token reads all its keys but only top_k cells of K."""
+    model = tiny(
+        "deepseek32",
+        attention__head_count_kv=1,
+        attention__key_length=576,
+        attention__key_length_mla=192,
+        attention__value_length_mla=128,
+        attention__indexer__key_length=128,
+        attention__indexer__top_k=2048,
+    )
+    settings = Settings(ctx_tokens=65536)
+    assert kv_bytes_read(model, settings, 32000)[0] == 2 * (2048 * 576 + 32256 * 128)
+
+
+def test_lazy_tensor_counts_as_host_memory() -> None:
+    """A per-layer embedding above 4 GiB stays on the CPU whatever an override says."""
+    model = tiny("gemma4", {"per_layer_token_embd.weight": (10752, 262144)})
+    plan = spread(model, *["CUDA0"] * 5)
+    moved = dataclasses.replace(plan, moved=(("per_layer_token_embd.weight", "CUDA1"),))
+    assert tensor_devices(model, MACHINE, moved)["per_layer_token_embd.weight"] == CPU
+
+
+def test_gemma4_loads_a_tied_embedding_twice() -> None:
+    """Gemma 4 loads a tied embedding twice even where both copies are in host memory."""
+    model = tiny("gemma4")
+    assert list(tensor_devices(model, MACHINE, spread(model, *[CPU] * 5))) == [
+        "token_embd.weight",
+        "output.weight",
+    ]

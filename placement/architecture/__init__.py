@@ -66,6 +66,8 @@ def _describe(model: Model) -> Architecture:
         is_mla=header.is_mla,
         v_width_max=max((header.v_width(i) for i in range(header.n_layer_all)), default=0),
         indexer_top_k=header.integer("attention.indexer.top_k"),
+        sparse_tokens=header.integer("attention.indexer.top_k")
+        * header.integer("attention.indexer.block_size", 1),
         layers=facts,
         tensors=placed,
         skipped=skipped,

@@ -139,6 +139,7 @@ class Header:
             state_r=state[0],
             state_s=state[1],
             state_extra=state[2],
+            is_sparse=bool(caches) and self._is_sparse(i),
         )
 
     def _n_kv_from_start(self) -> int:
@@ -207,6 +208,13 @@ class Header:
             width *= self.rule.indexer_pool_row if self._is_pooled() else 1
             return Cache(width, 0, is_indexer=True, k_head=width)
         return Cache(width, 0 if self.is_mla else v_head, is_indexer=True, k_head=width, v_head=v_head)
+
+    def _is_sparse(self, i: int) -> bool:
+        if self.rule.memory == "dsv4":
+            return self._compress_ratio(i) == _CSA_RATIO
+        if self.rule.indexer is None or self.is_windowed[i] or not self.integer("attention.indexer.top_k"):
+            return False
+        return self.rule.indexer != "sparse" or self._has_indexer(i, "sparse")
 
     def _is_pooled(self) -> bool:
         if self.integer("attention.indexer.kpool"):

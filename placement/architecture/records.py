@@ -31,7 +31,8 @@ class LayerFacts:
     """One layer: heads, caches of its own, and F32 state elements per sequence (`state_r`, `state_s`).
 
     `cache_layer` is the layer whose cache it reads: itself, an earlier one, or None without attention memory.
-    `state_elements` beyond r and s (compressor states) are in `state_extra`.
+    `state_extra` is state beyond r and s (compressors). `is_sparse`: attention reads only the cells that an
+    indexer, its own or an earlier layer's, has chosen.
     """
 
     index: int
@@ -47,6 +48,7 @@ class LayerFacts:
     state_r: int = 0
     state_s: int = 0
     state_extra: int = 0
+    is_sparse: bool = False
 
     @property
     def k_width(self) -> int:
@@ -91,7 +93,8 @@ class Architecture:
 
     `n_layer_all` counts NextN (MTP) layers, which are not loaded, and the layers that an architecture adds to
     its blocks; `n_layer` is the trunk. `v_width_max` is what V is padded to without flash attention.
-    `is_known` False: no rule for this name, everything is derived from the header alone.
+    `indexer_top_k` is what the header says, in cells or blocks; `sparse_tokens` the cells that sparse
+    attention reads. `is_known` False: no rule for this name, everything is derived from the header alone.
     """
 
     name: str
@@ -107,6 +110,7 @@ class Architecture:
     is_mla: bool
     v_width_max: int
     indexer_top_k: int
+    sparse_tokens: int
     layers: tuple[LayerFacts, ...]
     tensors: tuple[PlacedTensor, ...]
     skipped: tuple[Tensor, ...]
