@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from placement.architecture import LayerFacts, describe
 from placement.emit import tensor_home
@@ -60,6 +61,26 @@ def text_of(lines: Sequence[Line]) -> str:
     return "\n".join("".join(segment.text for segment in line).rstrip() for line in lines)
 
 
+def layer_row(model: Model, assignment: Assignment) -> list[dict[str, Any]]:
+    """The map as data: for each layer its home, and where its experts and its cache or state are."""
+    facts = describe(model)
+    experts = _expert_places(model, assignment)
+    is_offloaded = assignment.settings.is_kv_offloaded
+    return [
+        {
+            "layer": i,
+            "home": assignment.homes[i],
+            "experts": sorted(experts.get(i, ())),
+            "context": (assignment.homes[i] if is_offloaded else CPU) if _has_memory(layer) else None,
+        }
+        for i, layer in enumerate(facts.layers[: facts.n_layer])
+    ]
+
+
+def _has_memory(layer: LayerFacts) -> bool:
+    return bool(layer.caches) or _has_state(layer)
+
+
 def _plain(text: str) -> Line:
     return (Segment(text),)
 
@@ -88,8 +109,8 @@ def _device_lines(
         what = [f"layers {_ranges(homes)}"] if homes else []
         what += ["output"] if assignment.homes[-1] == name else []
         what += ["embedding"] if name == CPU else []
-        what += [f"experts of {_ranges(held)}"] if held and (held != homes or name == CPU) else []
-        what += ["with their experts"] if held and held == homes and name != CPU else []
+        is_own = bool(held) and name != CPU and held == [i for i in homes if i in experts]
+        what += ["with their experts"] if is_own else ([f"experts of {_ranges(held)}"] if held else [])
         head = f"{letters[name]} {name:<6} "
         lines += _wrapped(head, "; ".join(what) or "nothing", name, width)
         use = uses.get(HOST if name == CPU else name)

@@ -1,7 +1,7 @@
 """A launch → a command line of KoboldCpp, where its options mean the same (its koboldcpp.py, version 1.102).
 
-Memory and speed were predicted for llama-server: KoboldCpp sizes its buffers itself. Its sampler settings come
-with each request, so those of the profile are refused rather than dropped.
+Memory and speed were predicted for llama-server: KoboldCpp sizes its buffers itself. Its sampler settings
+come with each request, so those of the profile are named in a comment instead.
 """
 
 from __future__ import annotations

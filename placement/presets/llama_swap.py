@@ -1,7 +1,7 @@
 """Launches → a llama-swap configuration.
 
-llama-swap reads `cmd` as a shell would and expands `${NAME}` in it; a single-quoted YAML scalar says any of it
-once quotes are doubled. `${PORT}` is its own macro.
+llama-swap reads `cmd` as a shell would and expands `${NAME}` in it, `${PORT}` being its own. A single-quoted
+YAML scalar says all that once its quotes are doubled.
 """
 
 from __future__ import annotations

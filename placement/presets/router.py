@@ -1,7 +1,7 @@
 """Launches → the preset file of llama-server's router mode (`--models-preset`, common/preset.cpp).
 
-A value is taken as it stands: no quotes, no escapes, so a regular expression's backslashes stay single. It ends
-at a `#` or `;`, which therefore cannot be said. A key is an option without its dashes; each may stand once.
+A value is taken as it stands: no quotes, no escapes, so a regular expression's backslashes stay single. It
+ends at a `#` or `;`, which therefore cannot be said. A key is an option without its dashes; each stands once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A launch → a systemd service unit.
 
-In `ExecStart=` a backslash begins an escape, `%` a specifier and `$` a variable: each is doubled. A word with
-spaces, quotes or a separator stands in double quotes (systemd.service(5), "Command lines"; systemd.syntax(7)).
+In `ExecStart=` a backslash begins an escape, `%` a specifier and `$` a variable: each is doubled. A word
+with spaces, quotes or a separator stands in double quotes (systemd.service(5), systemd.syntax(7)).
 """
 
 from __future__ import annotations

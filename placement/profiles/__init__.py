@@ -6,7 +6,9 @@
 
 from placement.profiles.apply import Applied, apply_choice
 from placement.profiles.choice import Choice, Measured, choice_of
+from placement.profiles.chosen import best_arguments, chosen_row, request_of, section_of
 from placement.profiles.find_model import ModelFinder, read_mapping, remember
+from placement.profiles.launches import launch_of_choice, launches_of_conf, with_files
 from placement.profiles.models_conf import ModelsConf, Section, parse_models_conf, read_models_conf, words
 from placement.profiles.survey import Defaults, Profile, profile_row, read_profile, survey
 from placement.profiles.table import survey_lines
@@ -21,14 +23,21 @@ __all__ = [
     "Profile",
     "Section",
     "apply_choice",
+    "best_arguments",
     "choice_of",
+    "chosen_row",
+    "launch_of_choice",
+    "launches_of_conf",
     "parse_models_conf",
     "profile_row",
     "read_mapping",
     "read_models_conf",
     "read_profile",
     "remember",
+    "request_of",
+    "section_of",
     "survey",
     "survey_lines",
+    "with_files",
     "words",
 ]

@@ -16,6 +16,8 @@ from placement.profiles.models_conf import ModelsConf, Section, words
 from placement.solution import Solution, SolutionSet, solution_row
 from placement.solve import Request, make_problem, solve
 
+Find = Callable[[Section, str | None], tuple[Model, str]]
+
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
@@ -37,6 +39,7 @@ class Profile:
     problem: str | None = None
     model: Model | None = None
     arguments: Arguments | None = None
+    tokens: tuple[str, ...] = ()  # defaults and cache types included
     now: Check | None = None
     request: Request = field(default_factory=Request)
     notes: tuple[str, ...] = ()
@@ -64,7 +67,7 @@ def _compared(assignment: Any) -> Any:
 def read_profile(
     section: Section,
     machine: Machine,
-    finder: ModelFinder,
+    find: Find,
     defaults: Defaults,
     request: Request,
 ) -> Profile:
@@ -79,7 +82,7 @@ def read_profile(
         return Profile(section, problem="; ".join(bad), notes=tuple(notes))
     try:
         own = section.tokens()
-        model, how = finder.find(section, parse([*defaults.tokens, *own]).model_path)
+        model, how = find(section, parse([*defaults.tokens, *own]).model_path)
         tokens, told = _with_cache_types([*defaults.tokens, *own], model)
         arguments = parse(tokens)
         asked, warned = _request(model, machine, arguments, request)
@@ -88,7 +91,7 @@ def read_profile(
     except InputError as exc:
         return Profile(section, problem=str(exc), notes=tuple(notes))
     notes += [f"model {model.name}, {how}", *told, *warned]
-    return Profile(section, None, model, arguments, now, asked, tuple(notes))
+    return Profile(section, None, model, arguments, tuple(tokens), now, asked, tuple(notes))
 
 
 def _with_cache_types(tokens: Sequence[str], model: Model) -> tuple[list[str], list[str]]:
@@ -131,15 +134,16 @@ def survey(
     defaults: Defaults | None = None,
     request: Request | None = None,
     *,
+    sections: Sequence[Section] | None = None,
     is_solved: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[Profile]:
-    """Each section's profile in the file's order, solved for unless `is_solved` is False."""
+    """Each profile of `sections` (all without), solved for unless `is_solved` is False."""
     names = [section.name for section in conf.sections]
-    for section in conf.sections:
+    for section in sections if sections is not None else conf.sections:
         if progress is not None:
             progress(section.name)
-        profile = read_profile(section, machine, finder, defaults or Defaults(), request or Request())
+        profile = read_profile(section, machine, finder.find, defaults or Defaults(), request or Request())
         if names.count(section.name) > 1:
             note = f"{names.count(section.name)} sections have this name"
             profile = replace(profile, notes=(*profile.notes, note))

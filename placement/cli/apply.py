@@ -1,0 +1,102 @@
+"""`place apply`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from placement.cli import options
+from placement.cli.profiles import defaults_option, finder_of, map_option
+
+solution_option = click.option(
+    "--solution", "solution_name", metavar="NAME", help="Which solution [the recommended one]."
+)
+stored_option = click.option(
+    "--out",
+    "root",
+    default="solutions",
+    show_default=True,
+    metavar="DIR",
+    help="Where solutions are stored; one that fits is taken from there.",
+)
+fresh_option = click.option(
+    "--fresh", "is_fresh", is_flag=True, help="Solve even where a solution is stored."
+)
+
+
+def engine_build(name: str) -> str | None:
+    """The build of the engine that `--engine` names, such as "b11434"; None without an engine."""
+    from placement.engine import describe, find_engine
+    from placement.errors import EngineMissing
+
+    try:
+        engine = find_engine(name)
+    except EngineMissing:
+        if name != "auto":
+            raise
+        return None
+    info = describe(engine) if engine is not None else None
+    return None if info is None else (f"b{info.build}" if info.build is not None else info.version)
+
+
+@click.command()
+@options.model_argument
+@click.argument("file", type=click.Path(dir_okay=False))
+@solution_option
+@click.option("--section", "section_name", metavar="NAME", help="The section [the one that runs MODEL].")
+@options.machine_option
+@defaults_option
+@map_option
+@stored_option
+@fresh_option
+@options.reserve_option
+@options.engine_option
+@click.option("--dry-run", is_flag=True, help="Print the diff; FILE stays as it is.")
+def command(
+    model_name: str,
+    file: str,
+    solution_name: str | None,
+    section_name: str | None,
+    machine_name: str | None,
+    defaults_text: str,
+    pairs: tuple[str, ...],
+    root: str,
+    is_fresh: bool,
+    reserve_mib: float,
+    engine_name: str,
+    dry_run: bool,
+) -> None:
+    """Write a solution for MODEL into its section of a models.conf, with the reasons as comments.
+
+    Only the section's placement arguments change: sampler and other arguments keep their order, the lines
+    that were replaced stay as comments, and everything else stays byte for byte. The file as it was is kept
+    as FILE.bak. Doing it again changes nothing.
+
+    \b
+    Example:
+      place apply gpt-oss-120b models.conf --dry-run
+    """
+    from datetime import date
+
+    from placement import profiles
+    from placement.solve import Request
+
+    model, machine = options.load(model_name), options.load_machine(machine_name)
+    conf = profiles.read_models_conf(file)
+    section = profiles.section_of(conf, section_name or model_name, model, finder_of(file, pairs))
+    defaults = profiles.Defaults.of_text(defaults_text)
+    request, notes = profiles.request_of(section, model, machine, defaults, Request(reserve_mib=reserve_mib))
+    for note in notes:
+        click.echo(f"place: {note}", err=True)
+    tell = lambda text: click.echo(f"place: {text}", err=True)  # noqa: E731
+    row = profiles.chosen_row(model, machine, request, Path(root), is_fresh=is_fresh, tell=tell)
+    choice = profiles.choice_of(row, solution_name)
+    today, build = date.today().isoformat(), engine_build(engine_name)
+    applied = profiles.apply_choice(conf, section.name, choice, date=today, engine_build=build)
+    if dry_run:
+        click.echo(applied.diff() or f"[{section.name}] is this solution already: nothing to change")
+    elif applied.write():
+        click.echo(f"[{section.name}] is now {choice.name}; the file as it was: {Path(file).resolve()}.bak")
+    else:
+        click.echo(f"[{section.name}] is this solution already: nothing written")

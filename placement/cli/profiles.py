@@ -1,0 +1,96 @@
+"""`place profiles`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from placement.cli import options
+
+if TYPE_CHECKING:
+    from placement.profiles import ModelFinder
+
+defaults_option = click.option(
+    "--defaults",
+    "defaults_text",
+    default="",
+    metavar="'…'",
+    help="Arguments that every profile runs with although no section says so, such as '-ctk q8_0 -ctv q8_0'.",
+)
+map_option = click.option(
+    "--map",
+    "pairs",
+    multiple=True,
+    metavar="SECTION=MODEL",
+    help="Which model a section runs; remembered for the next time.",
+)
+
+
+def finder_of(file: str, pairs: tuple[str, ...]) -> ModelFinder:
+    """A finder with the remembered mapping and the pairs given now, which are remembered."""
+    from placement.profiles import ModelFinder, read_mapping, remember
+
+    kept = remember(pairs) if pairs else None
+    if kept is not None:
+        click.echo(f"place: mapping remembered in {kept}", err=True)
+    return ModelFinder(read_mapping(pairs), Path(file).resolve().parent)
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@options.machine_option
+@defaults_option
+@map_option
+@click.option("--section", "names", multiple=True, metavar="NAME", help="Only these sections.")
+@click.option("--no-solve", is_flag=True, help="Only what each profile costs now.")
+@options.reserve_option
+@options.program_option
+@options.json_option
+def command(
+    file: str,
+    machine_name: str | None,
+    defaults_text: str,
+    pairs: tuple[str, ...],
+    names: tuple[str, ...],
+    no_solve: bool,
+    reserve_mib: float,
+    program: str,
+    is_json: bool,
+) -> None:
+    """Say what every profile of a models.conf costs now, what place would do instead, and the gain.
+
+    A section's keys are llama.cpp's own variables without LLAMA_ARG_ (CTX_SIZE, N_GPU_LAYERS, FIT, …);
+    EXTRA_ARGS holds further arguments, which win. Its model is the one given with --map, else the one of its
+    model file, else the one of its name. Cache types that a section lacks come from --defaults, else from
+    the model's description. A section that cannot be read is reported and does not stop the others; the
+    exit code is then 2.
+
+    \b
+    Example:
+      place profiles models.conf --defaults '-ctk q8_0 -ctv q8_0'
+    """
+    from placement.profiles import Defaults, profile_row, read_models_conf, survey, survey_lines
+    from placement.solve import Request
+
+    conf = read_models_conf(file)
+    sections = [conf.section(name) for name in names] or None
+    request = Request(reserve_mib=reserve_mib, program=program)
+    found = survey(
+        conf,
+        options.load_machine(machine_name),
+        finder_of(file, pairs),
+        Defaults.of_text(defaults_text),
+        request,
+        sections=sections,
+        is_solved=not no_solve,
+        progress=lambda name: click.echo(f"place: [{name}]", err=True),
+    )
+    profiles = list(found)
+    if is_json:
+        options.echo_json({"file": file, "profiles": [profile_row(each) for each in profiles]})
+    else:
+        click.echo("\n".join([*survey_lines(profiles), *(f"note: {text}" for text in conf.problems)]))
+    if any(each.problem is not None for each in profiles):
+        raise click.exceptions.Exit(2)
