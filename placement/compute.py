@@ -160,6 +160,7 @@ class _Planner:
 
     def _reserve(self, context: Context, batch: Batch, *, has_pins: bool, needs_sizes: bool) -> _Reserved:
         graph = Decoder(self.model, self.facts, self.row, context, batch)
+        graph.homes = self.homes
         graph.build(range(self.facts.n_layer))
         flat = FlatGraph(graph, self._place)
         scheduler = Scheduler(flat, self.backends, {})

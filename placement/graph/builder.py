@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from placement.architecture import Architecture, LayerFacts
@@ -30,6 +31,8 @@ class Builder(Graph):
         self.n_pos_per_token = 1
         self.unread = ""  # tensors that the engine loads and does not use, see `Row.unread`
         self.is_down_scaled = False
+        self.has_rope_factors = False
+        self.homes: Sequence[int] = ()  # of layers, as far as leafs are shared between them
         self.token_input: Tensor | None = None
 
     # --- facts

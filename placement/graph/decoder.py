@@ -30,6 +30,7 @@ class Decoder(FeedBuilder):
         self.n_deepstack = self._n_deepstack()
         self.n_pos_per_token = row.n_pos_per_token or self._n_pos()
         self.unread = row.unread
+        self.has_rope_factors = row.has_rope_factors
         self.is_down_scaled = "d" in row.scaled
         self.layer_starts: list[int] = []
 
@@ -83,12 +84,19 @@ class Decoder(FeedBuilder):
             cur.is_output = True
             (cur,) = self.rows_out(cur)
         if row.has_output_norm:
-            weight, bias = self.weight("output_norm.weight"), self.weight("output_norm.bias")
+            weight, bias = self.weight(row.output_norm), self.weight("output_norm.bias")
             cur = self.build_norm(cur, weight, bias, row.norm)
         if row.rows_at == "end_normed":
             cur.is_output = True
             (cur,) = self.rows_out(cur)
-        cur.is_output = True
+        weight = self.weight("cls.output.weight") if row.has_class_head else None
+        if weight is not None:
+            classes = self.lora_mm(weight, cur)
+            bias = self.weight("cls.output.bias")
+            classes = self.add(classes, bias) if bias is not None else classes
+            classes.is_output = True
+            self.expand(classes)
+        cur.is_output = weight is None
         self.logits(cur)
 
     def logits(self, cur: Tensor) -> None:
@@ -122,10 +130,14 @@ class Decoder(FeedBuilder):
         skip = self.skip
         if row.has_rows_after_norm:
             cur = self.attention_normed(il, cur)
+        if row.has_rows_after_sum:
+            residual = self.add(cur, residual)
         if is_last and row.rows_at == "last_layer":
             cur, residual, normed, skip = self._last_rows(cur, residual, normed, skip)
         if row.parallel and self._is_parallel(il):
             cur = self.parallel_sum(il, cur, residual, normed)
+        elif row.recurrent == "lightning":
+            cur = self.normed_sum(il, cur, normed)
         else:
             cur = self.serial_sum(il, cur, residual)
         if row.has_skip:
@@ -143,15 +155,27 @@ class Decoder(FeedBuilder):
     def serial_sum(self, il: int, cur: Tensor, residual: Tensor) -> Tensor:
         """Attention added to the residual, then feed-forward added to that."""
         row = self.row
+        if row.feed in ("none", "layer"):
+            return self.add(cur, residual)
         if not row.has_rows_after_norm:
             cur = self.attention_normed(il, cur)
         cur = self.residual_scaled(cur)
-        middle = self.add(residual, cur) if row.is_residual_first else self.add(cur, residual)
+        middle = residual
+        if not row.has_rows_after_sum:
+            middle = self.add(residual, cur) if row.is_residual_first else self.add(cur, residual)
         cur = self.feed_forward(il, middle)
         if row.post_ffn_norm:
             name = next(n for n in row.post_ffn_norm.split("|") if self.w(il, n) is not None)
             cur = self.layer_norm(cur, il, name, row.norm, is_pinned=row.is_post_ffn_norm_pinned)
-        return cur if row.feed == "arctic" else self.add(self.residual_scaled(cur), middle)
+        if row.feed == "arctic":
+            return cur
+        cur = self.residual_scaled(cur)
+        return self.add(middle, cur) if row.is_middle_first else self.add(cur, middle)
+
+    def normed_sum(self, il: int, cur: Tensor, normed: Tensor) -> Tensor:
+        """Sums with what the norms gave instead of what they read (MiniMax-01)."""
+        middle = self.layer_norm(self.add(cur, self.scale(normed)), il, "ffn_norm")
+        return self.add(self.feed(il, middle), self.scale(middle))
 
     def attention_normed(self, il: int, cur: Tensor) -> Tensor:
         """The attention's result after its norm, where the row has one."""
@@ -204,17 +228,43 @@ class Decoder(FeedBuilder):
 
     def mix(self, il: int, cur: Tensor) -> Tensor:
         """Attention, or the layer's recurrent block."""
-        if self.layer(il).is_recurrent and self.row.recurrent == "gdn":
+        row = self.row
+        if row.is_norm_expanded:
             self.expand(cur)
-            return self.gated_delta_layer(il, cur)
-        if self.row.attention == "mla":
+        if row.recurrent == "mamba2_beside":
+            attn = self.plain_attention(il, cur)
+            return self.add(attn, self.mamba2_layer(il, self.input_norm(il, self.layer_input)))
+        if self.layer(il).is_recurrent:
+            return self.recurrent_layer(il, cur)
+        if row.feed == "layer" and self.layer(il).n_ff:
+            return self.feed(il, cur)
+        if row.attention == "mla":
             return self.latent_attention(il, cur)
-        if self.row.attention == "gated_q":
-            self.expand(cur)
+        if row.attention == "mla_plain":
+            return self.latent_attention(il, cur, has_rope=False, is_reshaped=False)
+        if row.attention == "mla_gated":
+            return self.latent_attention(il, cur, is_reshaped=False, gate="sigmoid")
+        if row.attention in ("gated_q", "gated_q_views"):
             return self.gated_query_attention(il, cur)
         if self.layer(il).n_head_kv == 0:
             return self.lora_mm(self.w(il, "attn_output"), cur) if self.layer(il).n_head else cur
         return self.plain_attention(il, cur)
+
+    def recurrent_layer(self, il: int, cur: Tensor) -> Tensor:
+        """The row's recurrent block."""
+        kind = self.row.recurrent
+        if kind in ("gdn", "gdn_split"):
+            return self.gated_delta_layer(il, cur, is_split=kind == "gdn_split")
+        if kind in ("kda", "kda_direct"):
+            return self.kda_layer(il, cur, has_low_rank=kind == "kda")
+        blocks = {
+            "mamba": self.mamba_layer,
+            "mamba2": self.mamba2_layer,
+            "plamo2": self.plamo2_layer,
+            "shortconv": self.shortconv_layer,
+            "lightning": self.lightning_layer,
+        }
+        return blocks[kind](il, cur)
 
     # --- attention
 
@@ -351,10 +401,11 @@ class Decoder(FeedBuilder):
         facts, (size, _) = self.layer(il), self.head_sizes(il)
         heads, n = (facts.n_head, facts.n_head_kv, facts.n_head_kv), self.n_tokens
         full, k, v = self.qkv(cur, il, heads, (2 * size, size, size), is_flat=True)
-        full = self.reshape(full, 2 * size, facts.n_head, n, 1)
-        shape = (size, facts.n_head, n, 1)
-        q = self.view(full, shape, full.nb[1:])
-        gate = self.view(full, shape, full.nb[1:], 4 * size)
+        if self.row.attention == "gated_q":
+            full = self.reshape(full, 2 * size, facts.n_head, n, 1)
+        strides = (8 * size, 8 * size * facts.n_head)
+        q = self.view_3d(full, size, facts.n_head, n, *strides)
+        gate = self.view_3d(full, size, facts.n_head, n, *strides, 4 * size)
         k = self.reshape(k, size, facts.n_head_kv, n)
         v = self.reshape(v, size, facts.n_head_kv, n)
         q, k = self.positioned(il, q, k)

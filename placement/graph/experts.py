@@ -20,6 +20,7 @@ class Routing:
     selects_by: str = "probs"  # or logits, sigmoid: what the best experts are chosen by
     clamp: str = ""
     is_scaled_by_tensor: bool = False
+    has_exact_down: bool = False
 
 
 GATING = {1: "softmax", 2: "sigmoid", 3: "softmax_weight", 4: "sqrt_softplus"}
@@ -120,10 +121,19 @@ class ExpertBuilder(AttentionBuilder):
             weights = self.reshape(weights, 1, n_used, n_tokens)
         return self.scale(weights) if routing.is_scaled else weights
 
-    def _expert_mm(self, il: int, name: str, cur: Tensor, selected: Tensor, has_scale: bool) -> Tensor:
+    def _expert_mm(
+        self,
+        il: int,
+        name: str,
+        cur: Tensor,
+        selected: Tensor,
+        has_scale: bool,
+        is_exact: bool = False,
+    ) -> Tensor:
         """One stacked projection with its scale and bias (build_lora_mm_id)."""
         weight = self.need(self.w(il, name))
         out = self.mul_mat_id(weight, cur, selected)
+        out.kind = "prec_f32" if is_exact else ""
         scale = self.weight(f"blk.{il}.{name}.scale", il) if has_scale else None
         if scale is not None:
             n_expert, n_tokens = scale.ne[0], cur.ne[2]
@@ -148,7 +158,7 @@ class ExpertBuilder(AttentionBuilder):
                 cur = self._expert_activation(gate, up, routing)
             else:
                 cur = self.activate(up, routing.activation, il)
-        return self._expert_mm(il, f"ffn_down{suffix}", cur, selected, has_scale)
+        return self._expert_mm(il, f"ffn_down{suffix}", cur, selected, has_scale, routing.has_exact_down)
 
     def _expert_activation(self, gate: Tensor, up: Tensor, routing: Routing) -> Tensor:
         if routing.activation == "situ":

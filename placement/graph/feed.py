@@ -55,6 +55,8 @@ class FeedBuilder(LatentBuilder):
             return self.moe(cur, il, self.routing(il), logits=self.router_logits)
         if row.feed == "grove":
             return self._grove(il, cur)
+        if row.feed == "layer":
+            return self._latent_experts(il, cur)
         out = self.moe(cur, il, self.routing(il))
         if row.feed == "grok" and self.w(il, "ffn_up") is not None:
             return self.scale(self.add(self.ffn(cur, il, row.activation), out))
@@ -103,7 +105,16 @@ class FeedBuilder(LatentBuilder):
             selects_by=row.selects_by,
             clamp=self.clamp_of(il, "swiglu_clamp_exp"),
             is_scaled_by_tensor="e" in row.scaled,
+            has_exact_down=row.has_exact_down,
         )
+
+    def _latent_experts(self, il: int, cur: Tensor) -> Tensor:
+        """Experts in a smaller space, and a shared expert outside it (Nemotron)."""
+        down, up = self.w(il, "ffn_latent_down"), self.w(il, "ffn_latent_up")
+        logits = self.lora_mm(self.w(il, "ffn_gate_inp"), cur)
+        out = self.moe(cur if down is None else self.mul_mat(down, cur), il, self.routing(il), logits=logits)
+        out = out if up is None else self.mul_mat(up, out)
+        return self.add(out, self.shared_expert(il, cur))
 
     def _arctic(self, il: int, normed: Tensor, source: Tensor) -> Tensor:
         """A dense block added to its input, and experts on the layer's input; residual included."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from placement.graph.recurrent import RecurrentBuilder
+from placement.graph.linear import LinearBuilder
 from placement.graph.tensor import Tensor, row_size
 
 
-class LatentBuilder(RecurrentBuilder):
+class LatentBuilder(LinearBuilder):
     """Adds latent attention."""
 
-    def latent_attention(self, il: int, cur: Tensor) -> Tensor:
+    def latent_attention(
+        self, il: int, cur: Tensor, *, has_rope: bool = True, is_reshaped: bool = True, gate: str = ""
+    ) -> Tensor:
         """DeepSeek V2's attention, absorbed where the model has wk_b, else decompressed."""
         facts, n = self.layer(il), self.n_tokens
         rope = self.integer("rope.dimension_count")
@@ -17,24 +19,28 @@ class LatentBuilder(RecurrentBuilder):
         head = self.integer("attention.key_length_mla") or self.integer("attention.key_length")
         nope = head - rope
         factors = self.rope_factors(il)
-        q = self._latent_query(il, cur, head)
+        q = self._latent_query(il, cur, head, is_reshaped)
         both = self.mul_mat(self.need(self.w(il, "attn_kv_a_mqa")), cur)
         row = row_size("F32", lora + rope)
         compressed = self.view_2d(both, lora, n, row)
         k_pe = self.view_3d(both, rope, 1, n, row, row, row_size("F32", lora))
-        k_pe = self.rope(k_pe, self.positions, factors)
+        k_pe = self.rope(k_pe, self.positions, factors) if has_rope else k_pe
         compressed = self.layer_norm(compressed, il, "attn_kv_a_norm")
         if not self.facts.is_mla:
             return self._decompressed(il, q, compressed, k_pe, nope)
-        q_nope = self.view_3d(q, nope, facts.n_head, n, q.nb[1], q.nb[2])
-        q_pe = self.view_3d(q, rope, facts.n_head, n, q.nb[1], q.nb[2], row_size("F32", nope))
-        q_pe = self.rope(q_pe, self.positions, factors)
+        strides = (row_size("F32", head), row_size("F32", head) * facts.n_head)
+        q_nope = self.view_3d(q, nope, facts.n_head, n, *strides)
+        q_pe = self.view_3d(q, rope, facts.n_head, n, *strides, row_size("F32", nope))
+        q_pe = self.rope(q_pe, self.positions, factors) if has_rope else q_pe
         absorbed = self.mul_mat(self.need(self.w(il, "attn_k_b")), self.permute(q_nope, 0, 2, 1, 3))
         query = self.concat(self.permute(absorbed, 0, 2, 1, 3), q_pe, 0)
         compressed = self.reshape(compressed, lora, 1, n)
         key = self.concat(compressed, k_pe, 0)
         query = self._tempered(query)
-        return self.attention_latent(il, query, key, compressed, self.w(il, "attn_v_b"))
+        if not gate:
+            return self.attention_latent(il, query, key, compressed, self.w(il, "attn_v_b"))
+        out = self.attention_latent(il, query, key, compressed, self.w(il, "attn_v_b"), wo=None)
+        return self._head_gated(il, out, cur)
 
     def _tempered(self, query: Tensor) -> Tensor:
         return self.tempered(query) if self.number("attention.temperature_scale") != 0.0 else query
@@ -45,21 +51,32 @@ class LatentBuilder(RecurrentBuilder):
 
     def rope_factors(self, il: int) -> Tensor | None:
         """The layer's copy of the rope factors for the context in use (get_rope_factors)."""
+        if not self.has_rope_factors:
+            return None
+        home = self.homes[il] if self.homes else 0
         original = self.integer("rope.scaling.original_context_length", self.facts.n_ctx_train)
         kind = "long" if self.context.n_ctx_seq > original else "short"
         for name in ("rope_freqs.weight", f"rope_factors_{kind}.weight"):
-            if (leaf := self.weight(name, il, key=f"{name}@{il}")) is not None:
+            if (leaf := self.weight(name, il, key=f"{name}@{home}")) is not None:
                 return leaf
         return None
 
-    def _latent_query(self, il: int, cur: Tensor, head: int) -> Tensor:
+    def _head_gated(self, il: int, out: Tensor, source: Tensor) -> Tensor:
+        """The result weighed by a gate per head, then projected (bailingmoe3)."""
+        n_head, n, width = self.layer(il).n_head, self.n_tokens, out.ne[0]
+        gate = self.mul_mat(self.need(self.w(il, "attn_gate")), source)
+        gate = self.unary(self.reshape(gate, 1, n_head, n), "sigmoid")
+        out = self.mul(self.reshape(out, width // n_head, n_head, n), gate)
+        return self.mul_mat(self.need(self.w(il, "attn_output")), self.cont(out, width, n))
+
+    def _latent_query(self, il: int, cur: Tensor, head: int, is_reshaped: bool) -> Tensor:
         if (direct := self.w(il, "attn_q")) is not None:
             q = self.mul_mat(direct, cur)
         else:
             q = self.mul_mat(self.need(self.w(il, "attn_q_a")), cur)
             q = self.layer_norm(q, il, "attn_q_a_norm")
             q = self.mul_mat(self.need(self.w(il, "attn_q_b")), q)
-        return self.reshape(q, head, self.layer(il).n_head, self.n_tokens)
+        return self.reshape(q, head, self.layer(il).n_head, self.n_tokens) if is_reshaped else q
 
     def _decompressed(self, il: int, q: Tensor, compressed: Tensor, k_pe: Tensor, nope: int) -> Tensor:
         """Full heads from the compressed rows (models without absorbed projections)."""

@@ -93,7 +93,16 @@ class RecurrentBuilder(ExpertBuilder):
         return self.op("SSM_CONV", "F32", (kernel.ne[1], n_tokens, joined.ne[2], 1), joined, kernel)
 
     def delta_net(
-        self, il: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, beta: Tensor, state: Tensor
+        self,
+        il: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        *,
+        is_flat: bool = False,
     ) -> Tensor:
         """The fused gated delta net; its new state is stored (build_recurrent_attn)."""
         head, n_head, n_tokens, n_seqs = v.ne
@@ -109,20 +118,22 @@ class RecurrentBuilder(ExpertBuilder):
             4 * head * n_head * n_tokens * n_seqs,
         )
         stored = self.state(il, "s")
-        target = self.view_2d(stored, self.layer(il).state_s, n_seqs, stored.nb[1])
-        self.expand(self.cpy(new, target))
+        width = self.layer(il).state_s
+        flat = self.view_1d(stored, width * n_seqs) if is_flat else None
+        self.expand(self.cpy(new, flat or self.view_2d(stored, width, n_seqs, stored.nb[1])))
         return result
 
     # --- Qwen3-Next
 
-    def gated_delta_layer(self, il: int, cur: Tensor) -> Tensor:
-        """A linear attention layer of Qwen3-Next (build_layer_attn_linear)."""
+    def gated_delta_layer(self, il: int, cur: Tensor, *, is_split: bool = False) -> Tensor:
+        """A linear attention layer of Qwen3-Next, or with `is_split` of Qwen3.5 (build_layer_attn_linear)."""
         n_seqs, n_seq_tokens = self.batch.n_seqs, self.n_seq_tokens
         head_k, n_k = self.integer("ssm.state_size"), self.integer("ssm.group_count")
         n_v = self.integer("ssm.time_step_rank")
         head_v = self.integer("ssm.inner_size") // n_v
-        mixed, z = self._delta_projections(il, cur, head_k, head_v, n_k, n_v)
-        beta, gate = self._delta_gates(il, cur, n_k, n_v)
+        mixed, z = self._delta_projections(il, cur, head_k, head_v, n_k, n_v, is_split)
+        gates = self._split_gates if is_split else self._delta_gates
+        beta, gate = gates(il, cur, n_k, n_v)
         kernel = self.need(self.w(il, "ssm_conv1d"))
         channels = 2 * head_k * n_k + head_v * n_v
         joined = self.conv_state(il, mixed, kernel.ne[0], channels)
@@ -135,14 +146,14 @@ class RecurrentBuilder(ExpertBuilder):
         q = self.delta_norm(self.view(conv, shape_k, strides_k))
         k = self.delta_norm(self.view(conv, shape_k, strides_k, 4 * head_k * n_k))
         v = self.view(conv, (head_v, n_v, n_seq_tokens, n_seqs), strides_v, 8 * head_k * n_k)
-        if n_k != n_v:
+        if n_k != n_v and not is_split:
             q, k = (self._interleave(tensor, n_v // n_k) for tensor in (q, k))
         out = self.delta_net(il, q, k, v, gate, beta, state)
         z = self.reshape(z, head_v, n_v, n_seq_tokens, n_seqs)
         normed = self.build_norm(out, self.w(il, "ssm_norm"), None, "rms", il)
         out = self.mul(normed, self.unary(z, "silu"))
         out = self.reshape(out, head_v * n_v, n_seq_tokens, n_seqs)
-        out = self.lora_mm(self.w(il, "ssm_out"), out)
+        out = self.lora_mm(self.w(il, "ssm_out"), out, is_scaled=is_split)
         return self.reshape(out, self.n_embd, n_seq_tokens * n_seqs)
 
     def delta_norm(self, cur: Tensor) -> Tensor:
@@ -157,13 +168,13 @@ class RecurrentBuilder(ExpertBuilder):
         return self.reshape(spread, head, n_head * n, n_tokens, n_seqs)
 
     def _delta_projections(
-        self, il: int, cur: Tensor, head_k: int, head_v: int, n_k: int, n_v: int
+        self, il: int, cur: Tensor, head_k: int, head_v: int, n_k: int, n_v: int, is_scaled: bool
     ) -> tuple[Tensor, Tensor]:
         n_seqs, n_seq_tokens = self.batch.n_seqs, self.n_seq_tokens
         if (fused := self.w(il, "attn_qkv")) is not None:
-            mixed = self.lora_mm(fused, cur)
+            mixed = self.lora_mm(fused, cur, is_scaled=is_scaled)
             mixed = self.reshape(mixed, mixed.ne[0], n_seq_tokens, n_seqs)
-            return mixed, self.lora_mm(self.w(il, "attn_gate"), cur)
+            return mixed, self.lora_mm(self.w(il, "attn_gate"), cur, is_scaled=is_scaled)
         per = n_v // n_k
         both = self.lora_mm(self.w(il, "ssm_in"), cur)
         both = self.reshape(both, 2 * head_k + 2 * head_v * per, n_k, n_seq_tokens, n_seqs)
@@ -190,3 +201,12 @@ class RecurrentBuilder(ExpertBuilder):
         gate = self.mul(alpha, self.need(self.weight(f"blk.{il}.ssm_a", il)))
         shape4 = (1, n_v, n_seq_tokens, n_seqs)
         return self.reshape(beta, *shape4), self.reshape(gate, *shape4)
+
+    def _split_gates(self, il: int, cur: Tensor, n_k: int, n_v: int) -> tuple[Tensor, Tensor]:
+        shape = (1, n_v, self.n_seq_tokens, self.batch.n_seqs)
+        beta = self.lora_mm(self.w(il, "ssm_beta"), cur, is_scaled=True)
+        beta = self.unary(self.reshape(beta, *shape), "sigmoid")
+        alpha = self.reshape(self.lora_mm(self.w(il, "ssm_alpha"), cur, is_scaled=True), *shape[1:])
+        alpha = self.unary(self.add(alpha, self.need(self.b(il, "ssm_dt"))), "softplus")
+        gate = self.mul(alpha, self.need(self.weight(f"blk.{il}.ssm_a", il)))
+        return beta, self.reshape(gate, *shape)

@@ -26,6 +26,9 @@ class Row:
     n_pos_per_token: int = 1  # 4 for multi-dimensional rope, 0: 4 where rope sections are set
     rows_at: str = "last_layer"  # end, end_normed, never: where the tokens without logits are dropped
     has_output_norm: bool = True
+    output_norm: str = "output_norm.weight"
+    has_class_head: bool = False  # a classifier's matrix, where there is one
+    is_norm_expanded: bool = False  # the layer's norm enters the graph before the layer is built
     output_scale: str = ""  # a scale before the output matrix
     logit_scale: str = ""
     softcap: str = ""
@@ -38,6 +41,7 @@ class Row:
     qk_norm_kind: str = "rms"
     has_plain_qk_norm: bool = False  # a norm without weights on roped Q and K
     rope: str = "all"  # none, swa, swa_if_any, swa_or_dense, step, step_from_0, by_size, pattern, finetuned
+    has_rope_factors: bool = False  # rope_freqs, or the long and short factors, are used
     has_alibi: bool = False
     has_q_scale: bool = False
     temperature: str = ""  # Q times a scale input: meta, or no_rope (layers without rope)
@@ -46,8 +50,10 @@ class Row:
     is_capped: bool = False  # attention scores have a soft cap
     post_attention_norm: str = ""  # applied to the attention's result before the residual sum
     is_post_attention_norm_pinned: bool = True
+    has_rows_after_sum: bool = False  # and after the sum with the residual
     has_rows_after_norm: bool = False  # the last layer's rows are chosen after that norm
-    is_residual_first: bool = False
+    is_residual_first: bool = False  # order of the sum after attention
+    is_middle_first: bool = False  # order of the sum after the feed-forward block
     has_flash: bool = True
     unread: str = (
         ""  # loaded, not used: q, o, f biases of QKV, output and feed-forward, l of the logits, s scales
@@ -75,6 +81,7 @@ class Row:
     selects_by: str = "probs"  # or logits, sigmoid
     is_sum_scaled: bool = False
     scaled: str = ""  # whose `.scale` tensors are used: f feed-forward, d its last part, e experts, s shared
+    has_exact_down: bool = False  # the experts' last projection asks for f32, which CUDA has not
     clamp: str = ""  # how swiglu_clamp_exp and _shexp limit SiLU: split or fused
     # recurrence and structure
     recurrent: str = ""  # gdn, mamba, mamba2, shortconv, ...
@@ -91,7 +98,9 @@ LLAMA = Row()
 
 ROWS: dict[str, Row] = {
     **dict.fromkeys((*("exaone", "qwen", "qwen2", "xverse", "internlm2", "pangu-embedded"), "deci"), LLAMA),
-    "llama": Row(scaled="fe"),
+    "llama": Row(has_rope_factors=True, scaled="fe"),
+    "exaone": Row(has_rope_factors=True),
+    "deci": Row(has_rope_factors=True),
     "ernie4_5": Row(unread="o"),
     "ernie4_5-moe": Row(unread="o"),
     "bitnet": Row(scaled="f"),
@@ -99,8 +108,8 @@ ROWS: dict[str, Row] = {
     "qwen3": Row(scaled="f"),
     "qwen3moe": Row(scaled="e"),
     "arctic": Row(feed="arctic"),
-    "apertus": Row(activation="xielu"),
-    "arcee": Row(activation="relu_sqr"),
+    "apertus": Row(has_rope_factors=True, activation="xielu"),
+    "arcee": Row(has_rope_factors=True, activation="relu_sqr"),
     "afmoe": Row(
         embedding_scale="graph",
         rope="step",
@@ -111,15 +120,18 @@ ROWS: dict[str, Row] = {
         **_META,
     ),
     "baichuan": Row(rope="by_size"),
-    "bailingmoe": Row(has_expert_norm=None),
+    "bailingmoe": Row(has_rope_factors=True, has_expert_norm=None),
     "bailingmoe2": Row(**_META),
     "bloom": Row(embedding_norm="weights", embedding_norm_pin=0, rope="none", has_alibi=True, **_LAYER_GELU),
     "chameleon": Row(qk_norm_kind="layer", structure="chameleon"),
     "chatglm": Row(activation="swiglu"),
     "codeshell": Row(**_LAYER_GELU),
     "cogvlm": Row(unread="s", has_mixed_batch=False, rows_at="never"),
-    "cohere2": Row(scaled="f", norm="layer", rope="swa", parallel="fra", logit_scale="meta"),
+    "cohere2": Row(
+        has_rope_factors=True, scaled="f", norm="layer", rope="swa", parallel="fra", logit_scale="meta"
+    ),
     "cohere2moe": Row(
+        has_rope_factors=True,
         scaled="fes",
         rope="swa_or_dense",
         parallel="fra",
@@ -130,13 +142,13 @@ ROWS: dict[str, Row] = {
     ),
     "command-r": Row(norm="layer", qk_norm_kind="layer", parallel="fra", logit_scale="meta"),
     "dbrx": Row(norm="layer", ffn_norm="attn_output_norm"),
-    "deepseek": Row(has_expert_norm=False),
+    "deepseek": Row(has_rope_factors=True, has_expert_norm=False),
     "deepseek2": Row(attention="mla", temperature="meta", default_gating="softmax", **_META),
     "deepseek2-ocr": Row(attention="plain", default_gating="softmax", **_META),
     "dots1": Row(**_META),
     "dream": Row(unread="l", attention="no_cache"),
-    "exaone-moe": Row(rope="swa", **_META),
-    "exaone4": Row(rope="swa_if_any", **_POST_NORMS),
+    "exaone-moe": Row(has_rope_factors=True, rope="swa", **_META),
+    "exaone4": Row(has_rope_factors=True, rope="swa_if_any", **_POST_NORMS),
     "falcon": Row(parallel="far", **_LAYER_GELU),
     "gemma": Row(embedding_scale="graph", **_GEMMA),
     "gemma2": Row(embedding_scale="graph", softcap="always", is_capped=True, **_GEMMA, **_POST_NORMS),
@@ -160,9 +172,11 @@ ROWS: dict[str, Row] = {
     ),
     "gpt2": Row(has_position_table=True, rope="none", **_LAYER_GELU),
     "gptneox": Row(parallel="neox", **_LAYER_GELU),
-    "granite": Row(deepstack="before", rope="finetuned", **_GRANITE),
-    "granite_swa": Row(deepstack="before", rope="pattern", shared_activation="swiglu", **_GRANITE),
-    "granitemoe": Row(**_GRANITE),
+    "granite": Row(has_rope_factors=True, deepstack="before", rope="finetuned", **_GRANITE),
+    "granite_swa": Row(
+        has_rope_factors=True, deepstack="before", rope="pattern", shared_activation="swiglu", **_GRANITE
+    ),
+    "granitemoe": Row(has_rope_factors=True, **_GRANITE),
     "grok": Row(
         has_flash=False,
         embedding_scale="always",
@@ -176,10 +190,10 @@ ROWS: dict[str, Row] = {
         is_post_ffn_norm_pinned=True,
     ),
     "grovemoe": Row(feed="grove", selects_by="sigmoid"),
-    "hunyuan-dense": Row(qk_norm="after"),
-    "hunyuan-moe": Row(qk_norm="after", feed="shared_first"),
-    "hunyuan_vl": Row(qk_norm="after", n_pos_per_token=0),
-    "hy_v3": Row(scaled="fes", rows_at="end_normed", **_META),
+    "hunyuan-dense": Row(has_rope_factors=True, qk_norm="after"),
+    "hunyuan-moe": Row(has_rope_factors=True, qk_norm="after", feed="shared_first"),
+    "hunyuan_vl": Row(has_rope_factors=True, qk_norm="after", n_pos_per_token=0),
+    "hy_v3": Row(has_rope_factors=True, scaled="fes", rows_at="end_normed", **_META),
     "jais": Row(norm="layer", rope="none", has_alibi=True),
     "jais2": Row(norm="layer", activation="relu_sqr"),
     "laguna": Row(gate="softplus", **_META),
@@ -187,6 +201,7 @@ ROWS: dict[str, Row] = {
     "llada-moe": Row(attention="no_cache", has_expert_norm=False),
     "llama-embed": Row(attention="no_cache", structure="embedding"),
     "llama4": Row(
+        has_rope_factors=True,
         rope="step",
         temperature="no_rope",
         has_plain_qk_norm=True,
@@ -198,11 +213,21 @@ ROWS: dict[str, Row] = {
     "maincoder": Row(qk_norm="after"),
     "maple": Row(rope="swa", clamp="fused", is_expert_scaled=False),
     "mimo2": Row(unread="qs", value_scale="meta", gating="sigmoid"),
-    "minicpm": Row(embedding_scale="always", residual_scale="always", logit_scale="always"),
-    "minicpm3": Row(attention="mla", embedding_scale="graph", residual_scale="always", output_scale="always"),
+    "minicpm": Row(
+        has_rope_factors=True, embedding_scale="always", residual_scale="always", logit_scale="always"
+    ),
+    "minicpm3": Row(
+        has_rope_factors=True,
+        attention="mla",
+        embedding_scale="graph",
+        residual_scale="always",
+        output_scale="always",
+    ),
     "minimax-m2": Row(qk_norm="flat", gating="meta"),
-    "mistral3": Row(scaled="fe", temperature="meta"),
-    "mistral4": Row(attention="mla", temperature="meta", default_gating="softmax", **_META),
+    "mistral3": Row(has_rope_factors=True, scaled="fe", temperature="meta"),
+    "mistral4": Row(
+        has_exact_down=True, attention="mla", temperature="meta", default_gating="softmax", **_META
+    ),
     "mpt": Row(
         has_position_table=True,
         rope="none",
@@ -221,7 +246,7 @@ ROWS: dict[str, Row] = {
         has_rows_after_norm=True,
         **_POST_NORMS,
     ),
-    "nanbeige": Row(scaled="f", structure="loops"),
+    "nanbeige": Row(has_rope_factors=True, scaled="f", structure="loops"),
     "nemotron": Row(norm="layer", activation="relu_sqr"),
     "olmo": Row(norm="layer", has_norm_weights=False),
     "olmo2": Row(qk_norm="flat", **_POST_NORMS),
@@ -230,8 +255,8 @@ ROWS: dict[str, Row] = {
     "orion": Row(norm="layer"),
     "paddleocr": Row(n_pos_per_token=4),
     "phi2": Row(has_q_scale=True, parallel="afr", **_LAYER_GELU),
-    "phi3": Row(has_q_scale=True, activation="swiglu"),
-    "phimoe": Row(has_q_scale=True, activation="swiglu"),
+    "phi3": Row(is_middle_first=True, has_rope_factors=True, has_q_scale=True, activation="swiglu"),
+    "phimoe": Row(is_middle_first=True, has_rope_factors=True, has_q_scale=True, activation="swiglu"),
     "plamo": Row(parallel="far"),
     "plamo3": Row(unread="s", activation="swiglu", is_post_ffn_norm_pinned=True, **_POST_NORMS),
     "plm": Row(attention="mla", activation="relu_sqr"),
@@ -242,6 +267,7 @@ ROWS: dict[str, Row] = {
         scaled="es",
         attention="gated_q",
         recurrent="gdn",
+        is_norm_expanded=True,
         ffn_norm="post_attention_norm",
         shared_gate="sigmoid",
         rows_at="end_normed",
@@ -249,6 +275,78 @@ ROWS: dict[str, Row] = {
     "qwen3tts": Row(n_pos_per_token=4, deepstack="after"),
     "qwen3vl": Row(n_pos_per_token=4, deepstack="after"),
     "qwen3vlmoe": Row(n_pos_per_token=4, deepstack="after"),
+    "falcon-h1": Row(unread="o", recurrent="mamba2_beside", has_rows_after_sum=True),
+    "granitehybrid": Row(
+        recurrent="mamba2",
+        embedding_scale="meta",
+        residual_scale="meta",
+        logit_scale="meta",
+        rope="finetuned",
+        has_rope_factors=True,
+    ),
+    "jamba": Row(
+        recurrent="mamba", rope="none", is_residual_first=True, is_middle_first=True, has_expert_norm=False
+    ),
+    "kimi-linear": Row(attention="mla_plain", recurrent="kda", is_norm_expanded=True, gating="meta"),
+    "bailingmoe3": Row(
+        attention="mla_gated",
+        recurrent="kda_direct",
+        clamp="split",
+        rows_at="end_normed",
+        n_pos_per_token=0,
+        **_META,
+    ),
+    **{
+        name: Row(
+            recurrent="shortconv",
+            is_residual_first=True,
+            is_middle_first=True,
+            gating="meta",
+            output_norm="token_embd_norm.weight",
+        )
+        for name in ("lfm2", "lfm2moe")
+    },
+    "mamba": Row(recurrent="mamba", feed="none"),
+    "mamba2": Row(recurrent="mamba2", feed="none"),
+    "minimax-01": Row(recurrent="lightning"),
+    **{
+        name: Row(
+            scaled="fes",
+            recurrent="mamba2",
+            rope="none",
+            feed="layer",
+            rows_at="end_normed",
+            activation="relu_sqr",
+            shared_activation="relu_sqr",
+            expert_activation="relu_sqr",
+            gating="sigmoid",
+            has_expert_norm=None,
+        )
+        for name in ("nemotron_h", "nemotron_h_moe")
+    },
+    "plamo2": Row(
+        unread="s", recurrent="plamo2", activation="swiglu", is_post_ffn_norm_pinned=True, **_POST_NORMS
+    ),
+    "qwen35": Row(
+        scaled="f",
+        has_class_head=True,
+        attention="gated_q_views",
+        recurrent="gdn_split",
+        is_norm_expanded=True,
+        n_pos_per_token=4,
+        ffn_norm="post_attention_norm",
+        rows_at="end_normed",
+    ),
+    "qwen35moe": Row(
+        scaled="es",
+        attention="gated_q_views",
+        recurrent="gdn_split",
+        is_norm_expanded=True,
+        n_pos_per_token=4,
+        ffn_norm="post_attention_norm",
+        shared_gate="sigmoid",
+        rows_at="end_normed",
+    ),
     "refact": Row(feed="dense", unread="of", rope="none", has_alibi=True),
     "rnd1": Row(attention="no_cache"),
     "seed_oss": Row(ffn_norm="post_attention_norm"),
