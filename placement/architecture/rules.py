@@ -90,10 +90,10 @@ _PLAIN_NAMES = (
     "llama deci falcon gpt2 gptj gptneox mpt baichuan starcoder bloom stablelm qwen qwen2 qwen2moe "
     "qwen2vl qwen3 qwen3moe qwen3vl qwen3vlmoe phi2 phi3 phimoe plamo codeshell orion internlm2 "
     "minicpm minicpm3 gemma starcoder2 xverse command-r dbrx olmo olmoe openelm arctic deepseek "
-    "deepseek2-ocr chatglm glm4 glm4moe bitnet t5 t5encoder jais jais2 nemotron exaone granite "
+    "deepseek2-ocr chatglm glm4 glm4moe t5 t5encoder jais jais2 nemotron exaone granite "
     "granitemoe chameleon plm bailingmoe bailingmoe2 dots1 arcee ernie4_5 ernie4_5-moe hunyuan-moe "
     "hunyuan-dense hunyuan_vl smollm3 seed_oss grovemoe apertus hrm_text minimax-m2 cogvlm "
-    "pangu-embedded mistral3 eagle3 paddleocr llama-embed maincoder talkie qwen3tts pockettts refact "
+    "pangu-embedded mistral3 paddleocr llama-embed maincoder talkie qwen3tts pockettts refact "
 )
 
 RULES: dict[str, Rule] = {
@@ -120,6 +120,9 @@ RULES: dict[str, Rule] = {
     "rwkv7": _STATE,
     "arwkv7": _STATE,
     "grok": Rule(has_flash_attention=False),
+    # the embedding serves as the output where it is, or a target model's output does
+    "bitnet": Rule(is_output_tied=False),
+    "eagle3": Rule(is_output_tied=False),
     # sliding windows
     "afmoe": _OPTIONAL_4,
     "cohere2": Rule(window=Window(4)),
