@@ -145,6 +145,8 @@ class _Planner:
                     target = homes[-1]
                 else:
                     target = homes[each.layer or 0]
+                if not each.has_cuda_kernel and self.backends.is_cuda[target]:
+                    target = cpu
             placed[each.name] = target
         return placed
 

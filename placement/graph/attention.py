@@ -16,6 +16,12 @@ class AttentionBuilder(Builder):
     def _rotations(self) -> dict[tuple[str, str], int]:
         return {}
 
+    @functools.cached_property
+    def _is_hybrid_windowed(self) -> bool:
+        """Whether windows and recurrent states are combined: the engine makes no rotations for those."""
+        layers = self.facts.layers
+        return any(i.is_recurrent for i in layers) and any(i.window_tokens is not None for i in layers)
+
     # --- inputs
 
     def cells(self, il: int) -> int:
@@ -46,7 +52,7 @@ class AttentionBuilder(Builder):
     def _rotation(self, il: int, which: str) -> Tensor | None:
         """The Hadamard matrix by which quantised caches are rotated, or None."""
         type = self.context.type_k if which == "k" else self.context.type_v
-        if BLOCKS[type][0] == 1:
+        if BLOCKS[type][0] == 1 or self._is_hybrid_windowed:
             return None
         group = self._group(il)
         if (which, group) not in self._rotations:
