@@ -45,6 +45,10 @@ def finder_of(file: str, pairs: tuple[str, ...]) -> ModelFinder:
 @map_option
 @click.option("--section", "names", multiple=True, metavar="NAME", help="Only these sections.")
 @click.option("--no-solve", is_flag=True, help="Only what each profile costs now.")
+@click.option(
+    "--out", "root", default="solutions", show_default=True, metavar="DIR", help="Where solutions are stored."
+)
+@click.option("--fresh", "is_fresh", is_flag=True, help="Solve even where a solution is stored.")
 @options.reserve_option
 @options.program_option
 @options.json_option
@@ -55,6 +59,8 @@ def command(
     pairs: tuple[str, ...],
     names: tuple[str, ...],
     no_solve: bool,
+    root: str,
+    is_fresh: bool,
     reserve_mib: float,
     program: str,
     is_json: bool,
@@ -85,6 +91,8 @@ def command(
         request,
         sections=sections,
         is_solved=not no_solve,
+        root=Path(root),
+        is_fresh=is_fresh,
         progress=lambda name: click.echo(f"place: [{name}]", err=True),
     )
     profiles = list(found)

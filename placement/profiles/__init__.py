@@ -6,10 +6,11 @@
 
 from placement.profiles.apply import Applied, apply_choice
 from placement.profiles.choice import Choice, Measured, choice_of
-from placement.profiles.chosen import best_arguments, chosen_row, request_of, section_of
+from placement.profiles.chosen import best_arguments, chosen_row
 from placement.profiles.find_model import ModelFinder, read_mapping, remember
 from placement.profiles.launches import launch_of_choice, launches_of_conf, with_files
 from placement.profiles.models_conf import ModelsConf, Section, parse_models_conf, read_models_conf, words
+from placement.profiles.sections import request_of, section_of
 from placement.profiles.survey import Defaults, Profile, profile_row, read_profile, survey
 from placement.profiles.table import survey_lines
 

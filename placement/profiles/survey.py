@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from placement.arguments import Arguments, parse
 from placement.check import Check, check, check_row
-from placement.errors import InputError
+from placement.emit import resolve
+from placement.errors import InputError, PlacementError
 from placement.machine import Machine
 from placement.model import Model
+from placement.problem import Assignment
+from placement.profiles.choice import Choice, choice_of
+from placement.profiles.chosen import chosen_row
 from placement.profiles.find_model import ModelFinder
 from placement.profiles.models_conf import ModelsConf, Section, words
-from placement.solution import Solution, SolutionSet, solution_row
-from placement.solve import Request, make_problem, solve
+from placement.solve import Request, make_problem
 
 Find = Callable[[Section, str | None], tuple[Model, str]]
 
@@ -33,7 +37,11 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Profile:
-    """One section: `problem` says why it could not be read; `found` is None until it was solved for."""
+    """One section: `problem` says why it could not be read; `best` is None until it was solved for.
+
+    `solution` is the row that `best` was made of, `applied` the name of the solution that the section already
+    is, and `message` says why nothing fits.
+    """
 
     section: Section
     problem: str | None = None
@@ -43,23 +51,32 @@ class Profile:
     now: Check | None = None
     request: Request = field(default_factory=Request)
     notes: tuple[str, ...] = ()
-    found: SolutionSet | None = None
-
-    @property
-    def best(self) -> Solution | None:
-        """What `place` would do."""
-        return self.found.solutions[0] if self.found is not None and self.found.solutions else None
-
-    @property
-    def applied(self) -> str | None:
-        """The name of the solution that the section already is."""
-        if self.now is None or self.found is None:
-            return None
-        mine = _compared(self.now.assignment)
-        return next((each.name for each in self.found.solutions if _compared(each.assignment) == mine), None)
+    best: Choice | None = None
+    solution: dict[str, Any] | None = None
+    applied: str | None = None
+    message: str = ""
 
 
-def _compared(assignment: Any) -> Any:
+def _solved(profile: Profile, machine: Machine, root: Path | None, is_fresh: bool) -> Profile:
+    """The profile with what `place` would do instead."""
+    assert profile.model is not None
+    try:
+        row = chosen_row(profile.model, machine, profile.request, root, is_fresh=is_fresh)
+    except InputError as exc:
+        return replace(profile, problem=str(exc))
+    except PlacementError as exc:
+        return replace(profile, message=str(exc))
+    applied = next((each["name"] for each in row["solutions"] if _is_applied(profile, machine, each)), None)
+    return replace(profile, best=choice_of(row), solution=row["solutions"][0], applied=applied)
+
+
+def _is_applied(profile: Profile, machine: Machine, solution: dict[str, Any]) -> bool:
+    assert profile.model is not None and profile.now is not None
+    meant = resolve(profile.model, machine, parse(solution["args"]), profile.request.program)
+    return _compared(meant) == _compared(profile.now.assignment)
+
+
+def _compared(assignment: Assignment) -> Assignment:
     """The assignment without the threads, which are not placement."""
     return replace(assignment, settings=replace(assignment.settings, n_threads=None))
 
@@ -111,8 +128,6 @@ def _request(
     model: Model, machine: Machine, arguments: Arguments, request: Request
 ) -> tuple[Request, list[str]]:
     """What to solve for: the section's context, slots and cache type."""
-    from placement.emit import resolve
-
     settings = resolve(model, machine, arguments, request.program).settings
     notes = []
     n_slots = settings.n_slots
@@ -136,9 +151,14 @@ def survey(
     *,
     sections: Sequence[Section] | None = None,
     is_solved: bool = True,
+    root: Path | None = None,
+    is_fresh: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[Profile]:
-    """Each profile of `sections` (all without), solved for unless `is_solved` is False."""
+    """Each profile of `sections` (all without), solved for unless `is_solved` is False.
+
+    Solutions are taken from and kept under `root`; None keeps none.
+    """
     names = [section.name for section in conf.sections]
     for section in sections if sections is not None else conf.sections:
         if progress is not None:
@@ -147,8 +167,8 @@ def survey(
         if names.count(section.name) > 1:
             note = f"{names.count(section.name)} sections have this name"
             profile = replace(profile, notes=(*profile.notes, note))
-        if is_solved and profile.problem is None and profile.model is not None:
-            profile = replace(profile, found=solve(profile.model, machine, profile.request))
+        if is_solved and profile.problem is None:
+            profile = _solved(profile, machine, root, is_fresh)
         yield profile
 
 
@@ -158,9 +178,9 @@ def gain(profile: Profile) -> dict[str, float | None]:
     if now is None or best is None:
         return {"decode_percent": None, "prompt_percent": None, "turn_s": None}
     return {
-        "decode_percent": _percent(now.speed.decode_tps, best.speed.decode_tps),
-        "prompt_percent": _percent(now.speed.prompt_tps, best.speed.prompt_tps),
-        "turn_s": round(now.speed.turn_s - best.speed.turn_s, 4),
+        "decode_percent": _percent(now.speed.decode_tps, best.decode_tps),
+        "prompt_percent": _percent(now.speed.prompt_tps, best.prompt_tps),
+        "turn_s": None if best.turn_s is None else round(now.speed.turn_s - best.turn_s, 4),
     }
 
 
@@ -170,7 +190,6 @@ def _percent(now: float | None, then: float | None) -> float | None:
 
 def profile_row(profile: Profile) -> dict[str, Any]:
     """The profile as one JSON object."""
-    best, found = profile.best, profile.found
     return {
         "section": profile.section.name,
         "line": profile.section.line,
@@ -178,8 +197,8 @@ def profile_row(profile: Profile) -> dict[str, Any]:
         "problem": profile.problem,
         "notes": list(profile.notes),
         "now": check_row(profile.now) if profile.now else None,
-        "place": solution_row(best, "", ()) if best else None,
-        "message": found.message if found is not None else "",
+        "place": profile.solution,
+        "message": profile.message,
         "applied": profile.applied,
         "gain": gain(profile),
     }

@@ -5,16 +5,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from placement.cost import Speed
+from placement.profiles.choice import Memory
 from placement.profiles.survey import Profile, gain
-from placement.solution import DeviceUse
 
 HOST = "Host"
 
 
 def survey_lines(profiles: Sequence[Profile], width: int = 100) -> list[str]:
     """The table (memory in MiB with everything on the card included) and what to know about each profile."""
-    devices = list(dict.fromkeys(name for each in profiles for name in _uses(each) if name != HOST))
+    devices = list(dict.fromkeys(name for each in profiles for name in _names(each) if name != HOST))
     head = ["profile", "", *devices, "host", "splits", "decode", "prompt", "turn", "gain"]
     units = ["", "", *["MiB"] * len(devices), "MiB", "tok/batch", "t/s", "t/s", "s", ""]
     rows = [row for profile in profiles for row in _rows(profile, devices)]
@@ -26,42 +25,42 @@ def survey_lines(profiles: Sequence[Profile], width: int = 100) -> list[str]:
     return lines
 
 
-def _uses(profile: Profile) -> dict[str, DeviceUse]:
-    now = profile.now.devices if profile.now else {}
-    return {**now, **(profile.best.devices if profile.best else {})}
+def _names(profile: Profile) -> list[str]:
+    return [*(profile.now.devices if profile.now else ()), *(profile.best.memory if profile.best else ())]
 
 
 def _rows(profile: Profile, devices: Sequence[str]) -> list[list[str]]:
     now, best = profile.now, profile.best
     if now is None:
         return [[profile.section.name, "cannot be read"]]
+    memory = {name: Memory(use.used_mib, use.cap_mib) for name, use in now.devices.items()}
     splits = f"{now.splits_decode}/{now.splits_prompt}"
-    rows = [[profile.section.name, "now", *_memory(now.devices, devices), splits, *_speed(now.speed), ""]]
+    speed = _speed(now.speed.decode_tps, now.speed.prompt_tps, now.speed.turn_s)
+    rows = [[profile.section.name, "now", *_memory(memory, devices), splits, *speed, ""]]
     if best is not None:
         splits = f"{best.splits_decode}/{best.splits_prompt}"
-        rows.append(
-            ["", "place", *_memory(best.devices, devices), splits, *_speed(best.speed), _gain(profile)]
-        )
-    elif profile.found is not None:
+        speed = _speed(best.decode_tps, best.prompt_tps, best.turn_s)
+        rows.append(["", "place", *_memory(best.memory, devices), splits, *speed, _gain(profile)])
+    elif profile.message:
         rows.append(["", "place", "nothing fits"])
     return rows
 
 
-def _memory(uses: dict[str, DeviceUse], devices: Sequence[str]) -> list[str]:
+def _memory(uses: dict[str, Memory], devices: Sequence[str]) -> list[str]:
     return [_cell(uses[name]) if name in uses else "-" for name in [*devices, HOST]]
 
 
-def _cell(use: DeviceUse) -> str:
-    return f"{use.used_mib:,.0f}{'!' if use.headroom_mib < 0 else ''}"
+def _cell(use: Memory) -> str:
+    return f"{use.used_mib:,.0f}{'!' if use.used_mib > use.cap_mib else ''}"
 
 
-def _speed(speed: Speed) -> list[str]:
-    prompt = "-" if speed.prompt_tps is None else f"{speed.prompt_tps:,.0f}"
-    return [f"{speed.decode_tps:.1f}", prompt, f"{speed.turn_s:.1f}"]
+def _speed(decode_tps: float | None, prompt_tps: float | None, turn_s: float | None) -> list[str]:
+    rounded = ((decode_tps, ".1f"), (prompt_tps, ",.0f"), (turn_s, ".1f"))
+    return ["-" if value is None else f"{value:{form}}" for value, form in rounded]
 
 
 def _gain(profile: Profile) -> str:
-    if profile.applied == (profile.best.name if profile.best else None):
+    if profile.best is not None and profile.applied == profile.best.name:
         return "as it is"
     if profile.now is not None and not profile.now.fits:
         return "it fits"
@@ -104,8 +103,8 @@ def _details(profile: Profile, width: int) -> list[str]:
         lines += _item("place", f"this profile is its solution {profile.applied}", width)
     elif profile.best is not None:
         lines += [f"  place: {profile.best.name}", f"    {' '.join(profile.best.args)}"]
-    elif profile.found is not None:
-        lines += _item("place", profile.found.message, width)
+    elif profile.message:
+        lines += _item("place", profile.message, width)
     return lines
 
 
