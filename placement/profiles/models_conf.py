@@ -8,6 +8,7 @@ enclose a whole word, or the whole value.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -189,7 +190,7 @@ def conf_of_lines(lines: Sequence[str], where: str) -> ModelsConf:
     """The sections of lines."""
     starts = [i for i, line in enumerate(lines) if _body(line, i).lstrip().startswith("[")]
     sections = []
-    for first, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+    for first, end in itertools.pairwise([*starts, len(lines)]):
         name, problems = _name(_body(lines[first], first), first)
         entries, unread = _entries(lines, first + 1, end)
         sections.append(Section(name, first, end, entries, (*problems, *unread)))
