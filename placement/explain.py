@@ -115,18 +115,17 @@ def _device_lines(
         lines += _wrapped(head, "; ".join(what) or "nothing", name, width)
         use = uses.get(HOST if name == CPU else name)
         if use is not None:
-            lines.append((Segment(" " * len(head)), Segment(_memory(use), name)))
+            indent = " " * len(head)
+            pieces = textwrap.wrap(_memory(use), width - len(indent), subsequent_indent="  ")
+            lines += [(Segment(indent), Segment(piece, name)) for piece in pieces]
     return lines
 
 
 def _memory(use: DeviceUse) -> str:
-    parts = (
-        f"weights {use.weights_mib:,.0f} + context {use.context_mib:,.0f} + compute {use.compute_mib:,.0f}"
-    )
-    if use.runtime_mib:
-        parts += f" + runtime {use.runtime_mib:,.0f}"
     over = f", OVER by {-use.headroom_mib:,.0f}" if use.headroom_mib < 0 else ""
-    return f"{parts} = {use.used_mib:,.0f} of {use.cap_mib:,.0f} MiB{over}"
+    runtime = f", runtime {use.runtime_mib:,.0f}" if use.runtime_mib else ""
+    parts = f"weights {use.weights_mib:,.0f}, context {use.context_mib:,.0f}, compute {use.compute_mib:,.0f}"
+    return f"{use.used_mib:,.0f} of {use.cap_mib:,.0f} MiB{over}: {parts}{runtime}"
 
 
 def _wrapped(head: str, text: str, role: str, width: int) -> list[Line]:

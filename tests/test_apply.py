@@ -61,7 +61,7 @@ def test_applying_twice_changes_nothing(name: str) -> None:
 
 
 def test_other_sections_are_untouched() -> None:
-    """All before and after the section stays byte for byte, CRLF, odd bytes and a missing last newline included."""
+    """Before and after the section each byte stays: CRLF, no UTF-8, no last newline."""
     other = b"# \xff head\r\n\r\n[first]\r\nX = 1\n\n"
     last = b"\r\n[last]\nCTX_SIZE=1\n# no end"
     section = b"[glm-flash]\r\nCTX_SIZE=4096\r\nEXTRA_ARGS=--jinja\r\n"

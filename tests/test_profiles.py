@@ -1,0 +1,176 @@
+"""A models.conf surveyed: models found, defaults, problems, and what was applied found equal."""
+
+from pathlib import Path
+
+import pytest
+from first_user import CONF, choice
+
+from placement import profiles
+from placement.errors import InputError
+from placement.machine import Machine
+from placement.machine_files import resolve_machine
+from placement.profiles import Defaults, ModelFinder, Profile, parse_models_conf
+from placement.solve import Request
+
+
+@pytest.fixture(scope="module")
+def machine() -> Machine:
+    """The reference machine."""
+    return resolve_machine("rtx4090-rtx5070ti")
+
+
+def _survey(machine: Machine, text: str, defaults: str = "", **mapping: str) -> list[Profile]:
+    conf = parse_models_conf(text.encode())
+    finder = ModelFinder(mapping)
+    return list(profiles.survey(conf, machine, finder, Defaults.of_text(defaults), is_solved=False))
+
+
+def test_first_users_profiles_all_have_a_cost(machine: Machine) -> None:
+    """Each of the four finds its model by its name and is checked."""
+    found = _survey(machine, CONF)
+    assert [each.problem for each in found] == [None] * 4
+    assert [each.model.name for each in found if each.model] == [each.section.name for each in found]
+
+
+def test_cache_type_comes_from_the_description(machine: Machine) -> None:
+    """A section without -ctk runs with its description's type, and a note says so."""
+    (found,) = _survey(machine, "[gpt-oss-120b]\nCTX_SIZE=8192\nEXTRA_ARGS=-np 1\n")
+    assert found.now and found.now.assignment.settings.kv_type_k == "q8_0"
+    assert any("taken from the description" in note for note in found.notes)
+
+
+def test_defaults_beat_the_description(machine: Machine) -> None:
+    """--defaults says what the profiles run with."""
+    (found,) = _survey(machine, "[gpt-oss-120b]\nEXTRA_ARGS=-np 1\n", "-ctk q4_0 -ctv q4_0 -c 4096")
+    assert found.now and found.now.assignment.settings.kv_type_v == "q4_0"
+    assert found.now.assignment.settings.ctx_tokens == 4096
+    assert not any("taken from" in note for note in found.notes)
+
+
+def test_section_beats_the_defaults(machine: Machine) -> None:
+    """What a section says itself counts."""
+    (found,) = _survey(
+        machine, "[gpt-oss-120b]\nCTX_SIZE=8192\nEXTRA_ARGS=-np 1 -ctk f16 -ctv f16\n", "-ctk q4_0"
+    )
+    assert found.now and found.now.assignment.settings.kv_type_k == "f16"
+
+
+def test_fit_that_gives_up_is_said(machine: Machine) -> None:
+    """FIT=on beside N_GPU_LAYERS=99 is costed as written, and advice says that the fit gives up."""
+    found = _survey(machine, CONF)[0]
+    assert found.now and set(found.now.assignment.homes) == {"CUDA0", "CUDA1"}
+    assert "fit-left-on" in [each.code for each in found.now.advice]
+
+
+def test_unreadable_sections_do_not_stop_the_others(machine: Machine) -> None:
+    """A stray line, a bad number, an unknown option value and an unknown model: each is one problem."""
+    text = (
+        "[a]\nnonsense\n[b]\nCTX_SIZE=many\n[glm-flash]\nEXTRA_ARGS=-ctk q9\n[never-heard-of]\nFIT=off\n"
+        "[gpt-oss-120b]\nEXTRA_ARGS=-np 1\n"
+    )
+    found = _survey(machine, text, b="glm-flash")
+    assert [each.problem is None for each in found] == [False, False, False, False, True]
+    assert "--map never-heard-of=MODEL" in str(found[3].problem)
+
+
+def test_mapping_beats_the_name(machine: Machine) -> None:
+    """--map says which model a section runs."""
+    (found,) = _survey(machine, "[coder]\nEXTRA_ARGS=-np 1\n", coder="qwen3-coder-q5")
+    assert found.model and found.model.name == "qwen3-coder-q5"
+
+
+def test_model_is_found_by_its_files_name(machine: Machine) -> None:
+    """-m /somewhere/gpt-oss-120b-00001-of-00002.gguf is gpt-oss-120b, though the file is not here."""
+    (found,) = _survey(machine, "[x]\nEXTRA_ARGS=-np 1 -m /far/gpt-oss-120b-00001-of-00002.gguf\n")
+    assert found.model and found.model.name == "gpt-oss-120b"
+
+
+def test_automatic_slots_are_solved_as_one(machine: Machine) -> None:
+    """Without -np four slots share the cache; one slot keeps all of the context."""
+    (found,) = _survey(machine, "[gpt-oss-120b]\nCTX_SIZE=8192\n")
+    assert found.request.n_slots == 1 and found.request.ctx_tokens == 8192
+    assert any("4 slots" in note for note in found.notes)
+
+
+def test_mapping_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair given once is known the next time; a path is made absolute."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.gguf").write_bytes(b"GGUF")
+    profiles.remember(["a=glm-flash", "b=my.gguf"])
+    assert profiles.read_mapping() == {"a": "glm-flash", "b": str(tmp_path / "my.gguf")}
+    assert profiles.remember(["a=glm-flash"]) is None
+
+
+def test_pair_without_equals_is_refused() -> None:
+    """--map takes SECTION=MODEL."""
+    with pytest.raises(InputError, match="SECTION=MODEL"):
+        profiles.read_mapping(["glm-flash"])
+
+
+def test_applied_solution_is_found_equal(machine: Machine, tmp_path: Path) -> None:
+    """What was applied is read back and is the solution; a second apply changes nothing."""
+    conf, finder = parse_models_conf(CONF.encode()), ModelFinder()
+    (before,) = profiles.survey(conf, machine, finder, sections=conf.sections[:1], root=tmp_path)
+    assert before.applied is None and before.best is not None
+    applied = profiles.apply_choice(conf, "glm-flash-q4", before.best, date="2026-11-24")
+    (after,) = profiles.survey(
+        applied.after, machine, finder, sections=applied.after.sections[:1], root=tmp_path
+    )
+    assert after.applied == "aggressive" and after.best == before.best
+    again = profiles.apply_choice(applied.after, "glm-flash-q4", after.best, date="2026-11-25")
+    assert not again.is_changed
+
+
+def test_table_shows_now_and_place(machine: Machine, tmp_path: Path) -> None:
+    """A row for what a profile costs, one for what place would do, and the problem of the unreadable one."""
+    conf = parse_models_conf(f"[bad]\n?\n{CONF}".encode())
+    found = list(profiles.survey(conf, machine, ModelFinder(), sections=conf.sections[:2], root=tmp_path))
+    lines = profiles.survey_lines(found)
+    assert [line.split()[:2] for line in lines[2:5]] == [
+        ["bad", "cannot"],
+        ["glm-flash-q4", "now"],
+        ["place", "22,291"],
+    ]
+    assert "  cannot be read: line 2: must be KEY=VALUE, [section] or a comment" in lines
+
+
+def test_json_row_has_what_the_table_has(machine: Machine) -> None:
+    """The row of an unsolved profile has its cost and no proposal."""
+    row = profiles.profile_row(_survey(machine, CONF)[1])
+    assert row["now"]["splits"] == {"prompt": 3, "decode": 3} and row["place"] is None
+    assert row["gain"] == {"decode_percent": None, "prompt_percent": None, "turn_s": None}
+
+
+def test_section_of_a_model_is_found_by_what_it_runs(machine: Machine) -> None:
+    """`apply MODEL` finds the section of another name that runs the model."""
+    from placement.model_files import resolve_model
+
+    conf = parse_models_conf(b"[coder]\nEXTRA_ARGS=-m qwen3-coder-q5.gguf\n[glm-flash]\nFIT=off\n")
+    section = profiles.section_of(conf, "qwen3-coder-q5", resolve_model("qwen3-coder-q5"), ModelFinder())
+    assert section.name == "coder"
+
+
+def test_request_keeps_the_sections_context_and_slots(machine: Machine) -> None:
+    """What is solved for in a section's place has its context, slots and cache type."""
+    from placement.model_files import resolve_model
+
+    section = parse_models_conf(b"[x]\nCTX_SIZE=16384\nEXTRA_ARGS=-np 2 -ctk f16 -ctv f16\n").sections[0]
+    asked, _ = profiles.request_of(section, resolve_model("glm-flash"), machine, Defaults(), Request())
+    assert (asked.ctx_tokens, asked.n_slots, asked.kv_type) == (16384, 2, "f16")
+
+
+def test_launches_of_a_conf_say_each_option_once(machine: Machine) -> None:
+    """A key that EXTRA_ARGS overrules is not exported."""
+    conf = parse_models_conf(b"[glm-flash]\nCTX_SIZE=4096\nEXTRA_ARGS=-c 8192 --jinja -m /x/y.gguf\n")
+    (launch,) = profiles.launches_of_conf(conf, machine, ModelFinder({"glm-flash": "glm-flash"}), Defaults())
+    assert launch.args == ("-ctk", "q8_0", "-ctv", "q8_0", "-c", "8192", "--jinja")
+    assert launch.model_path == "/x/y.gguf"
+
+
+def test_choice_by_an_unknown_name_is_refused() -> None:
+    """The error names the solutions that there are."""
+    row = {"model": "m", "solutions": [{"name": "aggressive"}]}
+    with pytest.raises(InputError, match="known: aggressive"):
+        profiles.choice_of(row, "best")
+    assert choice("glm-flash").name == "aggressive"
