@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from first_user import CONF, GPT_OT, choice
+from hypothesis import given
+from hypothesis import strategies as st
 
 from placement.arguments import _OPTIONS, _REMOVED, parse
 from placement.errors import InputError
@@ -200,3 +202,50 @@ def test_every_placement_option_is_known_here() -> None:
     mine = {name for names in (*VALUED.values(), *FLAGS.values()) for name in names}
     assert read - mine == {"-m", "--model", "-tb", "--threads-batch"}
     assert mine - read == set()
+
+
+_VALUES = st.sampled_from(["131072", "on", "off", "", "99", "1,1", "  7  # c", '"8"'])
+_KEYS = st.sampled_from(
+    ["CTX_SIZE", "N_GPU_LAYERS", "FIT", "TENSOR_SPLIT", "N_PARALLEL", "MODEL", "NOTE", "export UBATCH"]
+)
+_WORDS = st.sampled_from(
+    "-ngl 5|-ts 1,2|--jinja|-fa|-fa on|--temp 1.0|-ot a=CPU|-ot 'b c=CPU'|-nkvo|--mmap|-np 4|--top-k 40|-c 8|"
+    "--alias 'x y'|-t 4|--flash-attn off".split("|")
+)
+_ENTRIES = st.one_of(
+    st.builds("{}={}".format, _KEYS, _VALUES),
+    st.lists(_WORDS, max_size=6).map(lambda parts: "EXTRA_ARGS=" + " ".join(parts)),
+    st.lists(_WORDS, min_size=2, max_size=4).map(lambda parts: "EXTRA_ARGS=" + " \\\n  ".join(parts)),
+    st.sampled_from(["", "# note", "; note", "  # indented"]),
+)
+
+
+@given(
+    st.lists(_ENTRIES, max_size=8),
+    st.sampled_from(["\n", "\r\n"]),
+    st.booleans(),
+    st.sampled_from(["", "[z]\nX=1"]),
+)
+def test_any_section_takes_the_choice(entries: list[str], newline: str, is_ended: bool, rest: str) -> None:
+    """Whatever the section said: it reads back as chosen, its other arguments stay, and twice is once."""
+    text = newline.join(
+        ["# top", "[glm-flash]", *entries, ""] if is_ended or rest else ["[glm-flash]", *entries]
+    )
+    data = text.replace("\n", newline).replace("\r\r", "\r").encode() + rest.encode()
+    conf = parse_models_conf(data)
+    try:
+        before = parse(conf.section("glm-flash").tokens())
+    except InputError:
+        return  # a section that cannot be read is refused as it is
+    applied = apply_choice(conf, "glm-flash", choice("glm-flash"), date=DATE)
+    said = parse(applied.after.section("glm-flash").tokens())
+    assert (said.tensor_split, said.ubatch_tokens, said.overrides) == ((32.0, 16.0), 512, ())
+    assert (said.other, said.n_threads, said.model_path) == (
+        before.other,
+        before.n_threads,
+        before.model_path,
+    )
+    assert applied.after.to_bytes().endswith(rest.encode())
+    assert applied.after.to_bytes().endswith(b"\n") is data.endswith(b"\n") or not entries
+    again = apply_choice(applied.after, "glm-flash", choice("glm-flash"), date="2030-01-01")
+    assert again.after.to_bytes() == applied.after.to_bytes()

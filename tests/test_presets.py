@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import time
@@ -249,7 +250,7 @@ def test_koboldcpp_refuses_unknown_extras() -> None:
 
 @pytest.fixture
 def router(engine: Engine, tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """A real llama-server in router mode on the preset of three launches: its answer to GET /models, by id."""
+    """A real llama-server in router mode on a preset of three: its answer to GET /models, by id."""
     qwen = Launch(
         "qwen3-coder-q5", "/m/q.gguf", choice("qwen3-coder-q5").args, (*EXTRA, "--no-context-shift")
     )
@@ -295,3 +296,17 @@ def test_real_router_reads_the_preset(router: dict[str, Any]) -> None:
     values = {"--tensor-split": "32,16", "--cache-type-k": "q8_0", "--fit": "off", "--model": "/m/g f.gguf"}
     assert {option: words[words.index(option) + 1] for option in values} == values
     assert "--jinja" in words and "--no-context-shift" in router["qwen3-coder-q5"]
+
+
+def test_compose_config_accepts_the_file(tmp_path: Path) -> None:
+    """Docker Compose's own reader gives the very command (skipped where it is missing)."""
+    path = tmp_path / "compose.yaml"
+    path.write_text(compose(replace(GPT, extra_args=("--alias", _ODD))))
+    asked = ["docker", "compose", "version"]
+    if shutil.which("docker") is None or subprocess.run(asked, capture_output=True).returncode:
+        pytest.skip("no docker compose")
+    command = ["docker", "compose", "-f", str(path), "config", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)["services"]["gpt-oss-120b"]["command"]
+    assert [word.replace("$$", "$") for word in said][2:-4] == [*GPT.args, "--alias", _ODD]

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from first_user import CONF, choice
 
 from placement import profiles
+from placement.cli import cli
 from placement.errors import InputError
 from placement.machine import Machine
 from placement.machine_files import resolve_machine
@@ -174,3 +176,56 @@ def test_choice_by_an_unknown_name_is_refused() -> None:
     with pytest.raises(InputError, match="known: aggressive"):
         profiles.choice_of(row, "best")
     assert choice("glm-flash").name == "aggressive"
+
+
+MACHINE = ["--machine", "rtx4090-rtx5070ti"]
+
+
+def _place(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, [*arguments, *MACHINE])
+
+
+@pytest.fixture
+def conf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The first user's file in a folder of its own, which is the current one."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "models.conf"
+    path.write_text(CONF)
+    return path
+
+
+def test_unreadable_section_is_exit_code_2(conf_file: Path) -> None:
+    """The table still has the others."""
+    conf_file.write_text(f"{CONF}[bad]\n?\n")
+    done = _place("profiles", "models.conf", "--no-solve")
+    assert done.exit_code == 2 and "gpt-oss-120b    now" in done.output
+
+
+def test_dry_run_prints_the_diff_and_writes_nothing(conf_file: Path) -> None:
+    """The file is as it was, and there is no backup."""
+    done = _place("apply", "glm-flash-q4", "models.conf", "--dry-run", "--engine", "off")
+    assert "\n-FIT=on\n" in done.output and "\n+FIT=off\n" in done.output
+    assert conf_file.read_text() == CONF and not conf_file.with_name("models.conf.bak").exists()
+
+
+def test_apply_then_profiles_then_apply(conf_file: Path) -> None:
+    """Written once; then `profiles` finds it, and a second apply writes nothing."""
+    assert "is now aggressive" in _place("apply", "glm-flash-q4", "models.conf", "--engine", "off").output
+    written = conf_file.read_bytes()
+    seen = _place("profiles", "models.conf", "--section", "glm-flash-q4").output
+    assert "this profile is its solution aggressive" in seen
+    assert "nothing written" in _place("apply", "glm-flash-q4", "models.conf", "--engine", "off").output
+    assert conf_file.read_bytes() == written
+
+
+def test_profiles_come_out_as_a_preset(conf_file: Path) -> None:
+    """All four sections, with the file that --file names for one."""
+    done = _place("export-as", "preset", "--conf", "models.conf", "--file", "glm-flash=/m/glm.gguf")
+    assert done.output.count("\nmodel = ") == 4 and "\nmodel = /m/glm.gguf\n" in done.output
+
+
+def test_explain_draws_given_arguments(conf_file: Path) -> None:
+    """`explain --args` needs no solve, and prints no colour where it is no terminal."""
+    done = _place("explain", "gpt-oss-120b", "--args", r"-c 8192 -ngl 37 -ts 25,12 -np 1 -ot exps=CPU")
+    assert done.exit_code == 0 and "experts   " + "c" * 36 in done.output and "\x1b" not in done.output
