@@ -209,8 +209,24 @@ _KEYS = st.sampled_from(
     ["CTX_SIZE", "N_GPU_LAYERS", "FIT", "TENSOR_SPLIT", "N_PARALLEL", "MODEL", "NOTE", "export UBATCH"]
 )
 _WORDS = st.sampled_from(
-    "-ngl 5|-ts 1,2|--jinja|-fa|-fa on|--temp 1.0|-ot a=CPU|-ot 'b c=CPU'|-nkvo|--mmap|-np 4|--top-k 40|-c 8|"
-    "--alias 'x y'|-t 4|--flash-attn off".split("|")
+    [
+        "-ngl 5",
+        "-ts 1,2",
+        "--jinja",
+        "-fa",
+        "-fa on",
+        "--temp 1.0",
+        "-ot a=CPU",
+        "-ot 'b c=CPU'",
+        "-nkvo",
+        "--mmap",
+        "-np 4",
+        "--top-k 40",
+        "-c 8",
+        "--alias 'x y'",
+        "-t 4",
+        "--flash-attn off",
+    ]
 )
 _ENTRIES = st.one_of(
     st.builds("{}={}".format, _KEYS, _VALUES),
