@@ -210,7 +210,17 @@ _KEYS = st.sampled_from(
 )
 _WORDS = st.sampled_from(
     [
-        *("-ngl 5", "-ts 1,2", "--jinja", "-fa", "-fa on", "--temp 1.0", "-ot a=CPU", "-ot 'b c=CPU'", "-nkvo"),
+        *(
+            "-ngl 5",
+            "-ts 1,2",
+            "--jinja",
+            "-fa",
+            "-fa on",
+            "--temp 1.0",
+            "-ot a=CPU",
+            "-ot 'b c=CPU'",
+            "-nkvo",
+        ),
         *("--mmap", "-np 4", "--top-k 40", "-c 8", "--alias 'x y'", "-t 4", "--flash-attn off"),
     ]
 )

@@ -66,7 +66,7 @@ def _gain(profile: Profile) -> str:
         return "it fits"
     percent = gain(profile)
     parts = [("decode", percent["decode_percent"]), ("prompt", percent["prompt_percent"])]
-    return ", ".join(f"{name} {value:+.0f} %" for name, value in parts if value is not None)
+    return ", ".join(f"{name} {round(value):+d} %" for name, value in parts if value is not None)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
