@@ -42,6 +42,11 @@ HostPattern = tuple[int, bool, tuple[bool, ...]]
 # of MiB more on the first card than streaming any others.
 N_EARLY_LAYERS = 3
 
+# Splits of a prompt's graph in a layer that lives on the CPU, beside one for each weight that is streamed.
+_CPU_LAYER_SPLITS = 2
+# Tensors that a layer uses after its feed-forward network: it then ends at home, wherever the network is.
+_AFTER_FFN = ("_shexp", "post_ffw", "ffn_post", "layer_out", "ffn_norm_exps")
+
 
 def host_pattern(home: int, is_early: bool, groups: tuple[int, ...]) -> HostPattern | None:
     """The pattern of a layer that may need buffers of its own: partly in host memory, or early; else None."""
@@ -65,13 +70,13 @@ class ComputeTable:
 
 @dataclass(frozen=True, slots=True)
 class Pins:
-    """What the user fixes: layer → allowed home names, (layer, group kind) → device name."""
+    """What the user fixes: (layer, allowed home names) and (layer, group kind, device name)."""
 
-    homes: dict[int, frozenset[str]]
-    groups: dict[tuple[int, str], str]
+    homes: tuple[tuple[int, frozenset[str]], ...] = ()
+    groups: tuple[tuple[int, str, str], ...] = ()
 
 
-NO_PINS = Pins({}, {})
+NO_PINS = Pins()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +122,9 @@ class Pieces:
     """
 
     def __init__(self, problem: Problem, pins: Pins = NO_PINS) -> None:
-        self.problem, self.pins = problem, pins
+        self.problem = problem
+        self.pinned_homes = dict(pins.homes)
+        self.pinned_groups = {(layer, kind): device for layer, kind, device in pins.groups}
         self.architecture: Architecture = describe(problem.model)
         self.n_layers = self.architecture.n_layer_all
         self.groups = movable_groups(problem.model, self.n_layers)
@@ -151,12 +158,12 @@ class Pieces:
             for p in self.members[i]
         )
         if i == self.n_layers:
-            return ("output", shapes, self.pins.homes.get(i))
+            return ("output", shapes, self.pinned_homes.get(i))
         facts = self.architecture.layers[i]
-        pins = tuple(self.pins.groups.get((i, group.kind)) for group in self.groups[i])
+        pins = tuple(self.pinned_groups.get((i, group.kind)) for group in self.groups[i])
         memory = (facts.caches, facts.n_head, facts.window_tokens, facts.state_r, facts.state_s)
         use = (facts.is_loaded, facts.n_expert_used, facts.cache_layer == i)
-        return (shapes, memory, use, self.pins.homes.get(i), pins, i < N_EARLY_LAYERS)
+        return (shapes, memory, use, self.pinned_homes.get(i), pins, i < N_EARLY_LAYERS)
 
     def _move_signature(self, i: int) -> Hashable:
         """What the differences between a layer's choices depend on: its groups, whatever its attention."""
@@ -164,9 +171,13 @@ class Pieces:
             return "output"
         groups = self.groups[i]
         shapes = tuple((g.kind, tuple((t.shape, t.type) for t in g.tensors)) for g in groups)
-        pins = tuple(self.pins.groups.get((i, group.kind)) for group in groups)
+        pins = tuple(self.pinned_groups.get((i, group.kind)) for group in groups)
         n_used = self.architecture.layers[i].n_expert_used
-        return (shapes, n_used, self.pins.homes.get(i), pins, i < N_EARLY_LAYERS)
+        return (shapes, n_used, self.ends_at_home(i), self.pinned_homes.get(i), pins, i < N_EARLY_LAYERS)
+
+    def ends_at_home(self, i: int) -> bool:
+        """Whether a layer's last work needs weights that never move: a shared expert, a norm after the network."""
+        return any(mark in placed.name for placed in self.members[i] for mark in _AFTER_FFN)
 
     def is_early(self, kind: int) -> bool:
         """Whether a kind's layers are among the model's first."""
@@ -192,7 +203,7 @@ class TableBuilder:
 
     def __init__(self, pieces: Pieces, way: Way, compute: ComputeTable, reserve_fraction: float = 0.0) -> None:
         self.pieces, self.way, self.compute = pieces, way, compute
-        self.problem, self.pins = pieces.problem, pieces.pins
+        self.problem = pieces.problem
         self.reserve_fraction = reserve_fraction
         self.cost = CostModel(self.problem, way.settings, way.devices)
         self.positions = (CPU, *way.devices)
@@ -208,7 +219,7 @@ class TableBuilder:
             cap_kib=self._caps(),
             hidden_us=self._hidden_us(),
             fixed_us=self._fixed_us(),
-            longest_percent=self._longest_percent(),
+            longest_permille=self._longest_permille(),
             extras=tuple(self._extra(tables, *each) for each in self.compute.extras),
         )
         return Table(self.way, frame, self.pieces.group_names)
@@ -252,16 +263,18 @@ class TableBuilder:
         n = max(len(self.cost.ubatches), 1)
         return 1.0 - self.cost.overlap * (1.0 - 1.0 / n) if self.way.is_pipelined else 1.0
 
-    def _longest_percent(self) -> int:
+    def _longest_permille(self) -> int:
         n = max(len(self.cost.ubatches), 1)
         if not self.way.is_pipelined or n == 1:
             return 0
-        return round(100 * self.cost.overlap * (1.0 - 1.0 / n) / self._serial_share())
+        return round(1000 * self.cost.overlap * (1.0 - 1.0 / n) / self._serial_share())
 
     def _hidden_us(self) -> tuple[int, int]:
         if self.way.is_pipelined or len(self.way.devices) < 2:
             return 0, 0
-        return self._turn_us(*self.cost.splits_s(1, 1))
+        # a streamed weight is computed on a GPU, where the boundary is still to be crossed
+        n_prompt = 1 if self.cost.rates.stream_s_per_byte is None else 0
+        return self._turn_us(*self.cost.splits_s(1, n_prompt))
 
     def _fixed_us(self) -> tuple[int, int]:
         counts, n_devices = self.compute.counts, len(self.way.devices)
@@ -286,7 +299,7 @@ class TableBuilder:
             context_bytes = self.context_bytes[i]
         return tuple(
             tuple(
-                self._choice(home, targets, parts, context, context_bytes)
+                self._choice(i, home, targets, parts, context, context_bytes)
                 for targets in self._targets(i, home, len(parts) - 1)
             )
             for home in range(len(self.positions))
@@ -304,7 +317,7 @@ class TableBuilder:
 
     def _targets(self, i: int, home: int, n_groups: int) -> list[tuple[int, ...]]:
         """Where the groups may go: all at home first, then all or some of them on one other position."""
-        allowed = self.pins.homes.get(i)
+        allowed = self.pieces.pinned_homes.get(i)
         if allowed is not None and self.positions[home] not in allowed:
             return []
         if home == 0 and not self.way.uses_host:
@@ -317,7 +330,7 @@ class TableBuilder:
                 found.append((other,) * n_groups)
                 if n_groups == 2:
                     found += [(other, home), (home, other)]
-        pinned = [self.pins.groups.get((i, group.kind)) for group in self.pieces.groups[i]] if n_groups else []
+        pinned = [self.pieces.pinned_groups.get((i, group.kind)) for group in self.pieces.groups[i]] if n_groups else []
         return [
             targets
             for targets in found
@@ -325,13 +338,15 @@ class TableBuilder:
         ]
 
     def _choice(
-        self, home: int, targets: tuple[int, ...], parts: list[_Part], context: Load, context_bytes: int
+        self, i: int, home: int, targets: tuple[int, ...], parts: list[_Part], context: Load, context_bytes: int
     ) -> Choice:
         """A choice as the layer all at home plus the difference, each rounded by itself: layers whose groups are
         alike then have equal differences, whatever else they are made of."""
         kv_at = home if self.way.settings.is_kv_offloaded else 0
         decode_s = self.cost.decode_s(context, self.positions[kv_at]) + sum(part.decode_s[home] for part in parts)
         prompt_s = self.cost.prompt_s(context, self.positions[home]) + sum(part.prompt_s[home] for part in parts)
+        if home == 0 and i < self.pieces.n_layers:
+            prompt_s += self._cpu_layer_splits_s(parts)
         decode_us, prompt_us = self._turn_us(decode_s, prompt_s)
         kib = {home: -(-sum(part.n_bytes[home] for part in parts) // KIB)}
         kib[kv_at] = kib.get(kv_at, 0) + -(-context_bytes // KIB)
@@ -343,7 +358,15 @@ class TableBuilder:
                 kib[home] -= part.n_bytes[home] // KIB
                 kib[at] = kib.get(at, 0) + -(-part.n_bytes[at] // KIB)
         is_host = home > 0 and any(at == 0 for at, _ in moved)
-        return Choice(targets, decode_us, prompt_us, tuple(sorted(kib.items())), is_host)
+        hides = is_host and targets[-1] == 0 and not self.pieces.ends_at_home(i)
+        return Choice(targets, decode_us, prompt_us, tuple(sorted(kib.items())), is_host, hides)
+
+    def _cpu_layer_splits_s(self, parts: list[_Part]) -> float:
+        """Prompt seconds of a CPU layer's splits where its weights are streamed."""
+        if self.cost.rates.stream_s_per_byte is None:
+            return 0.0
+        n_splits = sum(part.n_tensors for part in parts) + _CPU_LAYER_SPLITS
+        return self.cost.splits_s(0, n_splits)[1]
 
     def _move_s(self, home: int, targets: tuple[int, ...], parts: list[_Part]) -> tuple[float, float]:
         """(decode, prompt) seconds that moving groups off their home adds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 from hypothesis import given, settings
@@ -11,12 +12,32 @@ from placement.solver.frame import Answer, Choice, Extra, Frame, LayerTable, is_
 from placement.solver.placing import Placing
 
 
+small = st.integers(0, 9)
+
+
+def dearer(draw: st.DrawFn, table: LayerTable, kind: int) -> LayerTable:
+    """A kind with the same moves: every choice of a home costs the same more, and one home may be forbidden."""
+    rows = []
+    for home, row in enumerate(table.choices):
+        decode, prompt, kib = draw(small), draw(small), draw(small)
+        more = [
+            dataclasses.replace(
+                choice,
+                decode_us=choice.decode_us + decode,
+                prompt_us=choice.prompt_us + prompt,
+                kib=tuple((p, each + kib if p == home else each) for p, each in choice.kib),
+            )
+            for choice in row
+        ]
+        rows.append(() if draw(st.integers(0, 5)) == 0 else tuple(more))
+    return LayerTable(kind, table.moves, tuple(rows))
+
+
 @st.composite
 def frames(draw: st.DrawFn) -> Frame:
-    """Frames of up to five layers on up to three positions, of one to three kinds, caps near what is needed."""
+    """Frames of up to five layers on up to three positions, of one to four kinds, caps near what is needed."""
     n_positions = draw(st.integers(1, 3))
     n_kinds = draw(st.integers(1, 3))
-    small = st.integers(0, 9)
     kinds = []
     for kind in range(n_kinds):
         rows = []
@@ -26,12 +47,14 @@ def frames(draw: st.DrawFn) -> Frame:
                 for target in range(n_positions):
                     if target != home:
                         kib = ((home, draw(small)), (target, draw(small)))
-                        choices.append(Choice((target,), draw(small), draw(small), kib, target == 0))
+                        choices.append(Choice((target,), draw(small), draw(small), kib, target == 0, target == 0))
             if home == 0 and n_positions > 1 and draw(st.booleans()):
                 choices = []
             rows.append(tuple(choices))
         kinds.append(LayerTable(kind, kind, tuple(rows)))
-    layers = tuple(kinds[k] for k in draw(st.lists(st.integers(0, n_kinds - 1), min_size=1, max_size=5)))
+    if draw(st.booleans()):
+        kinds.append(dearer(draw, kinds[0], n_kinds))
+    layers = tuple(kinds[k] for k in draw(st.lists(st.integers(0, len(kinds) - 1), min_size=1, max_size=5)))
     taken = [(k, p, 1) for k in range(n_kinds) for p in range(1, n_positions) if len(kinds[k].choices[p]) > 1]
     extras = [Extra(frozenset(taken), tuple(draw(st.integers(0, 5)) for _ in range(n_positions)))] if taken else []
     is_pipelined = draw(st.booleans())
@@ -42,7 +65,7 @@ def frames(draw: st.DrawFn) -> Frame:
         hidden_us=draw(st.sampled_from([(0, 0), (1, 2)])) if n_positions > 2 and not is_pipelined else (0, 0),
         fixed_us=(3, 5),
         extras=tuple(extras),
-        longest_percent=draw(st.sampled_from([70, 230])) if is_pipelined else 0,
+        longest_permille=draw(st.sampled_from([700, 2305])) if is_pipelined else 0,
     )
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 class Choice:
     """Where a layer's movable groups go, given its home; costs and KiB are the whole layer's.
 
-    `kib` holds (position, KiB) pairs; `is_host` says that weights of a GPU-homed layer stay in host memory.
+    `kib` holds (position, KiB) pairs; `is_host` says that weights of a GPU-homed layer stay in host memory, and
+    `hides_boundary` that the layer's last work is done there.
     """
 
     groups: tuple[int, ...]
@@ -21,6 +22,7 @@ class Choice:
     prompt_us: int
     kib: tuple[tuple[int, int], ...]
     is_host: bool = False
+    hides_boundary: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,10 @@ class Extra:
 class Frame:
     """A placement question: minimise Σ cost of the layers' choices under every position's cap.
 
-    `hidden_us` is (decode, prompt) time saved when a layer with host experts is the last of its device: its
+    `hidden_us` is (decode, prompt) time saved when a layer that ends on the host is the last of its device: its
     return split and the boundary's are one. `fixed_us` is (decode, prompt) time of every answer.
-    With pipeline parallelism (`longest_percent` > 0, `hidden_us` zero) the choices' `prompt_us` are what cannot
-    overlap, and `longest_percent` of the longest device's sum is added to the prompt.
+    With pipeline parallelism (`longest_permille` > 0, `hidden_us` zero) the choices' `prompt_us` are what cannot
+    overlap, and `longest_permille` of the longest device's sum is added to the prompt.
     """
 
     positions: tuple[str, ...]
@@ -59,7 +61,7 @@ class Frame:
     cap_kib: tuple[int, ...]
     hidden_us: tuple[int, int] = (0, 0)
     fixed_us: tuple[int, int] = (0, 0)
-    longest_percent: int = 0
+    longest_permille: int = 0
     extras: tuple[Extra, ...] = ()
 
 
@@ -98,10 +100,10 @@ def times_us(frame: Frame, answer: Answer) -> tuple[int, int]:
         decode += choice.decode_us
         stages[home] += choice.prompt_us
         ends_device = i + 1 < len(answer.homes) and 1 <= home < answer.homes[i + 1]
-        if choice.is_host and ends_device:
+        if choice.hides_boundary and ends_device:
             decode -= frame.hidden_us[0]
             prompt -= frame.hidden_us[1]
-    prompt += sum(stages) + frame.longest_percent * max(stages) // 100
+    prompt += sum(stages) + frame.longest_permille * max(stages) // 1000
     return decode, prompt
 
 

@@ -110,12 +110,12 @@ class Placing:
                     terms.append((self.counts[p, moves, c], number(rows[p][c]) - number(rows[p][0])))
         return terms
 
-    def _host_counts(self, moves: int, positions: Iterable[int]) -> list[int]:
+    def _hiding_counts(self, moves: int, positions: Iterable[int]) -> list[int]:
         return [
             self.counts[p, moves, c]
             for p in positions
             for c, choice in enumerate(self.rows[moves][p])
-            if choice.is_host
+            if choice.hides_boundary
         ]
 
     def _pay_extras_once_taken(self) -> None:
@@ -135,12 +135,12 @@ class Placing:
             self.program.at_most(terms, cap)
 
     def _hide_boundaries(self) -> None:
-        """A layer hides its device's boundary when it is the last one there and keeps weights in host memory."""
+        """A layer hides its device's boundary when it is the last one there and ends on the host."""
         self.hidden: list[int] = []
         if not any(self.frame.hidden_us) or self.n_positions < 3:
             return
         for i, table in enumerate(self.frame.layers[:-1]):
-            if not self._host_counts(table.moves, range(1, self.n_positions)):
+            if not self._hiding_counts(table.moves, range(1, self.n_positions)):
                 continue
             literal = self.program.boolean()
             self.hidden.append(literal)
@@ -148,7 +148,7 @@ class Placing:
             cut = [(self.before[i][p], -1) for p in inner] + [(self.before[i + 1][p], 1) for p in inner]
             self.program.at_most([(literal, 1), *cut], 0)
             for p in inner:
-                host = [(count, -1) for count in self._host_counts(table.moves, (p,))]
+                host = [(count, -1) for count in self._hiding_counts(table.moves, (p,))]
                 self.program.at_most([(literal, 1), *host, *self.at_home(i, p)], 1)
 
     def _set_objective(self, decode_weight: int, prompt_weight: int) -> None:
@@ -164,14 +164,14 @@ class Placing:
         self.program.minimise(self.objective, self.offset)
 
     def _overlap_ubatches(self) -> None:
-        percent = self.frame.longest_percent
-        if not percent:
+        permille = self.frame.longest_permille
+        if not permille:
             return
-        longest = self.program.integer(0, sum(map(_most_prompt_us, self.frame.layers)) * percent // 100 + 1)
+        longest = self.program.integer(0, sum(map(_most_prompt_us, self.frame.layers)) * permille // 1000 + 1)
         for p in range(self.n_positions):
             stage = self._sum(lambda choice: choice.prompt_us, only_position=p)
-            # 100 · longest ≥ percent · stage − 99 rounds down as `times_us` does
-            self.program.at_most([*((v, percent * c) for v, c in stage), (longest, -100)], 99)
+            # 1000 · longest ≥ permille · stage − 999 rounds down as `times_us` does
+            self.program.at_most([*((v, permille * c) for v, c in stage), (longest, -1000)], 999)
         self.prompt.append((longest, 1))
 
     def minimise_overflow(self) -> list[int]:
@@ -200,7 +200,7 @@ class Placing:
                 here = [i for i in self.members[moves] if homes[i] == p]
                 wanted = [c for c in range(1, len(row)) for _ in range(values[self.counts[p, moves, c]])]
                 # host choices go to the last layers, where a device's very last one hides the boundary
-                wanted.sort(key=lambda c, row=row: (row[c].is_host, len(set(row[c].groups)) == 1))  # type: ignore[misc]
+                wanted.sort(key=lambda c, row=row: (row[c].hides_boundary, row[c].is_host, len(set(row[c].groups)) == 1))  # type: ignore[misc]
                 for i, c in zip(reversed(here), reversed(wanted), strict=False):
                     picks[i] = c
         return Answer(homes, tuple(picks))

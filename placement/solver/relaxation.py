@@ -35,7 +35,7 @@ class Relaxation:
         self.moves = [table.moves for table in frame.layers]
         tables = {table.kind: table for table in frame.layers}
         # max(stages) is at least their mean, so pipelined prompt time is bounded by a sum
-        overlap = 1.0 + frame.longest_percent / 100 / max(self.n_positions - 1, 1)
+        overlap = 1.0 + frame.longest_permille / 1000 / max(self.n_positions - 1, 1)
         self.choices: dict[tuple[int, int], list[tuple[float, Choice]]] = {
             (kind, p): [
                 (decode_weight * c.decode_us + prompt_weight * overlap * c.prompt_us, c) for c in table.choices[p]
@@ -45,11 +45,16 @@ class Relaxation:
         }
         fixed = decode_weight * frame.fixed_us[0] + prompt_weight * frame.fixed_us[1]
         hidden = decode_weight * frame.hidden_us[0] + prompt_weight * frame.hidden_us[1]
-        fixed -= prompt_weight if frame.longest_percent else 0  # rounding down
+        fixed -= prompt_weight if frame.longest_permille else 0  # rounding down
         self.constant = fixed - hidden * max(self.n_positions - 2, 0)
 
-    def bound(self, prices: list[float] | None = None, rounds: int = N_ROUNDS) -> Relaxed:
-        """The best bound found by moving the prices; None when they prove that the caps cannot hold."""
+    def bound(
+        self, prices: list[float] | None = None, rounds: int = N_ROUNDS, enough: float = float("inf")
+    ) -> Relaxed:
+        """The best bound found by moving the prices; None when they prove that the caps cannot hold.
+
+        Stops once the bound reaches `enough`.
+        """
         prices = list(prices) if prices else [0.0] * self.n_positions
         best, best_homes, best_prices = float("-inf"), None, prices
         target, scale, stalled = 0.0, 1.0, 0
@@ -63,6 +68,8 @@ class Relaxation:
             stalled += 1
             if best > IMPOSSIBLE_US:
                 return Relaxed(None, None, ())
+            if best >= enough:
+                break
             over = [u - cap for u, cap in zip(used, self.frame.cap_kib, strict=True)]
             norm = sum(o * o for o, price in zip(over, prices, strict=True) if o > 0 or price > 0)
             if norm == 0:
