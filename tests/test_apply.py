@@ -12,8 +12,21 @@ from hypothesis import strategies as st
 
 from placement.arguments import _OPTIONS, _REMOVED, parse
 from placement.errors import InputError
-from placement.profiles import Applied, Measured, apply_choice, parse_models_conf, read_models_conf
+from placement.machine_files import resolve_machine
+from placement.model_files import resolve_model
+from placement.profiles import (
+    Applied,
+    Measured,
+    apply_choice,
+    measured_of,
+    parse_models_conf,
+    read_models_conf,
+)
 from placement.profiles.options import FLAGS, VALUED
+from placement.solve import Request, make_problem
+from placement.store import solution_folder
+from placement.verify.records import RunLog
+from placement.verify.schema import DevicePeak, Key, Record
 
 DATE = "2026-11-24"
 
@@ -261,3 +274,43 @@ def test_any_section_takes_the_choice(entries: list[str], newline: str, is_ended
     assert applied.after.to_bytes().endswith(b"\n") is data.endswith(b"\n") or not entries
     again = apply_choice(applied.after, "glm-flash", choice("glm-flash"), date="2030-01-01")
     assert again.after.to_bytes() == applied.after.to_bytes()
+
+
+def test_measurements_come_from_the_run_records(tmp_path: Path) -> None:
+    """Of all runs, those of exactly this placement count, with the newest one's date and build."""
+    machine, model = resolve_machine("rtx4090-rtx5070ti"), resolve_model("glm-flash")
+    request = Request()
+    folder = solution_folder(tmp_path, make_problem(model, machine, request)[0])
+    mine = choice("glm-flash")
+    key = Key(engine_build="b11434", engine_fingerprint="x", model_digest=model.digest, machine="m", plan="p")
+    other = (*mine.args, "-ub", "64")
+    for arguments, peak, phase in (
+        (mine.args, 23001.0, "start"),
+        (mine.args, 22000.0, "stop"),
+        (other, 9.0, "start"),
+    ):
+        record = Record(
+            campaign="c",
+            at="2026-11-23T10:00:00+00:00",
+            key=key,
+            round=1,
+            candidate="aggressive",
+            role="solution",
+            run_id=arguments[-1],
+            arguments=(*arguments, "--jinja"),
+            phase=phase,
+            outcome="ok",
+            wall_s=1.0,
+            devices={"CUDA0": DevicePeak(peak_mib=peak)},
+            splits_decode=3,
+        )
+        RunLog(folder).append(record)
+    found = measured_of(mine, model, machine, request, tmp_path)
+    assert found is not None and found.memory_mib == {"CUDA0": 23001.0}
+    assert (found.engine_build, found.date, found.splits_decode) == ("b11434", "2026-11-23", 3)
+
+
+def test_without_runs_nothing_is_measured(tmp_path: Path) -> None:
+    """No folder, no measurement."""
+    machine, model = resolve_machine("rtx4090-rtx5070ti"), resolve_model("glm-flash")
+    assert measured_of(choice("glm-flash"), model, machine, Request(), tmp_path) is None

@@ -93,7 +93,10 @@ def command(
     row = profiles.chosen_row(model, machine, request, Path(root), is_fresh=is_fresh, tell=tell)
     choice = profiles.choice_of(row, solution_name)
     today, build = date.today().isoformat(), engine_build(engine_name)
-    applied = profiles.apply_choice(conf, section.name, choice, date=today, engine_build=build)
+    measured = profiles.measured_of(choice, model, machine, request, Path(root))
+    applied = profiles.apply_choice(
+        conf, section.name, choice, date=today, engine_build=build, measured=measured
+    )
     if dry_run:
         click.echo(applied.diff() or f"[{section.name}] is this solution already: nothing to change")
     elif applied.write():

@@ -9,6 +9,7 @@ from placement.profiles.choice import Choice, Measured, choice_of
 from placement.profiles.chosen import best_arguments, chosen_row
 from placement.profiles.find_model import ModelFinder, read_mapping, remember
 from placement.profiles.launches import launch_of_choice, launches_of_conf, with_files
+from placement.profiles.measured import measured_of
 from placement.profiles.models_conf import ModelsConf, Section, parse_models_conf, read_models_conf, words
 from placement.profiles.sections import request_of, section_of
 from placement.profiles.survey import Defaults, Profile, profile_row, read_profile, survey
@@ -29,6 +30,7 @@ __all__ = [
     "chosen_row",
     "launch_of_choice",
     "launches_of_conf",
+    "measured_of",
     "parse_models_conf",
     "profile_row",
     "read_mapping",

@@ -19,6 +19,7 @@ from placement.arguments import parse
 from placement.errors import InputError
 from placement.files import write_atomically
 from placement.profiles.choice import Choice, Measured
+from placement.profiles.measured import placement_of
 from placement.profiles.models_conf import (
     Entry,
     ModelsConf,
@@ -229,12 +230,10 @@ def _kept_lines(old_block: Sequence[str], digest: str, replaced: Sequence[str]) 
 
 def _check_read_back(section: Section, choice: Choice) -> None:
     """Insist that the section now says exactly the choice about placement."""
-    said, meant = parse(section.tokens()), parse(choice.args)
-    for field in dataclasses.fields(said):
-        if field.name in ("n_threads", "n_threads_batch", "model_path", "program", "other", "removed"):
-            continue
-        if getattr(said, field.name) != getattr(meant, field.name):
-            raise InputError(f"[{section.name}]", "would not read back as chosen", field=field.name)
+    meant = placement_of(choice.args)
+    for field, value in placement_of(section.tokens()).items():
+        if value != meant[field]:
+            raise InputError(f"[{section.name}]", "would not read back as chosen", field=field)
 
 
 def _undated(block: Sequence[str]) -> list[str]:

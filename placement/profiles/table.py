@@ -18,8 +18,12 @@ def survey_lines(profiles: Sequence[Profile], width: int = 100) -> list[str]:
     units = ["", "", *["MiB"] * len(devices), "MiB", "tok/batch", "t/s", "t/s", "s", ""]
     rows = [row for profile in profiles for row in _rows(profile, devices)]
     lines = _aligned([head, units, *rows]) if rows else []
-    if rows:
-        lines.append("Everything is estimated; memory includes the runtime; ! = over the cap.")
+    labels = {each.now.label for each in profiles if each.now} | {
+        each.best.label for each in profiles if each.best
+    }
+    if labels:
+        told = " or ".join(sorted(labels))
+        lines.append(f"Memory (the runtime included) and splits {told}, speeds estimated; ! = over the cap.")
     for profile in profiles:
         lines += ["", *_details(profile, width)]
     return lines

@@ -1,0 +1,61 @@
+"""The run records of a problem → what was measured of a choice, for the comments of a models.conf."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from placement.arguments import parse
+from placement.machine import Machine
+from placement.model import Model
+from placement.profiles.choice import Choice, Measured
+from placement.solve import Request, make_problem
+from placement.store import solution_folder
+
+if TYPE_CHECKING:
+    from placement.verify.schema import Record
+
+NOT_PLACEMENT = ("n_threads", "n_threads_batch", "model_path", "program", "other", "removed")
+
+
+def placement_of(tokens: tuple[str, ...] | list[str]) -> dict[str, Any]:
+    """What arguments say about placement, field by field."""
+    said = parse(tokens)
+    names = (field.name for field in dataclasses.fields(said) if field.name not in NOT_PLACEMENT)
+    return {name: getattr(said, name) for name in names}
+
+
+def measured_of(
+    choice: Choice, model: Model, machine: Machine, request: Request, root: Path
+) -> Measured | None:
+    """What the newest runs of exactly this placement showed; None without a good one.
+
+    Raises:
+        InputError: the run records cannot be read.
+    """
+    from placement.verify.decide import result_of
+    from placement.verify.records import RUNS, RunLog
+
+    problem, _ = make_problem(model, machine, request)
+    folder = solution_folder(root, problem)
+    if not (folder / RUNS).is_file():
+        return None
+    runs = [each for each in RunLog(folder).read() if _is_of(each, model.digest, choice)]
+    newest = [each for each in runs if each.run_id == runs[-1].run_id and each.key == runs[-1].key]
+    result = result_of(newest, problem.workload) if newest else None
+    if result is None or not result.n_good:
+        return None
+    return Measured(
+        memory_mib={name: peak.peak_mib for name, peak in result.devices.items()},
+        splits_decode=result.splits_decode,
+        decode_tps=result.decode_tps,
+        prompt_tps=result.prompt_tps,
+        engine_build=newest[-1].key.engine_build,
+        date=newest[-1].at[:10],
+    )
+
+
+def _is_of(record: Record, digest: str, choice: Choice) -> bool:
+    same_model = record.key.model_digest == digest and record.role == "solution"
+    return same_model and placement_of(record.arguments) == placement_of(choice.args)
