@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from placement.architecture import describe
-from placement.compute import ComputePlan, plan_compute
+from placement.compute import ComputePlan
 from placement.cost import GraphCounts
 from placement.groups import movable_groups
 from placement.memory import context_size
 from placement.problem import CPU, Assignment, Problem
 from placement.tables import ComputeTable, Way
+
+Planner = Callable[[Assignment], ComputePlan]
 
 
 def graph_counts(plan: ComputePlan) -> GraphCounts:
@@ -35,8 +38,8 @@ class Buffers:
 
     _PLANNED_UBATCHES = (512, 2048)
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, planner: Planner) -> None:
+        self.problem, self.planner = problem, planner
         self._tables: dict[tuple[object, ...], ComputeTable] = {}
 
     def table(self, way: Way) -> ComputeTable:
@@ -59,10 +62,7 @@ class Buffers:
         )
         if key not in self._tables:
             assignment = typical_assignment(self.problem, way)
-            machine, program = self.problem.machine, self.problem.program
-            self._tables[key] = compute_table(
-                way, plan_compute(self.problem.model, machine, assignment, program)
-            )
+            self._tables[key] = compute_table(way, self.planner(assignment))
         return self._tables[key]
 
 

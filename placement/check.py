@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from placement.advice import Advice, advise
@@ -15,10 +16,12 @@ from placement.machine import Machine
 from placement.memory import context_size, static_memory
 from placement.model import Model
 from placement.problem import Assignment, Problem, Workload
-from placement.solution import ESTIMATED, DeviceUse, device_row
+from placement.solution import ESTIMATED, PLANNED, DeviceUse, Judge, Solution, Verdict, device_row
 from placement.units import mib
 
 HOST = "Host"
+
+Rival = Callable[[Problem], Solution | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class Check:
     unknown_arguments: tuple[tuple[str, ...], ...]
     is_exact: bool
     notes: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()  # planned against estimated, where they are not equal
 
     @property
     def fits(self) -> bool:
@@ -79,8 +83,13 @@ def check(
     program: str = "llama-server",
     workload: Workload | None = None,
     reserve_mib: float = 0.0,
+    judge: Judge | None = None,
+    rival: Rival | None = None,
 ) -> Check:
-    """Estimate what the engine would do with these arguments, and what to change.
+    """Find what the engine would do with these arguments, and what to change.
+
+    With a `judge` memory and splits are the engine's own plan. `rival` gives the solver's own choice for the
+    same problem, against which the arguments' cost is told.
 
     Raises:
         InputError: an argument that the engine would refuse.
@@ -94,7 +103,7 @@ def check(
     def planner(other: Assignment) -> ComputePlan:
         return plan if other == assignment else plan_compute(model, machine, other, program)
 
-    return Check(
+    found = Check(
         model=model.name,
         machine=machine.name,
         label=ESTIMATED,
@@ -108,6 +117,62 @@ def check(
         is_exact=plan.is_exact,
         notes=plan.notes,
     )
+    if judge is not None:
+        found = _judged(found, problem, judge(problem, [assignment])[0])
+    if rival is not None:
+        found = replace(found, advice=(*found.advice, *_against(found, problem, rival(problem))))
+    return found
+
+
+def _judged(found: Check, problem: Problem, verdict: Verdict) -> Check:
+    """The check with the engine's own memory, splits and nodes."""
+    speed = evaluate(problem, found.assignment, graph_counts(verdict.plan))
+    return replace(
+        found,
+        label=PLANNED,
+        devices=verdict.devices,
+        splits_prompt=verdict.plan.splits_prompt,
+        splits_decode=verdict.plan.splits_decode,
+        speed=speed,
+        is_exact=True,
+        differences=differences(
+            found.devices, (found.splits_prompt, found.splits_decode), verdict
+        ),
+    )
+
+
+def differences(
+    estimated: dict[str, DeviceUse], splits: tuple[int, int], verdict: Verdict
+) -> tuple[str, ...]:
+    """Where a plan is not what was estimated, beyond its rounding: "CUDA0 compute +12 MiB"."""
+    found = []
+    for name, planned in verdict.devices.items():
+        for what in ("weights", "context", "compute"):
+            more = getattr(planned, f"{what}_mib") - getattr(estimated[name], f"{what}_mib")
+            if not -2.0 < more < 1.0:  # the engine rounds its figures down
+                found.append(f"{name} {what} {more:+,.0f} MiB")
+    for what, guess, real in zip(
+        ("prompt", "decode"), splits, (verdict.plan.splits_prompt, verdict.plan.splits_decode), strict=True
+    ):
+        if real != guess:
+            found.append(f"{what} splits {real - guess:+d}")
+    return tuple(found)
+
+
+def _against(found: Check, problem: Problem, best: Solution | None) -> tuple[Advice, ...]:
+    """What the arguments cost beside the solver's own choice of the same context, KV type and slots."""
+    if best is None or best.speed.turn_s >= found.speed.turn_s * 0.99 and found.fits:
+        return ()
+    turn, mine, theirs = problem.workload, best.speed, found.speed
+    words = f"place's own choice for this context takes {mine.turn_s:.1f} s for a turn of {turn.prompt_tokens:,} tokens"
+    words += f" in and {turn.generate_tokens:,} out at depth {turn.depth_tokens:,}"
+    words += f" ({mine.decode_tps:.1f} t/s decode, {mine.prompt_tps or 0:,.0f} prompt, {best.splits_decode} splits)"
+    if found.fits:
+        more = theirs.turn_s / mine.turn_s - 1.0
+        words += f"; these arguments take {theirs.turn_s:.1f} s, {more:.0%} more"
+    else:
+        words += "; these arguments do not fit"
+    return (Advice("slower-than-solver", f"{words}: see place solve"),)
 
 
 def check_row(result: Check) -> dict[str, Any]:
@@ -128,4 +193,5 @@ def check_row(result: Check) -> dict[str, Any]:
         "advice": [{"code": each.code, "message": each.message} for each in result.advice],
         "unknown_arguments": [list(each) for each in result.unknown_arguments],
         "notes": list(result.notes),
+        "differences": list(result.differences),
     }

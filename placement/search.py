@@ -8,12 +8,13 @@ exactly, and where it does not fit its frame is built again with what was found.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from placement.buffers import Buffers, compute_table, graph_counts
+from placement.buffers import Buffers, Planner, compute_table, graph_counts
 from placement.compute import ComputePlan, plan_compute
 from placement.cost import Speed, evaluate
 from placement.problem import Assignment, Problem
@@ -28,6 +29,7 @@ DEFAULT_UBATCH = 512
 MAX_ORDERED_DEVICES = 3  # up to here every subset in every order is tried
 GAP = 0.002
 MAX_CORRECTIONS = 5
+QUICK_ROUNDS, FIRST_ROUNDS, FINE_ROUNDS = 4, 150, 60
 NEAR_LAYERS = 4
 NEAR_S = 1.0
 
@@ -72,6 +74,16 @@ class Lead:
         """Least objective in microseconds; infinite when nothing can fit."""
         return float("inf") if self.relaxed.bound is None else self.relaxed.bound
 
+    @functools.cached_property
+    def greedy(self) -> Answer | None:
+        """A quick answer near the first relaxation's homes."""
+        return self.relaxation.answer(self.relaxed)
+
+    @functools.cached_property
+    def promise(self) -> float:
+        """What the way will probably reach: its greedy objective, or somewhat more than its bound."""
+        return self.relaxation.objective(self.greedy) if self.greedy is not None else self.bound * 1.02
+
 
 def device_orders(problem: Problem) -> list[tuple[str, ...]]:
     """Device subsets and orders worth trying; equal devices are interchangeable and kept in engine order."""
@@ -112,32 +124,46 @@ def ways(problem: Problem, freedom: Freedom) -> Iterator[Way]:
 class Search:
     """One problem's search; pieces, buffers and plans are kept between questions."""
 
-    def __init__(self, problem: Problem, time_limit_s: float = 10.0, seed: int = 1) -> None:
+    def __init__(
+        self, problem: Problem, time_limit_s: float = 10.0, seed: int = 1, planner: Planner | None = None
+    ) -> None:
+        """`planner` replaces the simulated plans (an architecture without a rule asks the engine)."""
         self.problem = problem
-        self.buffers = Buffers(problem)
+        self.planner = planner or self._simulate
+        self.buffers = Buffers(problem, self.planner)
         self.seed = seed
         self.deadline_s = time.monotonic() + time_limit_s
-        self._pieces: dict[int, Pieces] = {}
+        self._pieces: dict[Pins, Pieces] = {}
         self._plans: dict[Assignment, ComputePlan] = {}
         self._corrected: dict[Way, ComputeTable] = {}
         self._prices: dict[tuple[object, ...], tuple[float, ...]] = {}
 
     def leads(self, freedom: Freedom) -> list[Lead]:
-        """Every way with its relaxation, lowest bound first; ways that cannot fit are left out."""
+        """Every way with a quick bound, lowest first; ways that cannot fit are left out."""
         found = [lead for way in ways(self.problem, freedom) if (lead := self._lead(way, freedom)) is not None]
         return sorted(self._without_needless_cards(found), key=lambda lead: lead.bound)
 
     def _lead(self, way: Way, freedom: Freedom) -> Lead | None:
         compute = self._corrected.get(way) or self.buffers.table(way)
-        pieces = self._pieces.setdefault(id(freedom.pins), Pieces(self.problem, freedom.pins))
-        table = TableBuilder(pieces, way, compute, freedom.reserve_fraction).build()
+        if freedom.pins not in self._pieces:
+            self._pieces[freedom.pins] = Pieces(self.problem, freedom.pins)
+        table = TableBuilder(self._pieces[freedom.pins], way, compute, freedom.reserve_fraction).build()
         relaxation = Relaxation(table.frame, freedom.decode_weight, freedom.prompt_weight)
-        kin = (way.devices, way.uses_host, way.is_pipelined, freedom.reserve_fraction, freedom.decode_weight)
-        relaxed = relaxation.bound(list(self._prices.get(kin, ())), rounds=40 if kin in self._prices else 150)
-        if relaxed.bound is None:
+        lead = Lead(way, table, compute, relaxation, Relaxed(0.0, None, ()))
+        is_known = self._kin(lead) in self._prices
+        return self._refine(lead, QUICK_ROUNDS if is_known else FIRST_ROUNDS, float("inf"))
+
+    def _kin(self, lead: Lead) -> tuple[object, ...]:
+        return lead.way.devices, lead.way.uses_host, lead.way.is_pipelined, lead.relaxation.weights
+
+    def _refine(self, lead: Lead, rounds: int, limit: float) -> Lead | None:
+        """The way with a better bound, from the prices of its kin; None when it cannot fit."""
+        prices = lead.relaxed.prices or self._prices.get(self._kin(lead), ())
+        lead.relaxed = lead.relaxation.bound(list(prices), rounds, limit)
+        if lead.relaxed.bound is None:
             return None
-        self._prices[kin] = relaxed.prices
-        return Lead(way, table, compute, relaxation, relaxed)
+        self._prices[self._kin(lead)] = lead.relaxed.prices
+        return lead
 
     def _without_needless_cards(self, leads: list[Lead]) -> list[Lead]:
         """Where the fast cards hold the whole model at the engine's own ubatch, slower cards are left out."""
@@ -158,8 +184,10 @@ class Search:
         """The best placement over the leads, its bound that of all of them together."""
         best: Found | None = None
         open_bound, is_proven = float("inf"), True
-        for lead in leads:
+        for lead in sorted(leads, key=lambda lead: lead.promise):
             limit = best.objective * (1 - gap) if best else float("inf")
+            if lead.bound < limit:
+                self._refine(lead, FINE_ROUNDS, limit)
             if lead.bound >= limit:
                 open_bound = min(open_bound, lead.bound)
                 continue
@@ -232,9 +260,11 @@ class Search:
         are searched first, and the whole frame is then asked for anything better.
         """
         relaxation, bound = lead.relaxation, lead.bound
-        answer = relaxation.answer(lead.relaxed)
+        answer = lead.greedy
         value = float("inf") if answer is None else relaxation.objective(answer)
         near = answer.homes if answer is not None else lead.relaxed.homes
+        if limit < value < float("inf"):
+            near = None  # the question is only whether anything here is below the limit
         while bound < (target := self._target(limit, value, gap)):
             left_s = self.deadline_s - time.monotonic()
             if left_s <= 0:
@@ -265,11 +295,18 @@ class Search:
         return limit if limit < value else value * (1 - gap)
 
     def plan(self, assignment: Assignment) -> ComputePlan:
-        """The exact simulated plan of a placement."""
+        """The plan of a placement: simulated, or the engine's once it is known."""
         if assignment not in self._plans:
-            problem = self.problem
-            self._plans[assignment] = plan_compute(problem.model, problem.machine, assignment, problem.program)
+            self._plans[assignment] = self.planner(assignment)
         return self._plans[assignment]
+
+    def _simulate(self, assignment: Assignment) -> ComputePlan:
+        problem = self.problem
+        return plan_compute(problem.model, problem.machine, assignment, problem.program)
+
+    def learn(self, assignment: Assignment, plan: ComputePlan) -> None:
+        """Believe this plan of an assignment (the engine's own) from now on."""
+        self._plans[assignment] = plan
 
     def front(self, freedom: Freedom, leads: list[Lead], n_per_ubatch: int = 1) -> list[Found]:
         """Greedy placements for each ubatch that the leads allow, the best ways of each by their bound."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from placement.compute import ComputePlan
 from placement.cost import Speed
-from placement.problem import Assignment, Workload
+from placement.problem import Assignment, Problem, Workload
 
 ESTIMATED, PLANNED, MEASURED = "estimated", "planned", "measured"
 
@@ -21,10 +23,13 @@ class DeviceUse:
     runtime_mib: float
     cap_mib: float
     total_mib: float
+    planned_total_mib: float | None = None  # the engine's own sum, rounded up; its parts are rounded down
 
     @property
     def self_mib(self) -> float:
         """The engine's own figure: weights, context and compute buffers."""
+        if self.planned_total_mib is not None:
+            return self.planned_total_mib
         return self.weights_mib + self.context_mib + self.compute_mib
 
     @property
@@ -55,6 +60,7 @@ class Solution:
     gap: float | None
     is_exact: bool = True
     notes: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()  # planned against estimated, where they are not equal
 
     @property
     def headroom_mib(self) -> float:
@@ -83,6 +89,17 @@ class SolutionSet:
     message: str = ""
     warnings: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the engine plans for an assignment: for the search, and its own figures by device."""
+
+    plan: ComputePlan
+    devices: dict[str, DeviceUse]
+
+
+Judge = Callable[[Problem, list[Assignment]], list[Verdict]]
 
 
 def device_row(use: DeviceUse) -> dict[str, float]:
@@ -122,6 +139,7 @@ def solution_row(solution: Solution, command: str, extra_args: tuple[str, ...]) 
         "layers": _layer_counts(solution.assignment),
         "is_exact": solution.is_exact,
         "notes": list(solution.notes),
+        "differences": list(solution.differences),
     }
 
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from placement.architecture import describe
-from placement.check import default_workload, device_use
+from placement.buffers import graph_counts
+from placement.check import default_workload, device_use, differences
+from placement.compute import ComputePlan
+from placement.cost import evaluate
 from placement.emit import emit_arguments
 from placement.errors import InputError
+from placement.graph.rows import ROWS
 from placement.machine import Machine
 from placement.model import Model
-from placement.problem import Problem, Settings
+from placement.problem import Assignment, Problem, Settings
 from placement.quants import KV_CACHE_TYPES
 from placement.search import UBATCHES, Found, Freedom, Search, shortfall
-from placement.solution import ESTIMATED, Solution, SolutionSet
+from placement.solution import ESTIMATED, PLANNED, Judge, Solution, SolutionSet, Verdict
 from placement.tables import NO_PINS, Pins
 
 AGGRESSIVE, MODERATE = "aggressive", "moderate"
 MODERATE_RESERVE = 0.05  # of each card's total
 MAX_SHOWN = 12
+MAX_ROUNDS = 6  # of planning on the engine and searching anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,50 +87,125 @@ def make_problem(model: Model, machine: Machine, request: Request) -> tuple[Prob
 
 
 def solve(
-    model: Model, machine: Machine, request: Request, progress: Callable[[str], None] | None = None
+    model: Model,
+    machine: Machine,
+    request: Request,
+    judge: Judge | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> SolutionSet:
     """Find the recommended placement, the moderate one, and the other points of the front.
 
+    With a `judge` every solution shown is planned by the engine, and what does not fit there is searched anew.
     An impossible request gives a set without solutions, status INFEASIBLE, and a message that says which cap
-    fails by how much and what would fit.
+    fails by how much.
 
     Raises:
         InputError: the request breaks a rule.
+        EngineError: the judge's engine failed.
     """
     problem, warnings = make_problem(model, machine, request)
-    if model.architecture and not describe(model).is_known:
-        warnings.append(f"architecture {model.architecture!r} has no rule here: its figures are coarse estimates")
+    tell = progress or (lambda _text: None)
+    has_rules = describe(model).is_known and model.architecture in ROWS
+    probes = None if has_rules else Probes(problem, judge)
+    search = Search(problem, request.time_limit_s, request.seed, probes if judge is not None else None)
+    freedom = _freedom(request)
+    result = SolutionSet(
+        model.name, model.digest, machine.name, problem.workload, "INFEASIBLE", (),
+        extra_args=model.profile.extra_args, warnings=tuple(warnings),
+    )  # fmt: skip
+    for _ in range(MAX_ROUNDS):
+        points = _points(search, freedom, tell)
+        if not points:
+            return replace(result, message=shortfall(search, freedom))
+        shown = _shown(problem, points)[: max(request.top, 2)]
+        if judge is None:
+            break
+        tell("planning on the engine")
+        judged = judge(problem, [each.assignment for each in shown])
+        for each, verdict in zip(shown, judged, strict=True):
+            search.learn(each.assignment, verdict.plan)
+        shown = [_with_verdict(problem, *pair) for pair in zip(shown, judged, strict=True)]
+        if all(use.headroom_mib >= 0 for each in shown for use in each.devices.values()):
+            break
+    if probes is not None:
+        result = replace(result, warnings=(*warnings, probes.words()))
+    status = "OPTIMAL" if all(each.status == "OPTIMAL" for each in shown[:1]) else "FEASIBLE"
+    return replace(result, status=status, solutions=tuple(_named(shown)))
+
+
+class Probes:
+    """Plans for an architecture that has no rule here: the engine's, counted and timed."""
+
+    def __init__(self, problem: Problem, judge: Judge | None) -> None:
+        self.problem, self.judge = problem, judge
+        self.n_plans, self.wall_s = 0, 0.0
+
+    def __call__(self, assignment: Assignment) -> ComputePlan:
+        assert self.judge is not None
+        start_s = time.monotonic()
+        verdict = self.judge(self.problem, [assignment])[0]
+        self.n_plans += 1
+        self.wall_s += time.monotonic() - start_s
+        return verdict.plan
+
+    def words(self) -> str:
+        """What the user should know of how the numbers came about."""
+        what = f"architecture {self.problem.model.architecture!r} has no rule here"
+        if self.judge is None:
+            return f"{what}: compute buffers and splits are coarse estimates; give an --engine to plan with"
+        return f"{what}: the engine planned it, {self.n_plans} probe plans in {self.wall_s:.1f} s"
+
+
+def _freedom(request: Request) -> Freedom:
     decode_weight, prompt_weight = OBJECTIVES[request.objective]
-    freedom = Freedom(
+    return Freedom(
         ubatches=(request.ubatch_tokens,) if request.ubatch_tokens else UBATCHES,
         load_modes=request.load_modes,
         pins=request.pins,
         decode_weight=decode_weight,
         prompt_weight=prompt_weight,
     )
-    search = Search(problem, request.time_limit_s, request.seed)
-    tell = progress or (lambda _text: None)
+
+
+def _points(search: Search, freedom: Freedom, tell: Callable[[str], None]) -> list[tuple[str, Found]]:
+    """The named placements and the others that may stand on the front; empty when nothing fits."""
     tell("aggressive")
     leads = search.leads(freedom)
     aggressive = search.best(freedom, leads)
-    empty = SolutionSet(model.name, model.digest, machine.name, problem.workload, "INFEASIBLE", (), warnings=tuple(warnings))
     if aggressive is None:
-        return replace(empty, message=shortfall(search, freedom), extra_args=model.profile.extra_args)
+        return []
+    points = [(AGGRESSIVE, aggressive)]
     tell("moderate")
     gentle = replace(freedom, reserve_fraction=MODERATE_RESERVE)
     moderate = search.best(gentle, search.leads(gentle))
-    tell("the other points")
-    others = search.front(freedom, leads)
-    solutions = [as_solution(problem, aggressive, AGGRESSIVE)]
     if moderate is not None:
-        solutions.append(as_solution(problem, moderate, MODERATE))
-    solutions += _non_dominated(solutions, (as_solution(problem, found, "") for found in others))
-    status = "OPTIMAL" if aggressive.is_proven else "FEASIBLE"
+        points.append((MODERATE, moderate))
+    tell("the other points")
+    return points + [("", found) for found in search.front(freedom, leads)]
+
+
+def _shown(problem: Problem, points: list[tuple[str, Found]]) -> list[Solution]:
+    """The points as solutions, those that another one beats left out."""
+    solutions = [as_solution(problem, found, name) for name, found in points if name]
+    others = (as_solution(problem, found, "") for name, found in points if not name)
+    return [*solutions, *_non_dominated(solutions, others)]
+
+
+def _with_verdict(problem: Problem, solution: Solution, verdict: Verdict) -> Solution:
+    """The solution with the engine's own memory, splits and nodes, and what was estimated differently."""
+    plan = verdict.plan
+    speed = evaluate(problem, solution.assignment, graph_counts(plan))
     return replace(
-        empty,
-        status=status,
-        solutions=tuple(_named(solutions)[: max(request.top, 2)]),
-        extra_args=model.profile.extra_args,
+        solution,
+        label=PLANNED,
+        devices=verdict.devices,
+        splits_prompt=plan.splits_prompt,
+        splits_decode=plan.splits_decode,
+        speed=speed,
+        is_exact=True,
+        differences=differences(
+            solution.devices, (solution.splits_prompt, solution.splits_decode), verdict
+        ),
     )
 
 
@@ -181,3 +262,11 @@ def _named(solutions: list[Solution]) -> list[Solution]:
         named.append(replace(solution, name=name if name not in taken else f"{name}-{index}"))
     return named
 
+
+
+def best_choice(problem: Problem, request: Request) -> Solution | None:
+    """The solver's fastest placement of a problem whose settings are given; None where nothing fits."""
+    search = Search(problem, request.time_limit_s, request.seed)
+    freedom = _freedom(request)
+    found = search.best(freedom, search.leads(freedom))
+    return as_solution(problem, found, AGGRESSIVE) if found is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from placement.emit import shell_command
 from placement.errors import InputError
 from placement.machine import Machine
 from placement.model import Model
-from placement.problem import Problem
-from placement.solution import SolutionSet
-from placement.solve import Request, make_problem, solve
+from placement.problem import Problem, Settings
+from placement.solution import Judge, Solution, SolutionSet
+from placement.solve import Request, best_choice, make_problem, solve
 from placement.store import save_solutions, solution_folder, solution_set_row
 
 
@@ -73,17 +73,52 @@ def run_solve(
     asked: dict[str, Any],
     out_folder: str | None = None,
     warn: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Solve and keep the result in solution.toml; nothing is written when nothing fits."""
     request = make_request(asked, model)
+    tell = warn or (lambda _text: None)
+    machine, judge = with_engine(asked, machine, tell)
     problem, _ = make_problem(model, machine, request)
-    found = solve(model, machine, request)
+    found = solve(model, machine, request, judge, progress)
     for warning in found.warnings:
-        if warn is not None:
-            warn(f"place: warning: {warning}")
+        tell(f"place: warning: {warning}")
     if not found.solutions:
         return Outcome(problem, found, None, False)
     path = solution_folder(Path(out_folder or "solutions"), problem) / "solution.toml"
     row = solution_set_row(problem, found, commands(problem, found))
     is_new = save_solutions(path, problem, row)
     return Outcome(problem, found, path, is_new)
+
+
+def with_engine(
+    asked: dict[str, Any], machine: Machine, tell: Callable[[str], None]
+) -> tuple[Machine, Judge | None]:
+    """The machine with the RPC devices asked for, and the engine as judge where there is one."""
+    spec = asked.get("engine_name") or "auto"
+    servers = [server for each in asked.get("rpc") or () for server in each.split(",") if server]
+    if spec == "off" and not servers:
+        return machine, None
+    from placement.planning import choose_engine, engine_judge, with_rpc_devices
+
+    if servers:
+        from placement.engine import find_engine
+
+        machine = with_rpc_devices(machine, servers, None if spec == "off" else find_engine(spec))
+    engine, reason = choose_engine(spec, machine)
+    if reason:
+        tell(f"place: {reason}")
+    return machine, engine_judge(engine) if engine is not None else None
+
+
+def rival(problem: Problem) -> Solution | None:
+    """The solver's own choice for a checked problem: its context, KV types and slots, everything else free."""
+    settings = Settings(
+        ctx_tokens=problem.settings.ctx_tokens,
+        n_slots=problem.settings.n_slots,
+        is_kv_unified=problem.settings.is_kv_unified,
+        kv_type_k=problem.settings.kv_type_k,
+        kv_type_v=problem.settings.kv_type_k,
+        flash_attention="on",
+    )
+    return best_choice(replace(problem, settings=settings), Request(time_limit_s=3.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import click
 
@@ -16,6 +17,7 @@ from placement.cli import options
 @options.program_option
 @options.reserve_option
 @options.engine_option
+@click.option("--compare/--no-compare", "is_compared", default=True, help="Tell the cost against place's own choice.")
 @options.json_option
 def command(
     model_name: str,
@@ -24,6 +26,7 @@ def command(
     program: str,
     reserve_mib: float,
     engine_name: str,
+    is_compared: bool,
     is_json: bool,
 ) -> None:
     """Memory, splits, predicted speed and advice for any llama.cpp arguments.
@@ -37,16 +40,22 @@ def command(
     """
     from placement.arguments import parse
     from placement.check import check, check_row
+    from placement.solving import rival, with_engine
 
     model = options.load(model_name)
-    machine = options.load_machine(machine_name)
     environment = {name: value for name, value in os.environ.items() if name.startswith("LLAMA_ARG_")}
-    result = check(model, machine, parse(arguments, environment), program, reserve_mib=reserve_mib)
+    parsed = parse(arguments, environment)
+    asked = {"engine_name": engine_name, "rpc": parsed.rpc}
+    machine, judge = with_engine(asked, options.load_machine(machine_name), options.warn)
+    result = check(
+        model, machine, parsed, program,
+        reserve_mib=reserve_mib, judge=judge, rival=rival if is_compared else None,
+    )  # fmt: skip
     if is_json:
         options.echo_json(check_row(result))
     else:
-        from placement.report import print_check
+        from placement.report import check_text
 
-        print_check(result)
+        click.echo(check_text(result, sys.stdout.isatty()), nl=False)
     if not result.fits:
         raise click.exceptions.Exit(1)

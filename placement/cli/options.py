@@ -67,6 +67,11 @@ def load_machine(name: str | None) -> Machine:
     return resolve_machine(REFERENCE_MACHINE)
 
 
+def warn(text: str) -> None:
+    """A line on stderr, beside what a command prints."""
+    click.echo(text, err=True)
+
+
 def echo_json(row: object) -> None:
     """Print one JSON object."""
     import json

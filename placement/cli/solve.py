@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -27,6 +28,7 @@ from placement.cli import options
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="CP-SAT's seed.")
 @options.program_option
 @options.engine_option
+@click.option("--rpc", multiple=True, metavar="HOST:PORT", help="RPC servers whose devices may be used.")
 @click.option("--out", "out_folder", metavar="DIR", help="Where solutions/ lies [./solutions].")
 @options.json_option
 def command(model_name: str, machine_name: str | None, is_json: bool, out_folder: str | None, **asked: Any) -> None:
@@ -44,12 +46,12 @@ def command(model_name: str, machine_name: str | None, is_json: bool, out_folder
 
     model = options.load(model_name)
     machine = options.load_machine(machine_name)
-    outcome = run_solve(model, machine, asked, out_folder, lambda text: click.echo(text, err=True))
+    outcome = run_solve(model, machine, asked, out_folder, options.warn)
     if is_json:
         options.echo_json(outcome.row())
     else:
-        from placement.report import print_solutions
+        from placement.report import solutions_text
 
-        print_solutions(outcome)
+        click.echo(solutions_text(outcome, sys.stdout.isatty()), nl=False)
     if not outcome.found.solutions:
         raise click.exceptions.Exit(1)
