@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from placement.solution import DeviceUse, Solution
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
     from placement.check import Check
     from placement.solving import Outcome
@@ -16,13 +18,27 @@ if TYPE_CHECKING:
 FULL_SHARE = 0.97  # a device that uses this much of its cap counts as full
 
 
-def _console() -> Console:
+PIPE_COLUMNS = 160  # where there is no terminal to ask
+
+
+def _rendered(parts: Iterable[RenderableType], is_terminal: bool) -> str:
+    """The parts as text: as wide as the terminal, styled where it has colours; sentences are not wrapped."""
+    import io
+
     from rich.console import Console
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160
-    return console
+    out = io.StringIO()
+    width = None if is_terminal else PIPE_COLUMNS
+    console = Console(file=out, width=width, force_terminal=is_terminal, highlight=False, markup=False)
+    for part in parts:
+        console.print(part, soft_wrap=not hasattr(part, "columns"))
+    return out.getvalue()
+
+
+def _head(model: str, machine: str, rest: str) -> Text:
+    from rich.text import Text
+
+    return Text.assemble((model, "bold"), " on ", (machine, "bold"), rest)
 
 
 def _layers(solution: Solution) -> str:
@@ -83,52 +99,61 @@ def full_lines(solution: Solution) -> list[str]:
     return lines
 
 
-def print_solutions(outcome: Outcome) -> None:
+def solutions_text(outcome: Outcome, is_terminal: bool = False) -> str:
     """The whole answer of `place solve` for a person."""
-    console = _console()
-    found, problem = outcome.found, outcome.problem
-    turn = problem.workload
-    console.print(
-        f"[bold]{found.model}[/bold] on [bold]{found.machine}[/bold]: {problem.settings.ctx_tokens:,} tokens of context,"
-        f" {problem.settings.kv_type_k} KV, {problem.settings.n_slots} slot(s); a turn reads {turn.prompt_tokens:,}"
-        f" and writes {turn.generate_tokens:,} tokens at depth {turn.depth_tokens:,}"
+    return _rendered(_solution_parts(outcome), is_terminal)
+
+
+def _solution_parts(outcome: Outcome) -> Iterator[RenderableType]:
+    found, turn, settings = outcome.found, outcome.problem.workload, outcome.problem.settings
+    yield _head(
+        found.model,
+        found.machine,
+        f": {settings.ctx_tokens:,} tokens of context, {settings.kv_type_k} KV, {settings.n_slots} slot(s); a turn"
+        f" reads {turn.prompt_tokens:,} and writes {turn.generate_tokens:,} tokens at depth {turn.depth_tokens:,}",
     )
     if not found.solutions:
-        console.print(f"{found.status}: {found.message}")
+        yield f"{found.status}: {found.message}"
         return
-    console.print(solution_table(found.solutions))
+    yield solution_table(found.solutions)
     best = found.solutions[0]
-    for line in full_lines(best):
-        console.print(line)
-    console.print(f"\n[bold]{best.name}[/bold] ({found.status}, within {best.gap or 0:.2%} of the best possible turn):")
-    print(outcome.row()["solutions"][0]["command"])
+    yield from full_lines(best)
+    yield f"\n{best.name} ({found.status}, within {best.gap or 0:.2%} of the best possible turn):"
+    yield outcome.row()["solutions"][0]["command"]
     if outcome.path is not None:
         kept = "written" if outcome.is_new else "same inputs as before, unchanged"
-        console.print(f"\n{outcome.path} ({kept})")
+        yield f"\n{outcome.path} ({kept})"
 
 
-def print_check(result: Check) -> None:
+def check_text(result: Check, is_terminal: bool = False) -> str:
     """The whole answer of `place check` for a person."""
+    return _rendered(_check_parts(result), is_terminal)
+
+
+def _check_parts(result: Check) -> Iterator[RenderableType]:
+    speed = result.speed
+    prompt = "-" if speed.prompt_tps is None else f"{speed.prompt_tps:,.0f}"
+    yield _head(result.model, result.machine, f", {result.label}{'' if result.is_exact else ' (coarse)'}")
+    yield device_table(result.devices)
+    yield f"splits: {result.splits_decode} decode, {result.splits_prompt} prompt"
+    yield f"speed (estimated): {speed.decode_tps:.1f} t/s decode, {prompt} t/s prompt"
+    yield "fits" if result.fits else "does not fit"
+    for words in result.unknown_arguments:
+        yield f"kept, not a placement argument: {' '.join(words)}"
+    for advice in result.advice:
+        yield f"- {advice.message}"
+
+
+def device_table(devices: dict[str, DeviceUse]) -> Table:
+    """What each device holds, in MiB."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    console = _console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("device", style="bold")
     for title in ("weights", "context", "compute", "runtime", "used MiB", "cap MiB", "headroom"):
         table.add_column(title, justify="right")
-    for name, use in result.devices.items():
+    for name, use in devices.items():
         cells = (use.weights_mib, use.context_mib, use.compute_mib, use.runtime_mib, use.used_mib, use.cap_mib)
         table.add_row(name, *(f"{cell:,.0f}" for cell in cells), f"{use.headroom_mib:,.0f}")
-    coarse = "" if result.is_exact else " (coarse)"
-    console.print(f"[bold]{result.model}[/bold] on [bold]{result.machine}[/bold], {result.label}{coarse}")
-    console.print(table)
-    prompt_tps = result.speed.prompt_tps
-    prompt = "-" if prompt_tps is None else f"{prompt_tps:,.0f}"
-    console.print(f"splits: {result.splits_decode} decode, {result.splits_prompt} prompt")
-    console.print(f"speed (estimated): {result.speed.decode_tps:.1f} t/s decode, {prompt} t/s prompt")
-    console.print("fits" if result.fits else "[bold]does not fit[/bold]")
-    for words in result.unknown_arguments:
-        print(f"kept, not a placement argument: {' '.join(words)}")
-    for advice in result.advice:
-        print(f"- {advice.message}")
+    return table
