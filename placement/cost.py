@@ -10,35 +10,16 @@ are estimates.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from placement.architecture import Architecture, LayerFacts, PlacedTensor, describe
+from placement.coefficients import DEFAULTS
 from placement.groups import is_expert_stack, used_fraction
 from placement.machine import Device, Machine
 from placement.memory import context_size, kv_bytes_read
 from placement.problem import CPU, Assignment, Problem, Settings, Workload
 
 MIN_OFFLOAD_TOKENS = 32  # GGML_OP_OFFLOAD_MIN_BATCH: smaller batches are computed where the weights are
-
-# name: (value, unit, meaning). `name.DEVICE` in a machine file overrides `name` for that device.
-DEFAULTS: dict[str, tuple[float, str, str]] = {
-    "read_efficiency": (0.90, "fraction", "share of a GPU's bandwidth that reading weights reaches"),
-    "kv_read_efficiency": (0.70, "fraction", "share of a GPU's bandwidth that reading the KV cache reaches"),
-    "cpu_read_efficiency": (0.55, "fraction", "share of the host's bandwidth that weights on the CPU reach"),
-    "split_us": (45.0, "us", "time of one graph split while decoding"),
-    "node_us": (1.3, "us", "time of one graph node (kernel launch) while decoding"),
-    "token_us": (0.0, "us", "fixed time of a token outside the graph"),
-    "rpc_split_us": (200.0, "us", "added time of a split that reaches an RPC worker"),
-    "pinned_link_efficiency": (0.95, "fraction", "share of the link that pinned host memory streams at"),
-    "pageable_link_efficiency": (0.45, "fraction", "share of the link that memory-mapped weights stream at"),
-    "dense_compute_efficiency": (0.55, "fraction", "share of matrix throughput of dense layers in prompts"),
-    "expert_compute_efficiency": (0.25, "fraction", "share of matrix throughput of experts in prompts"),
-    "attention_compute_efficiency": (0.35, "fraction", "share of matrix throughput of attention in prompts"),
-    "compute_half_tokens": (96.0, "tokens", "ubatch at which matrix work reaches half of its throughput"),
-    "pipeline_overlap": (0.5, "fraction", "share of the ideal overlap that pipelined prompts reach"),
-    "cpu_tflops_per_thread": (0.06, "Tflop/s", "matrix throughput of one CPU thread in prompts"),
-    "tflops_per_gb_per_s": (0.12, "Tflop/GB", "matrix throughput of a GPU whose own is not in its file"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +98,9 @@ def coefficient(machine: Machine, name: str, device: str | None = None) -> float
 
 def device_tflops(machine: Machine, device: Device) -> float:
     """The device's matrix throughput in 1e12 operations per second, guessed from its bandwidth if unknown."""
-    return device.tflops or device.bandwidth_gb_per_s * coefficient(machine, "tflops_per_gb_per_s", device.name)
+    return device.tflops or device.bandwidth_gb_per_s * coefficient(
+        machine, "tflops_per_gb_per_s", device.name
+    )
 
 
 def rates(machine: Machine, devices: tuple[str, ...], settings: Settings) -> Rates:
@@ -173,10 +156,11 @@ class CostModel:
     def __init__(self, problem: Problem, settings: Settings, devices: tuple[str, ...]) -> None:
         self.architecture: Architecture = describe(problem.model)
         self.workload = problem.workload
-        self.rates = rates(problem.machine, devices, settings)
-        self.machine = problem.machine
         size = context_size(problem.model, settings)
         self.ubatches = ubatch_sizes(problem.workload, settings, size.batch_tokens, size.ubatch_tokens)
+        self.rates = rates(problem.machine, devices, settings)
+        if max(self.ubatches, default=0) < MIN_OFFLOAD_TOKENS:
+            self.rates = replace(self.rates, stream_s_per_byte=None, stream_device=None)
         half = coefficient(problem.machine, "compute_half_tokens")
         # small ubatches use the matrix units badly: each costs as much as `half` more tokens
         self.work_tokens = sum(tokens + half for tokens in self.ubatches)
@@ -239,7 +223,10 @@ class CostModel:
 
     def decode_s(self, load: Load, where: str) -> float:
         """Seconds per generated token of a load held by a device or the CPU."""
-        return load.decode_bytes * self.rates.read_s_per_byte[where] + load.decode_kv_bytes * self.rates.kv_s_per_byte[where]
+        return (
+            load.decode_bytes * self.rates.read_s_per_byte[where]
+            + load.decode_kv_bytes * self.rates.kv_s_per_byte[where]
+        )
 
     def prompt_s(self, load: Load, where: str) -> float:
         """Seconds of a load over the whole prompt; host-held weights are streamed where the engine offloads."""
@@ -305,8 +292,10 @@ def evaluate(problem: Problem, assignment: Assignment, counts: GraphCounts) -> S
     splits_decode_s, splits_prompt_s = model.splits_s(counts.splits_decode, counts.splits_prompt)
     n_rpc = sum(machine_device.is_rpc for machine_device in map(problem.machine.device, assignment.devices))
     splits_decode_s += 2 * n_rpc * model.rates.rpc_split_s
-    prompt_s = prompt_fixed_s + splits_prompt_s + pipelined_s(
-        stages.values(), len(model.ubatches), counts.n_copies, model.overlap
+    prompt_s = (
+        prompt_fixed_s
+        + splits_prompt_s
+        + pipelined_s(stages.values(), len(model.ubatches), counts.n_copies, model.overlap)
     )
     return Speed(decode_s + splits_decode_s, prompt_s, workload.generate_tokens, workload.prompt_tokens)
 

@@ -30,7 +30,7 @@ class InputError(PlacementError):
             parts.append(field if value is None else f"{field} = {value!r}")
         elif value is not None:
             parts.append(repr(value))
-        super().__init__(": ".join([*parts, rule]))
+        super().__init__(" ".join(": ".join([*parts, rule]).splitlines()))
 
 
 class EngineError(PlacementError):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
+from placement.coefficients import DEFAULTS, DIVISORS
 from placement.errors import InputError
 from placement.files import search_folders, write_atomically
 from placement.machine import DEFAULT_RUNTIME_MIB, Coefficient, Cpu, Device, Machine
@@ -40,7 +42,9 @@ def resolve_machine(name: str) -> Machine:
         InputError: nothing has that name (the nearest names are suggested), or the file breaks a rule.
     """
     path = Path(name)
-    if path.suffix == ".toml" or path.is_file():
+    if path.suffix == ".toml" or os.path.isfile(
+        name
+    ):  # unlike Path.is_file, False for names no file can have
         return read_machine(path)
     known: dict[str, Path] = {}
     for folder in reversed(machine_folders()):
@@ -48,7 +52,7 @@ def resolve_machine(name: str) -> Machine:
     if name in known:
         return read_machine(known[name])
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
-    raise InputError("--machine", f"no machine of that name; known: {', '.join(near)}", value=name)
+    raise InputError("--machine", f"no machine of that name; known: {', '.join(near)}", value=name[:100])
 
 
 def read_machine(path: Path) -> Machine:
@@ -62,7 +66,7 @@ def read_machine(path: Path) -> Machine:
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "is not UTF-8 text"
         raise InputError(path, f"cannot be read: {reason}") from exc
-    except tomllib.TOMLDecodeError as exc:
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
         raise InputError(path, f"is not TOML: {exc}") from exc
     return _machine(table, path)
 
@@ -81,7 +85,7 @@ def _machine(table: dict[str, Any], path: Path) -> Machine:
     if not isinstance(coefficients, dict):
         raise InputError(path, "must be a table", field="coefficients")
     return Machine(
-        name=_text(table, "name", path, path.stem),
+        name=_text(table, "name", path, default=path.stem),
         devices=devices,
         cpu=_cpu(table.get("cpu"), path),
         coefficients={name: _coefficient(name, row, path) for name, row in coefficients.items()},
@@ -90,32 +94,38 @@ def _machine(table: dict[str, Any], path: Path) -> Machine:
 
 def _device(row: dict[str, Any], where: str, path: Path) -> Device:
     _known_keys(row, {*_DEVICE_NUMBERS, *_DEVICE_TEXTS}, path, where)
-    name = _text(row, "name", path)
+    name = _text(row, "name", path, where)
     if not _DEVICE_NAME.fullmatch(name):
         raise InputError(path, 'must be letters and a number, as "CUDA0"', field=f"{where}.name", value=name)
     address = row.get("address")
     is_rpc = name.startswith("RPC")
-    if is_rpc and (not isinstance(address, str) or not _ADDRESS.fullmatch(address)):
+    if is_rpc and not _is_address(address):
         raise InputError(path, 'an RPC worker needs "host:port"', field=f"{where}.address", value=address)
     if not is_rpc and address is not None:
         raise InputError(path, "only an RPC worker has an address", field=f"{where}.address", value=address)
     total = _number(row, "total_mib", path, where)
     usable = _number(row, "usable_mib", path, where, total)
     if usable > total:
-        raise InputError(path, f"must be at most total_mib = {total:g}", field=f"{where}.usable_mib", value=usable)
+        raise InputError(
+            path, f"must be at most total_mib = {total:g}", field=f"{where}.usable_mib", value=usable
+        )
     return Device(
         name=name,
         total_mib=total,
         usable_mib=usable,
-        runtime_mib=_number(row, "runtime_mib", path, where, 0.0 if is_rpc else DEFAULT_RUNTIME_MIB, least=0.0),
+        runtime_mib=_number(
+            row, "runtime_mib", path, where, 0.0 if is_rpc else DEFAULT_RUNTIME_MIB, least=0.0
+        ),
         bandwidth_gb_per_s=_number(
             row, "bandwidth_gb_per_s", path, where, DEFAULT_RPC_BANDWIDTH_GB_PER_S if is_rpc else None
         ),
         link_gb_per_s=_number(row, "link_gb_per_s", path, where, 1.0 if is_rpc else DEFAULT_LINK_GB_PER_S),
-        description=_text(row, "description", path, ""),
+        description=_text(row, "description", path, where, ""),
         address=address,
-        uuid=row.get("uuid"),
-        compute_capability=row.get("compute_capability"),
+        uuid=_text(row, "uuid", path, where) if "uuid" in row else None,
+        compute_capability=_text(row, "compute_capability", path, where)
+        if "compute_capability" in row
+        else None,
         tflops=_number(row, "tflops", path, where) if "tflops" in row else None,
     )
 
@@ -127,25 +137,42 @@ def _cpu(row: Any, path: Path) -> Cpu:
     return Cpu(
         usable_mib=_number(row, "usable_mib", path, "cpu"),
         bandwidth_gb_per_s=_number(row, "bandwidth_gb_per_s", path, "cpu"),
-        threads=int(_number(row, "threads", path, "cpu")),
-        description=_text(row, "description", path, ""),
+        threads=_whole(row, "threads", path, "cpu", least=1),
+        description=_text(row, "description", path, "cpu", ""),
+    )
+
+
+def _is_address(value: Any) -> bool:
+    return (
+        isinstance(value, str) and bool(_ADDRESS.fullmatch(value)) and int(value.rpartition(":")[2]) <= 65535
     )
 
 
 def _coefficient(name: str, row: Any, path: Path) -> Coefficient:
     where = f"coefficients.{name}"
+    plain = name.partition(".")[0]
+    if plain not in DEFAULTS:
+        near = difflib.get_close_matches(plain, DEFAULTS, n=1)
+        raise InputError(
+            path, "unknown coefficient" + (f"; did you mean {near[0]}?" if near else ""), field=where
+        )
     if not isinstance(row, dict):
         raise InputError(path, "must be a table with value and unit", field=where, value=row)
     _known_keys(row, {field.name for field in dataclasses.fields(Coefficient)}, path, where)
-    source = _text(row, "source", path, "default")
+    source = _text(row, "source", path, where, "default")
     if source not in ("default", "detected", "calibrated"):
-        raise InputError(path, "must be default, detected or calibrated", field=f"{where}.source", value=source)
+        raise InputError(
+            path, "must be default, detected or calibrated", field=f"{where}.source", value=source
+        )
+    value = _number(row, "value", path, where, least=None if plain in DIVISORS else 0.0)
+    if plain == "pipeline_overlap" and value > 1.0:
+        raise InputError(path, "must be at most 1", field=f"{where}.value", value=value)
     return Coefficient(
-        value=_number(row, "value", path, where, least=0.0),
-        unit=_text(row, "unit", path),
+        value=value,
+        unit=_text(row, "unit", path, where),
         source=source,
         date=str(row["date"]) if "date" in row else None,
-        n_samples=int(_number(row, "n_samples", path, where, least=0)) if "n_samples" in row else None,
+        n_samples=_whole(row, "n_samples", path, where, least=0) if "n_samples" in row else None,
         uncertainty=_number(row, "uncertainty", path, where, least=0.0) if "uncertainty" in row else None,
     )
 
@@ -159,7 +186,12 @@ def _known_keys(row: dict[str, Any], known: set[str], path: Path, where: str) ->
 
 
 def _number(
-    row: dict[str, Any], key: str, path: Path, where: str = "", default: float | None = None, least: float | None = None
+    row: dict[str, Any],
+    key: str,
+    path: Path,
+    where: str = "",
+    default: float | None = None,
+    least: float | None = None,
 ) -> float:
     value = row.get(key, default)
     field = ".".join(filter(None, (where, key)))
@@ -173,10 +205,18 @@ def _number(
     return float(value)
 
 
-def _text(row: dict[str, Any], key: str, path: Path, default: str | None = None) -> str:
+def _whole(row: dict[str, Any], key: str, path: Path, where: str, least: int) -> int:
+    value = _number(row, key, path, where, least=least)
+    if value != int(value):
+        raise InputError(path, "must be a whole number", field=f"{where}.{key}", value=value)
+    return int(value)
+
+
+def _text(row: dict[str, Any], key: str, path: Path, where: str = "", default: str | None = None) -> str:
     value = row.get(key, default)
     if not isinstance(value, str):
-        raise InputError(path, "must be text" if key in row else "is missing", field=key, value=value)
+        field = ".".join(filter(None, (where, key)))
+        raise InputError(path, "must be text" if key in row else "is missing", field=field, value=value)
     return value
 
 

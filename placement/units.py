@@ -11,6 +11,7 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b)?\s*", re.IGNORECASE)
+_MOST = 1e15
 _FACTORS = {"": 1, "b": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1024 * GIB}
 
 
@@ -23,12 +24,14 @@ def parse_bytes(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise InputError("size", "must be a number with an optional KiB, MiB, GiB or TiB", value=text)
-    unit = (match.group(2) or "").lower()
-    return round(float(match.group(1)) * _FACTORS[unit[:1]])
+    unit, number = (match.group(2) or "").lower(), float(match.group(1))
+    if number > _MOST:
+        raise InputError("size", f"must be at most {_MOST:g}", value=text)
+    return round(number * _FACTORS[unit[:1]])
 
 
 def format_bytes(n_bytes: float) -> str:
-    """"1.5 GiB", "12 MiB": the largest unit that leaves a number of at least one."""
+    """ "1.5 GiB", "12 MiB": the largest unit that leaves a number of at least one."""
     for name, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(n_bytes) >= factor:
             return f"{n_bytes / factor:.1f} {name}"
