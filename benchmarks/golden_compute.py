@@ -76,6 +76,7 @@ def main() -> None:
     models: dict[str, Model] = {}
     table: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * 6)
     slowest = 0.0
+    times: list[tuple[float, str, str, str]] = []
     for line in (folder / plans).read_text().splitlines():
         row = json.loads(line)
         if only and only != "-q" and only not in (row["model"], row["kind"]):
@@ -89,7 +90,9 @@ def main() -> None:
             assignment = resolve(models[row["model"]], host, parse(row["args"]), "llama-fit-params")
             start = time.perf_counter()
             plan = plan_compute(models[row["model"]], host, assignment, "llama-fit-params")
-            slowest = max(slowest, time.perf_counter() - start)
+            taken = time.perf_counter() - start
+            slowest = max(slowest, taken)
+            times.append((taken, row["model"], row["kind"], " ".join(row["args"])))
         except Exception as exc:
             counts[5] += 1
             if not is_quiet:
@@ -121,6 +124,9 @@ def main() -> None:
         total = [a + b for a, b in zip(total, counts, strict=True)]
         if any(counts[1:]) or not is_quiet:
             print(f"{name:24}{kind:10}" + "".join(f"{n:5}" for n in counts))
+    for taken, name, kind, args in sorted(times)[-5:]:
+        print(f"{taken * 1000:5.0f} ms {name} {kind} {args}")
+    print(f"median {sorted(times)[len(times) // 2][0] * 1000:.0f} ms" if times else "")
     print(f"{'all':34}" + "".join(f"{n:5}" for n in total), f"slowest {slowest * 1000:.0f} ms")
 
 

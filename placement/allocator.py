@@ -7,7 +7,9 @@ only the highest end of each buffer matters.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from placement.graph import cuda
 from placement.graph.tensor import Tensor
 from placement.scheduler import Scheduler
 
@@ -31,21 +33,27 @@ IN_PLACE = frozenset(
     }
 )
 
-AllocBytes = Callable[[Tensor, int], int]
+
+@dataclass(frozen=True, slots=True)
+class BufferType:
+    """Alignment in bytes, and the bytes that a tensor takes before it."""
+
+    alignment: int
+    alloc_bytes: Callable[[Tensor], int]
+    is_host: bool
+
+
+HOST_BUFFER = BufferType(32, lambda tensor: tensor.n_bytes, is_host=True)
+CUDA_BUFFER = BufferType(cuda.ALIGNMENT, cuda.alloc_bytes, is_host=False)
 
 
 class Pool:
     """One buffer: free blocks by address, and the highest end that was ever used."""
 
-    def __init__(self, alignment: int) -> None:
-        self.alignment = alignment
+    def __init__(self) -> None:
         self.offsets = [0]
         self.sizes = [ENDLESS]
         self.max_bytes = 0
-
-    def padded(self, size: int) -> int:
-        """The size rounded up to the alignment."""
-        return -(-size // self.alignment) * self.alignment
 
     def take(self, size: int) -> int:
         """The offset of a new block: the best fitting hole, else the endless last one."""
@@ -88,11 +96,11 @@ class Pool:
 class Allocator:
     """One reservation of a scheduled graph; `sizes()` gives bytes per backend."""
 
-    def __init__(self, scheduler: Scheduler, alignments: Sequence[int], alloc_bytes: AllocBytes) -> None:
+    def __init__(self, scheduler: Scheduler, buffers: Sequence[BufferType]) -> None:
         self.scheduler, self.flat = scheduler, scheduler.flat
         flat = scheduler.flat
-        self.pools = [Pool(alignment) for alignment in alignments]
-        self.alloc_bytes = alloc_bytes
+        self.buffers = buffers
+        self.pools = [Pool() for _ in buffers]
         n = flat.n_tensors + len(scheduler.copy_of)
         n_extra = n - flat.n_tensors
         is_kept = scheduler.backends.n_copies > 1
@@ -107,7 +115,7 @@ class Allocator:
         self.is_owned = [False] * n
         self.offset = [0] * n
         self.pool = [0] * n
-        self.size_cache: dict[tuple[int, int], int] = {}
+        self.own_bytes: dict[tuple[int, bool], int] = {}  # where copies decide, not the graph alone
 
     def sizes(self) -> list[int]:
         """Reserve the graph and return the bytes of every backend's buffer."""
@@ -153,16 +161,19 @@ class Allocator:
 
     def _bytes(self, i: int, backend: int) -> int:
         """Allocated bytes of a tensor on a backend, aligned; a copy is as large as its source, no more."""
-        key = (i, backend)
-        size = self.size_cache.get(key)
+        buffer = self.buffers[backend]
+        key = (i, buffer.is_host)
+        size = self.flat.n_bytes.get(key)
         if size is None:
-            tensor = self._tensor(i)
-            if i >= self.flat.n_tensors:
-                tensor = Tensor("NONE", tensor.type, tensor.ne, tensor.nb, [])
-            elif tensor.op == "FLASH_ATTN_EXT":
-                tensor = self._with_scheduled_sources(i, tensor)
-            size = self.pools[backend].padded(self.alloc_bytes(tensor, backend))
-            self.size_cache[key] = size
+            size = self.own_bytes.get(key)
+        if size is not None:
+            return size
+        tensor, known = self._tensor(i), self.flat.n_bytes
+        if i >= self.flat.n_tensors:
+            tensor, known = Tensor("NONE", tensor.type, tensor.ne, tensor.nb, []), self.own_bytes
+        elif tensor.op == "FLASH_ATTN_EXT":
+            tensor, known = self._with_scheduled_sources(i, tensor), self.own_bytes
+        size = known[key] = -(-buffer.alloc_bytes(tensor) // buffer.alignment) * buffer.alignment
         return size
 
     def _with_scheduled_sources(self, i: int, node: Tensor) -> Tensor:

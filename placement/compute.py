@@ -7,15 +7,19 @@ Mirrors llama_context::sched_reserve: the graphs of a prompt batch and of a deco
 from __future__ import annotations
 
 import dataclasses
+import gc
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from placement.allocator import Allocator
-from placement.architecture import INPUT, OUTPUT, Architecture, describe
-from placement.graph import cuda
+from placement import coarse
+from placement.allocator import CUDA_BUFFER, HOST_BUFFER, Allocator
+from placement.architecture import INPUT, OUTPUT, REPEATING, Architecture, describe
+from placement.graph.builder import UnknownGraph
 from placement.graph.context import Batch, Context, make_context
-from placement.graph.decoder import Decoder
-from placement.graph.flat import NO_BUFFER, FlatGraph
+from placement.graph.flat import NO_BUFFER
 from placement.graph.rows import ROWS, Row
+from placement.graph.runs import Run, layer_shapes, shorten
+from placement.graph.template import Template, templates
 from placement.graph.tensor import Tensor
 from placement.machine import Machine
 from placement.model import Model
@@ -24,7 +28,6 @@ from placement.quants import BLOCKS
 from placement.scheduler import MAX_COPIES, Backends, Scheduler
 
 HOST = "Host"
-HOST_ALIGNMENT = 32
 PIN_MAX_TOKENS = 32
 
 
@@ -50,7 +53,13 @@ def plan_compute(model: Model, machine: Machine, assignment: Assignment, program
 
     `program` decides how many logits are sized: llama-server's for its slots, the others' for a whole ubatch.
     """
-    return _Planner(model, machine, assignment, program).plan()
+    has_collector = gc.isenabled()
+    gc.disable()  # graphs are many small objects without cycles to collect: passes over them double the time
+    try:
+        return _Planner(model, machine, assignment, program).plan()
+    finally:
+        if has_collector:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,42 +76,75 @@ class _Planner:
     def __init__(self, model: Model, machine: Machine, assignment: Assignment, program: str) -> None:
         self.model, self.machine, self.assignment, self.program = model, machine, assignment, program
         self.facts: Architecture = describe(model)
-        self.notes: list[str] = []
         row = ROWS.get(model.architecture)
         self.is_exact = row is not None
         self.row: Row = row or Row()
+        self.templates = templates(model, self.facts, self.row)
         self.settings = assignment.settings
         self.backends = self._backends()
-        self.number = {name: i for i, name in enumerate(self.backends.names)}
-        self.homes = [self.number[home] for home in assignment.homes]
+        number = {name: i for i, name in enumerate(self.backends.names)}
+        self.homes = [number[home] for home in assignment.homes]
+        self.moved = {name: number[device] for name, device in assignment.moved}
         self.is_full_offload = CPU not in assignment.homes or not assignment.devices
+        self.moved_of_layer: dict[int, frozenset[tuple[str, int]]] = {}
         self.placed = self._place_weights()
 
     def plan(self) -> ComputePlan:
+        """Simulate the engine; where the graph is unknown, estimate."""
+        if self.is_exact:
+            return self._simulated()
+        try:
+            return self._simulated()
+        except (UnknownGraph, LookupError, ArithmeticError, TypeError):
+            return self._estimated()
+
+    def _simulated(self) -> ComputePlan:
         """Reserve decode and prompt graphs, flash attention settled first."""
-        asked = self.settings.flash_attention if self.row.has_flash else "off"
-        is_quantised_v = BLOCKS[self.settings.kv_type_v.upper()][0] != 1
-        is_auto = asked == "auto" and not is_quantised_v
-        context = make_context(self.settings, self.facts, self.is_full_offload, asked != "off")
-        n_seqs = context.n_seq_max
-        decode_batch = Batch(n_seqs, n_seqs, n_seqs)
+        context = self._context()
+        decode_batch = self._decode_batch(context)
         decode = self._reserve(context, decode_batch, has_pins=True, needs_sizes=False)
-        if is_auto and not decode.is_flash_at_home:
+        is_quantised_v = BLOCKS[self.settings.kv_type_v.upper()][0] != 1
+        if self._flash_asked == "auto" and not is_quantised_v and not decode.is_flash_at_home:
             context = dataclasses.replace(context, is_flash=False)
             decode = self._reserve(context, decode_batch, has_pins=True, needs_sizes=False)
         has_pins = self.program != "llama-fit-params"
         prompt = self._reserve(context, self._prompt_batch(context), has_pins=has_pins, needs_sizes=True)
-        sizes = dict(zip((*self.assignment.devices, HOST), prompt.sizes, strict=True))
         return ComputePlan(
-            compute_bytes=sizes,
+            compute_bytes=dict(zip((*self.assignment.devices, HOST), prompt.sizes, strict=True)),
             splits_prompt=prompt.n_splits,
             splits_decode=decode.n_splits,
             n_nodes_prompt=prompt.n_nodes,
             n_nodes_decode=decode.n_nodes,
             n_copies=self.backends.n_copies,
             is_exact=self.is_exact,
-            notes=tuple(self.notes),
+            notes=() if self.is_exact else (f"{self.model.architecture}: simulated as the likeliest graph",),
         )
+
+    def _estimated(self) -> ComputePlan:
+        """What sizes alone tell."""
+        context = self._context()
+        found = coarse.estimate(self.facts, self.assignment, context, self._prompt_batch(context))
+        return ComputePlan(
+            compute_bytes={**found.device_bytes, HOST: found.host_bytes},
+            splits_prompt=found.n_splits,
+            splits_decode=found.n_splits,
+            n_nodes_prompt=found.n_nodes,
+            n_nodes_decode=found.n_nodes,
+            n_copies=self.backends.n_copies,
+            is_exact=False,
+            notes=(f"{self.model.architecture}: no graph rule, compute buffers and splits are estimates",),
+        )
+
+    @property
+    def _flash_asked(self) -> str:
+        return self.settings.flash_attention if self.row.has_flash else "off"
+
+    def _context(self) -> Context:
+        return make_context(self.settings, self.facts, self.is_full_offload, self._flash_asked != "off")
+
+    def _decode_batch(self, context: Context) -> Batch:
+        n_seqs = context.n_seq_max
+        return Batch(n_seqs, n_seqs, n_seqs)
 
     def _prompt_batch(self, context: Context) -> Batch:
         n_seqs = context.n_seq_max
@@ -110,6 +152,8 @@ class _Planner:
         n_outputs_max = n_seqs if self.program == "llama-server" else context.n_batch
         n_outputs = min(n_tokens, n_outputs_max)
         return Batch(-(-n_tokens // n_seqs) * n_seqs, n_seqs, n_outputs)
+
+    # --- where everything is
 
     def _backends(self) -> Backends:
         devices = self.assignment.devices
@@ -132,64 +176,117 @@ class _Planner:
         )
 
     def _place_weights(self) -> dict[str, int]:
-        """The backend whose buffer holds each weight, by leaf name."""
-        cpu, homes, number = self.backends.cpu, self.homes, self.number
-        moved = {name: number[device] for name, device in self.assignment.moved}
+        """The backend whose buffer holds each weight that is not at its layer's home, by leaf name."""
+        cpu, homes = self.backends.cpu, self.homes
+        moved, is_cuda = self.moved, self.backends.is_cuda
         placed: dict[str, int] = {}
         for each in self.facts.tensors:
             target = moved.get(each.tensor.name) if moved else None
+            if target is not None and each.kind == REPEATING and each.layer is not None:
+                known = self.moved_of_layer.get(each.layer, frozenset())
+                self.moved_of_layer[each.layer] = known | {(each.name.split(".", 2)[-1], target)}
             if target is None:
                 if each.kind == INPUT:
                     target = cpu
                 elif each.kind == OUTPUT:
                     target = homes[-1]
+                elif each.has_cuda_kernel and each.name.startswith("blk."):
+                    continue
                 else:
                     target = homes[each.layer or 0]
-                if not each.has_cuda_kernel and self.backends.is_cuda[target]:
-                    target = cpu
+                    if is_cuda[target] and not each.has_cuda_kernel:
+                        target = cpu
             placed[each.name] = target
         return placed
 
-    def _place(self, leaf: Tensor) -> int:
+    def _place(self, leaf: Tensor, layers: dict[int, int]) -> int:
+        """The backend whose buffer holds a leaf; `layers` are those that take the places of the graph's."""
         if leaf.cache_layer is not None:
-            return self.homes[leaf.cache_layer] if self.settings.is_kv_offloaded else self.backends.cpu
-        if leaf.weight is None:
+            owner = layers.get(leaf.cache_layer, leaf.cache_layer)
+            return self.homes[owner] if self.settings.is_kv_offloaded else self.backends.cpu
+        name, layer = leaf.weight, leaf.layer
+        if name is None:
             return NO_BUFFER
-        found = self.placed.get(leaf.weight)
-        if found is not None:
-            return found
-        return self.homes[leaf.layer] if leaf.layer is not None else self.homes[-1]
+        if layer is None:
+            return self.placed.get(name, self.homes[-1])
+        actual = layers[layer]
+        if actual != layer and self.placed and name.startswith("blk."):
+            name = f"blk.{actual}.{name.split('.', 2)[2]}"
+        return self.placed.get(name, self.homes[actual])
+
+    # --- reservations
 
     def _reserve(self, context: Context, batch: Batch, *, has_pins: bool, needs_sizes: bool) -> _Reserved:
-        graph = Decoder(self.model, self.facts, self.row, context, batch)
-        graph.homes = self.homes
-        graph.build(range(self.facts.n_layer))
-        flat = FlatGraph(graph, self._place)
-        scheduler = Scheduler(flat, self.backends, {})
-        if has_pins:
-            self._pin(scheduler, context, batch)
-        scheduler.run()
+        """Plan one batch's graph, long runs of alike layers cut short; uncut where that cannot be right."""
+        makes = self._makes(context, batch)
+        moved = self.moved_of_layer
+        kept, runs = shorten([(make, self.homes[il], moved.get(il)) for il, make in enumerate(makes)])
+        template, layers = self._template(context, batch, makes, kept)
+        scheduler = self._schedule(context, batch, template, layers, has_pins=has_pins)
+        left_out = self._left_out(template, scheduler, runs)
+        if left_out is None:
+            template, layers = self._template(context, batch, makes, range(len(makes)))
+            scheduler = self._schedule(context, batch, template, layers, has_pins=has_pins)
+            left_out = (0, 0)
         sizes: list[int] = []
         if needs_sizes:
-            alignments = [
-                HOST_ALIGNMENT if i == self.backends.cpu else cuda.ALIGNMENT for i in self.number.values()
-            ]
-            sizes = Allocator(scheduler, alignments, self._alloc_bytes).sizes()
+            n_devices = self.backends.cpu
+            sizes = Allocator(scheduler, [CUDA_BUFFER] * n_devices + [HOST_BUFFER]).sizes()
         is_at_home = all(
-            scheduler.assigned[node.index] == self.homes[node.layer or 0] for node in graph.flash_nodes
+            scheduler.assigned[node] == self.homes[layers[il]] for node, il in template.flash_nodes
         )
-        return _Reserved(sizes, len(scheduler.splits), len(graph.nodes), is_at_home)
+        n_splits, n_nodes = len(scheduler.splits) + left_out[0], template.n_nodes + left_out[1]
+        return _Reserved(sizes, n_splits, n_nodes, is_at_home)
 
-    def _alloc_bytes(self, tensor: Tensor, backend: int) -> int:
-        return tensor.n_bytes if backend == self.backends.cpu else cuda.alloc_bytes(tensor)
+    def _makes(self, context: Context, batch: Batch) -> list[Hashable]:
+        """What decides each layer's part of the graph."""
+        graph, last = self.templates.decoder(context, batch), self.facts.n_layer - 1
+        shapes = layer_shapes(self.model, self.facts)
+        return [(shape, graph.layer_traits(il), il == last) for il, shape in enumerate(shapes)]
 
-    def _pin(self, scheduler: Scheduler, context: Context, batch: Batch) -> None:
+    def _template(
+        self, context: Context, batch: Batch, makes: Sequence[Hashable], layers: Sequence[int]
+    ) -> tuple[Template, dict[int, int]]:
+        """The graph of some layers, and which layer takes which one's place in it."""
+        template = self.templates.get(context, batch, layers, [makes[il] for il in layers], self.homes)
+        return template, dict(zip(template.layers, layers, strict=True))
+
+    def _schedule(
+        self, context: Context, batch: Batch, template: Template, layers: dict[int, int], *, has_pins: bool
+    ) -> Scheduler:
+        flat = template.flat.placed(lambda leaf: self._place(leaf, layers))
+        scheduler = Scheduler(flat, self.backends, {})
+        if has_pins:
+            self._pin(scheduler, template, layers, batch.n_tokens < PIN_MAX_TOKENS or context.is_full_offload)
+        scheduler.run()
+        return scheduler
+
+    def _pin(
+        self, scheduler: Scheduler, template: Template, layers: dict[int, int], pins_norms: bool
+    ) -> None:
         """What llama.cpp's graph callback forces to a backend: norms to their layer's device."""
-        flat, cpu = scheduler.flat, self.backends.cpu
-        pins_norms = batch.n_tokens < PIN_MAX_TOKENS or context.is_full_offload
-        for i in range(flat.n_leafs, flat.n_tensors):
-            tensor = flat.tensors[i]
-            if tensor.kind == "cpu":
-                scheduler.assigned[i] = cpu
-            elif tensor.pin is not None and pins_norms and scheduler.supports(i, self.homes[tensor.pin]):
-                scheduler.assigned[i] = self.homes[tensor.pin]
+        for i in template.cpu_nodes:
+            scheduler.assigned[i] = self.backends.cpu
+        if not pins_norms:
+            return
+        for i, il in template.pins:
+            home = self.homes[layers[il]]
+            if scheduler.supports(i, home):
+                scheduler.assigned[i] = home
+
+    def _left_out(
+        self, template: Template, scheduler: Scheduler, runs: Sequence[Run]
+    ) -> tuple[int, int] | None:
+        """Splits and nodes of the layers left out; None if those layers would take memory of their own."""
+        n_leafs, n_splits, n_nodes = scheduler.flat.n_leafs, 0, 0
+        for run in runs:
+            begin, end = (template.layer_starts[at] + n_leafs for at in (run.at, run.at + run.period))
+            leafs = range(template.leaf_starts[run.at], template.leaf_starts[run.at + run.period])
+            if any(scheduler.flat.buffer[leaf] == NO_BUFFER for leaf in leafs):
+                return None
+            count = sum(begin <= split.start < end for split in scheduler.splits)
+            if count and self.backends.n_copies > 1:
+                return None
+            n_splits += count * run.n_left_out
+            n_nodes += (end - begin) * run.n_left_out
+        return n_splits, n_nodes

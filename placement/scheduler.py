@@ -60,7 +60,6 @@ class Scheduler:
         self.copy_of: list[int] = []  # of the tensors after flat.n_tensors: what they copy
         self.copy_backend: list[int] = []
         self.graph_inputs: list[int] = []
-        self._supported: list[bool | None] = [None] * flat.n_tensors
 
     def run(self) -> None:
         """All passes, in the engine's order."""
@@ -77,10 +76,10 @@ class Scheduler:
         """Whether the backend can run the node where its weights and caches lie."""
         if not self.backends.is_cuda[backend]:
             return True
-        known = self._supported[index]
+        known = self.flat.cuda_support[index]
         if known is None:
             known = cuda.supports(self.flat.tensors[index], self.backends.has_alibi)
-            self._supported[index] = known
+            self.flat.cuda_support[index] = known
         if not known:
             return False
         buffer, is_cuda = self.flat.buffer, self.backends.is_cuda
@@ -128,8 +127,7 @@ class Scheduler:
     def _spread(self) -> None:
         """Pass 2: neighbours take over the backend, GPUs first."""
         flat = self.flat
-        nodes = [i for i in range(flat.n_leafs, flat.n_tensors) if not flat.is_view_op[i]]
-        self.real_nodes = nodes
+        nodes = flat.real_nodes
         backwards = nodes[::-1]
         self._spread_over(nodes, skips_cpu=True)
         self._spread_over(backwards, skips_cpu=True)
@@ -161,7 +159,7 @@ class Scheduler:
     def _assign_rest(self) -> None:
         """Pass 3: what is still free goes to the backend that can read most of its sources."""
         flat, assigned = self.flat, self.assigned
-        for i in self.real_nodes:
+        for i in flat.real_nodes:
             if assigned[i] >= 0:
                 continue
             best = -1
@@ -189,7 +187,7 @@ class Scheduler:
 
     def _split(self) -> None:
         flat, assigned = self.flat, self.assigned
-        nodes = self.real_nodes
+        nodes = flat.real_nodes
         first = assigned[nodes[0]]
         split = Split(first, flat.n_leafs)
         self.splits.append(split)

@@ -14,6 +14,10 @@ from placement.model import Model
 GATED_GLU = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu", "swiglu_oai": "swiglu_oai"}
 
 
+class UnknownGraph(Exception):
+    """No rule says how the model's graph is built; what follows is an estimate."""
+
+
 class Builder(Graph):
     """A graph for one batch of one model; block methods return the tensor that the next block reads."""
 
@@ -79,7 +83,7 @@ class Builder(Graph):
     def need(self, tensor: Tensor | None) -> Tensor:
         """The tensor itself; a model without it would not load."""
         if tensor is None:
-            raise KeyError("tensor")
+            raise UnknownGraph("a tensor that this architecture has elsewhere")
         return tensor
 
     def input_once(self, name: str, type: str, *ne: int) -> Tensor:

@@ -33,15 +33,24 @@ class Decoder(FeedBuilder):
         self.has_rope_factors = row.has_rope_factors
         self.is_down_scaled = "d" in row.scaled
         self.layer_starts: list[int] = []
+        self.leaf_starts: list[int] = []
 
     def build(self, layers: Sequence[int]) -> None:
         """Emit the whole graph; `layer_starts` then holds where in `nodes` each layer begins."""
         cur = self.embeddings()
         for i, il in enumerate(layers):
-            self.layer_starts.append(len(self.nodes))
+            self._mark_start()
             cur = self.build_layer(il, cur, is_last=i == len(layers) - 1)
-        self.layer_starts.append(len(self.nodes))
+        self._mark_start()
         self.head(cur)
+
+    def _mark_start(self) -> None:
+        self.layer_starts.append(len(self.nodes))
+        self.leaf_starts.append(len(self.leafs))
+
+    def layer_traits(self, il: int) -> tuple[object, ...]:
+        """What the layer's number decides beyond its facts and tensors."""
+        return self.has_rope(il), self._deepstack_part(il)
 
     def is_on(self, feature: str, key: str) -> bool:
         """Whether a feature holds: "always", or "meta" and its metadata key is set."""
@@ -207,18 +216,18 @@ class Decoder(FeedBuilder):
 
     def _deepstacked(self, il: int, cur: Tensor) -> Tensor:
         """The layer's part of the input embeddings added (deepstack)."""
-        source = self.token_input
-        if source is None:
-            return cur
-        mapping = self._deepstack_map()
-        if self.row.deepstack == "after":
-            part = il + 1 if il < self.n_deepstack else -1
-        else:
-            part = mapping[il] if 0 < il < len(mapping) else -1
-        if part < 0:
+        source, part = self.token_input, self._deepstack_part(il)
+        if source is None or part < 0:
             return cur
         view = self.view_2d(source, self.n_embd, self.n_tokens, source.nb[1], part * self.n_embd * 4)
         return self.add(cur, view)
+
+    def _deepstack_part(self, il: int) -> int:
+        """Which part of the input embeddings the layer adds; -1 for none."""
+        if self.row.deepstack == "after":
+            return il + 1 if il < self.n_deepstack else -1
+        mapping = self._deepstack_map()
+        return int(mapping[il]) if 0 < il < len(mapping) else -1
 
     def input_norm(self, il: int, cur: Tensor) -> Tensor:
         """The norm before attention."""
