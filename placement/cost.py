@@ -229,7 +229,7 @@ class CostModel:
         )
 
     def prompt_s(self, load: Load, where: str) -> float:
-        """Seconds of a load over the whole prompt; host-held weights are streamed where the engine offloads."""
+        """Seconds of a load over the whole prompt; host-held weights stream where the engine offloads."""
         r = self.rates
         streams = where == CPU and r.stream_s_per_byte is not None and r.stream_device is not None
         at = r.stream_device if streams and r.stream_device else where
@@ -263,7 +263,7 @@ def total(loads: Iterable[Load]) -> Load:
 
 @dataclass(frozen=True, slots=True)
 class GraphCounts:
-    """Splits and nodes of the prompt's and the decode's graph, from the simulated or the engine's own plan."""
+    """Splits and nodes of the prompt's and the decode's graph, from the simulated or the engine's plan."""
 
     splits_prompt: int
     splits_decode: int

@@ -6,11 +6,12 @@ width, and matrix throughput from cores, clock and compute capability; the host'
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from typing import Any
 
-from placement.machine import DEFAULT_RUNTIME_MIB, Cpu, Device, Machine
+from placement.machine import DEFAULT_LINK_GB_PER_S, DEFAULT_RUNTIME_MIB, Cpu, Device, Machine
 from placement.units import MIB
 
 # Usable GB/s per PCIe lane and generation, as host-to-device copies reach on pinned memory.
@@ -46,7 +47,8 @@ def detect_machine() -> tuple[Machine | None, str]:
     except pynvml.NVMLError as exc:
         return None, f"NVML failed ({_words(exc)})"
     finally:
-        pynvml.nvmlShutdown()
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
     return Machine(name=platform.node() or "this-machine", devices=devices, cpu=detect_cpu()), ""
 
 
@@ -79,11 +81,10 @@ def _device(nvml: Any, index: int) -> Device:
         usable_mib=max(memory.free / MIB, 1.0),
         runtime_mib=DEFAULT_RUNTIME_MIB,
         bandwidth_gb_per_s=bandwidth_gb_per_s(
-            nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM), nvml.nvmlDeviceGetMemoryBusWidth(handle)
+            nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM),
+            nvml.nvmlDeviceGetMemoryBusWidth(handle),
         ),
-        link_gb_per_s=link_gb_per_s(
-            nvml.nvmlDeviceGetMaxPcieLinkGeneration(handle), nvml.nvmlDeviceGetMaxPcieLinkWidth(handle)
-        ),
+        link_gb_per_s=_link(nvml, handle),
         tflops=_tflops(nvml, handle, capability),
     )
 
@@ -99,13 +100,26 @@ def link_gb_per_s(generation: int, width: int) -> float:
     return round(_LANE_GB_PER_S.get(generation, _LANE_GB_PER_S[newest]) * width, 1)
 
 
+def _link(nvml: Any, handle: Any) -> float:
+    try:
+        generation, width = (
+            nvml.nvmlDeviceGetMaxPcieLinkGeneration(handle),
+            nvml.nvmlDeviceGetMaxPcieLinkWidth(handle),
+        )
+    except nvml.NVMLError:
+        return DEFAULT_LINK_GB_PER_S
+    return link_gb_per_s(generation, width)
+
+
 def _tflops(nvml: Any, handle: Any, capability: str) -> float | None:
     try:
         cores = nvml.nvmlDeviceGetNumGpuCores(handle)
         clock_mhz = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)
     except nvml.NVMLError:
         return None
-    return round(2.0 * cores * clock_mhz * 1e6 * _MATRIX_FACTOR.get(capability, _DEFAULT_MATRIX_FACTOR) / 1e12, 1)
+    return round(
+        2.0 * cores * clock_mhz * 1e6 * _MATRIX_FACTOR.get(capability, _DEFAULT_MATRIX_FACTOR) / 1e12, 1
+    )
 
 
 def _text(value: str | bytes) -> str:

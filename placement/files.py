@@ -21,7 +21,7 @@ def user_config_folder() -> Path:
 
 
 def search_folders(kind: str) -> list[Path]:
-    """Existing folders for "models" or "machines", nearest first: ./KIND, the user's, the package's, the checkout's."""
+    """Existing folders for "models" or "machines", nearest first: ./KIND, the user's, what is shipped."""
     folders = [Path(kind), user_config_folder() / kind, PACKAGE_DATA / kind]
     if not (PACKAGE_DATA / kind).is_dir():
         folders.append(PACKAGE_DATA.parent.parent / kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 DEFAULT_RUNTIME_MIB = 480.0  # a CUDA context with its library workspaces, outside the engine's own figures
+DEFAULT_LINK_GB_PER_S = 25.0  # PCIe 4.0 x16 as measured
 
 
 @dataclass(frozen=True, slots=True)

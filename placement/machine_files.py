@@ -17,7 +17,7 @@ from typing import Any
 from placement.coefficients import DEFAULTS, DIVISORS
 from placement.errors import InputError
 from placement.files import search_folders, write_atomically
-from placement.machine import DEFAULT_RUNTIME_MIB, Coefficient, Cpu, Device, Machine
+from placement.machine import DEFAULT_LINK_GB_PER_S, DEFAULT_RUNTIME_MIB, Coefficient, Cpu, Device, Machine
 
 REFERENCE_MACHINE = "rtx4090-rtx5070ti"
 
@@ -26,7 +26,6 @@ _ADDRESS = re.compile(r"[A-Za-z0-9_.:\[\]-]+:\d{1,5}")
 _DEVICE_NUMBERS = ("total_mib", "usable_mib", "runtime_mib", "bandwidth_gb_per_s", "link_gb_per_s", "tflops")
 _DEVICE_TEXTS = ("name", "description", "address", "uuid", "compute_capability")
 _CPU_NUMBERS = ("usable_mib", "bandwidth_gb_per_s", "threads")
-DEFAULT_LINK_GB_PER_S = 25.0  # PCIe 4.0 x16 as measured
 DEFAULT_RPC_BANDWIDTH_GB_PER_S = 50.0
 
 

@@ -13,12 +13,13 @@ from placement.files import write_atomically
 from placement.problem import Problem
 from placement.solution import SolutionSet, solution_row, workload_row
 
+_LONGEST_SLUG = 80
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
 
 
 def slug(text: str) -> str:
-    """A name as one safe path component: never empty, never hidden, no separators."""
-    return _UNSAFE.sub("-", text).strip("-.") or "unnamed"
+    """A name as a part of one safe path component: never empty, never hidden, no separators, not long."""
+    return _UNSAFE.sub("-", text).strip("-.")[:_LONGEST_SLUG] or "unnamed"
 
 
 def workload_slug(problem: Problem) -> str:
@@ -47,9 +48,7 @@ def solution_set_row(problem: Problem, found: SolutionSet, commands: dict[str, s
         "status": found.status,
         "message": found.message,
         "warnings": list(found.warnings),
-        "solutions": [
-            solution_row(each, commands[each.name], found.extra_args) for each in found.solutions
-        ],
+        "solutions": [solution_row(each, commands[each.name], found.extra_args) for each in found.solutions],
     }
 
 
@@ -71,8 +70,8 @@ def save_solutions(path: Path, problem: Problem, row: dict[str, Any]) -> bool:
     try:
         if path.read_text(encoding="utf-8") == text:
             return False
-    except (FileNotFoundError, UnicodeDecodeError):
-        pass
+    except (OSError, UnicodeDecodeError):
+        pass  # what cannot be read is written, or refused by the writing
     write_atomically(path, text)
     return True
 

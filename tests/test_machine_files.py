@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from placement.coefficients import DEFAULTS
 from placement.errors import InputError
-from placement.machine import DEFAULT_RUNTIME_MIB, Coefficient, Cpu, Device, Machine
+from placement.machine import DEFAULT_LINK_GB_PER_S, DEFAULT_RUNTIME_MIB, Coefficient, Cpu, Device, Machine
 from placement.machine_files import (
-    DEFAULT_LINK_GB_PER_S,
     REFERENCE_MACHINE,
     machine_toml,
     read_machine,

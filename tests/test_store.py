@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from solving_support import expert_model, one_card, problem
+
+from placement import __version__
+from placement.errors import InputError
+from placement.problem import Problem
+from placement.store import read_solutions, save_solutions, slug, solution_folder
+
+PROBLEM = problem(expert_model(2), one_card(4000))
+ROW: dict[str, Any] = {
+    "model": "m",
+    "machine": "n",
+    "workload": {"ctx_tokens": 4096},
+    "status": "OPTIMAL",
+    "solutions": [{"name": "aggressive", "gap": None, "args": ["-ngl", "3"]}],
+}
+
+
+@given(st.text())
+def test_slug_is_safe(text: str) -> None:
+    """A slug is never empty, never hidden, has no separators, and is short enough for any file system."""
+    found = slug(text)
+    assert found
+    assert found[0] not in ".-"
+    assert not set(found) & set("/\\: \0\n")
+    assert len(found) <= 80
+
+
+@given(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,78}[A-Za-z0-9]", fullmatch=True))
+def test_slug_keeps_good_names(name: str) -> None:
+    """A name that is safe stays as it is."""
+    assert name == slug(name)
+
+
+def test_folder_names_the_question() -> None:
+    """The folder is MODEL--MACHINE--WORKLOAD."""
+    found = solution_folder(Path("s"), PROBLEM)
+    assert found == Path("s/tiny-experts--one-card--ctx4096-q8_0-np1-p1000-g200-d1024")
+
+
+def save(path: Path, row: dict[str, Any] = ROW, asked: Problem = PROBLEM) -> bool:
+    """Whether a row was written."""
+    return save_solutions(path, asked, row)
+
+
+def test_reads_what_was_written(tmp_path: Path) -> None:
+    """A file has the row, without what is None, and who wrote it of which model."""
+    save(tmp_path / "s.toml")
+    found = read_solutions(tmp_path / "s.toml")
+    assert found["solutions"] == [{"name": "aggressive", "args": ["-ngl", "3"]}]
+    assert (found["place_version"], found["model_digest"]) == (__version__, PROBLEM.model.digest)
+
+
+def test_same_again_is_left_alone(tmp_path: Path) -> None:
+    """A second identical row says so and touches nothing: no new time stamp, no backup."""
+    path = tmp_path / "s.toml"
+    assert save(path)
+    os.utime(path, (1, 1))
+    assert not save(path)
+    assert (path.stat().st_mtime, os.listdir(tmp_path)) == (1, ["s.toml"])
+
+
+def test_another_row_keeps_a_backup(tmp_path: Path) -> None:
+    """A different answer replaces the file and keeps the old one beside it."""
+    path = tmp_path / "s.toml"
+    save(path)
+    assert save(path, {**ROW, "status": "FEASIBLE"})
+    assert tomllib.loads((tmp_path / "s.toml.bak").read_text())["status"] == "OPTIMAL"
+
+
+def test_damaged_file_is_replaced(tmp_path: Path) -> None:
+    """A file that is not text is replaced, and kept as a backup."""
+    path = tmp_path / "s.toml"
+    path.write_bytes(b"\xff")
+    assert save(path)
+    assert read_solutions(path)["model"] == "m"
+
+
+def test_folder_below_a_file(tmp_path: Path) -> None:
+    """Writing below a file is an input error."""
+    (tmp_path / "f").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        save(tmp_path / "f" / "s.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "there is no such file: run place solve first"),
+        ("a = [", "cannot be read as TOML"),
+        ("", "model: is missing"),
+    ],
+)
+def test_unreadable(text: str | None, words: str, tmp_path: Path) -> None:
+    """A missing, broken or foreign file is one line that says what to do."""
+    path = tmp_path / "s.toml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_solutions(path)
+    assert words in str(caught.value)
