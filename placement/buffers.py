@@ -11,7 +11,7 @@ from placement.cost import GraphCounts
 from placement.groups import movable_groups
 from placement.memory import context_size
 from placement.problem import CPU, Assignment, Problem
-from placement.tables import ComputeTable, Way
+from placement.tables import N_EARLY_LAYERS, ComputeTable, Way, host_pattern
 
 Planner = Callable[[Assignment], ComputePlan]
 
@@ -53,6 +53,20 @@ class Buffers:
         )
         return ComputeTable(sizes, low.counts)
 
+    def exact(self, way: Way) -> ComputeTable:
+        """The buffers of the typical placement at the way's own ubatch, with what early layers in host memory add."""
+        plain = self._planned(way)
+        early = typical_assignment(self.problem, way, has_early=True) if way.uses_host else None
+        if early is None or early == typical_assignment(self.problem, way):
+            return plain
+        more = compute_table(way, self.planner(early)).n_bytes
+        lacking = tuple(max(0, a - b) for a, b in zip(more, plain.n_bytes, strict=True))
+        if not any(lacking):
+            return plain
+        n_groups = len(movable_groups(self.problem.model, describe(self.problem.model).n_layer_all)[-1])
+        pattern = host_pattern(1, True, (0,) * n_groups)
+        return replace(plain, extras=((pattern, lacking),)) if pattern is not None else plain
+
     def _planned(self, way: Way) -> ComputeTable:
         key = (
             tuple(self.problem.machine.device(name).is_cuda for name in way.devices),
@@ -71,9 +85,10 @@ def _with_ubatch(way: Way, ubatch_tokens: int) -> Way:
     return replace(way, settings=replace(way.settings, ubatch_tokens=ubatch_tokens, batch_tokens=batch_tokens))
 
 
-def typical_assignment(problem: Problem, way: Way) -> Assignment:
+def typical_assignment(problem: Problem, way: Way, *, has_early: bool = False) -> Assignment:
     """Layers over the GPUs in proportion to their memory; with host use, each GPU's last half-layers' groups on
-    the CPU, or the first layers themselves where nothing smaller moves."""
+    the CPU (with `has_early` also the model's first layers'), or the first layers themselves where nothing
+    smaller moves."""
     n_layers = describe(problem.model).n_layer_all
     if not way.devices:
         return Assignment((), (CPU,) * (n_layers + 1), (), way.settings)
@@ -92,7 +107,8 @@ def typical_assignment(problem: Problem, way: Way) -> Assignment:
     if way.uses_host and has_experts:
         for name in way.devices:
             mine = [i for i in range(n_layers) if homes[i] == name and groups[i]]
-            for i in mine[len(mine) // 2 :]:
+            first = mine[:N_EARLY_LAYERS] if has_early and name == way.devices[0] else []
+            for i in dict.fromkeys([*first, *mine[len(mine) // 2 :]]):
                 moved += [(tensor.name, CPU) for group in groups[i] for tensor in group.tensors]
     has_overrides = bool(moved) or (len(way.devices) > 1 and not way.is_pipelined and CPU not in homes)
     settings = replace(way.settings, has_overrides=has_overrides)

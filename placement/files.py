@@ -43,9 +43,9 @@ def write_atomically(path: Path, data: str | bytes) -> None:
                 file.write(payload)
                 file.flush()
                 os.fsync(file.fileno())
+            os.chmod(temporary, _mode(path))
             if path.exists():
                 shutil.copy2(path, path.with_name(path.name + ".bak"))
-            os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -53,3 +53,13 @@ def write_atomically(path: Path, data: str | bytes) -> None:
             raise
     except OSError as exc:
         raise InputError(path, f"cannot be written: {exc.strerror}") from exc
+
+
+def _mode(path: Path) -> int:
+    """The permissions of the file that is replaced, or those of a new file under this umask."""
+    try:
+        return path.stat().st_mode & 0o7777
+    except FileNotFoundError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return 0o666 & ~mask

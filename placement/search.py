@@ -184,7 +184,7 @@ class Search:
         """The best placement over the leads, its bound that of all of them together."""
         best: Found | None = None
         open_bound, is_proven = float("inf"), True
-        for lead in sorted(leads, key=lambda lead: lead.promise):
+        for lead in _most_promising(leads):
             limit = best.objective * (1 - gap) if best else float("inf")
             if lead.bound < limit:
                 self._refine(lead, FINE_ROUNDS, limit)
@@ -201,6 +201,12 @@ class Search:
 
     def settle(self, lead: Lead, freedom: Freedom, limit: float, gap: float) -> tuple[Found | None, float, bool]:
         """Solve one way below a limit: a placement that fits or None, the way's bound, whether it is proven."""
+        if lead.way not in self._corrected:
+            self._corrected[lead.way] = self.buffers.exact(lead.way)
+            sharper = self._lead(lead.way, freedom)
+            if sharper is None:
+                return None, float("inf"), True
+            lead = sharper
         for _ in range(MAX_CORRECTIONS):
             answer, bound, is_proven = self._prove(lead, limit, gap)
             if answer is None:
@@ -318,6 +324,20 @@ class Search:
                 if each is not None:
                     found.append(each)
         return found
+
+
+def _most_promising(leads: list[Lead]) -> list[Lead]:
+    """The leads (lowest bound first) by what they promise; those whose bound is above a promise come last."""
+    best = float("inf")
+    promising: list[Lead] = []
+    others: list[Lead] = []
+    for lead in leads:
+        if lead.bound < best:
+            best = min(best, lead.promise)
+            promising.append(lead)
+        else:
+            others.append(lead)
+    return sorted(promising, key=lambda lead: lead.promise) + others
 
 
 def shortfall(search: Search, freedom: Freedom) -> str:
