@@ -45,6 +45,8 @@ class Freedom:
     reserve_fraction: float = 0.0  # of each card's total, on top of the problem's reserve
     decode_weight: int = 1
     prompt_weight: int = 1
+    max_host_layers: int | None = None
+    max_decode_s: float | None = None  # per generated token
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,17 @@ class Search:
         if freedom.pins not in self._pieces:
             self._pieces[freedom.pins] = Pieces(self.problem, freedom.pins)
         table = TableBuilder(self._pieces[freedom.pins], way, compute, freedom.reserve_fraction).build()
+        table = replace(table, frame=replace(table.frame, **self._limits(freedom)))
         relaxation = Relaxation(table.frame, freedom.decode_weight, freedom.prompt_weight)
         lead = Lead(way, table, compute, relaxation, Relaxed(0.0, None, ()))
         is_known = self._kin(lead) in self._prices
         return self._refine(lead, QUICK_ROUNDS if is_known else FIRST_ROUNDS, float("inf"))
+
+    def _limits(self, freedom: Freedom) -> dict[str, int | None]:
+        slowest = None
+        if freedom.max_decode_s is not None:
+            slowest = int(freedom.max_decode_s * 1e6 * max(self.problem.workload.generate_tokens, 1))
+        return {"max_host_layers": freedom.max_host_layers, "max_decode_us": slowest}
 
     def _kin(self, lead: Lead) -> tuple[object, ...]:
         return lead.way.devices, lead.way.uses_host, lead.way.is_pipelined, lead.relaxation.weights

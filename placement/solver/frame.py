@@ -63,6 +63,8 @@ class Frame:
     fixed_us: tuple[int, int] = (0, 0)
     longest_permille: int = 0
     extras: tuple[Extra, ...] = ()
+    max_host_layers: int | None = None
+    max_decode_us: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,4 +118,14 @@ def is_valid(frame: Frame, answer: Answer) -> bool:
         return False
     if any(pick >= len(frame.layers[i].choices[homes[i]]) for i, pick in enumerate(answer.picks)):
         return False
+    if frame.max_host_layers is not None and n_host_layers(frame, answer) > frame.max_host_layers:
+        return False
+    if frame.max_decode_us is not None and times_us(frame, answer)[0] > frame.max_decode_us:
+        return False
     return all(used <= cap for used, cap in zip(used_kib(frame, answer), frame.cap_kib, strict=True))
+
+
+def n_host_layers(frame: Frame, answer: Answer) -> int:
+    """Layers that live in host memory or keep anything there."""
+    taken = zip(frame.layers, answer.homes, answer.picks, strict=True)
+    return sum(home == 0 or table.choices[home][pick].is_host for table, home, pick in taken)

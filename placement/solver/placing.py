@@ -52,6 +52,7 @@ class Placing:
             self._keep_within_caps()
         self._hide_boundaries()
         self._set_objective(decode_weight, prompt_weight)
+        self._keep_within_limits()
 
     def _add_homes(self) -> None:
         last = self.n_positions - 1
@@ -173,6 +174,15 @@ class Placing:
             # 1000 · longest ≥ permille · stage − 999 rounds down as `times_us` does
             self.program.at_most([*((v, permille * c) for v, c in stage), (longest, -1000)], 999)
         self.prompt.append((longest, 1))
+
+    def _keep_within_limits(self) -> None:
+        if self.frame.max_host_layers is not None:
+            terms = [(row[0], 1) for row in self.before] if self.n_positions > 1 else []
+            for moves in self.members:
+                terms += [(count, 1) for count in self._host_counts(moves, range(1, self.n_positions))]
+            self.program.at_most(terms, self.frame.max_host_layers)
+        if self.frame.max_decode_us is not None:
+            self.program.at_most(self.decode, self.frame.max_decode_us - self.frame.fixed_us[0])
 
     def minimise_overflow(self) -> list[int]:
         """Let every cap be exceeded, and minimise by how much in all; returns one KiB variable per position."""
