@@ -178,8 +178,9 @@ class Placing:
     def _keep_within_limits(self) -> None:
         if self.frame.max_host_layers is not None:
             terms = [(row[0], 1) for row in self.before] if self.n_positions > 1 else []
-            for moves in self.members:
-                terms += [(count, 1) for count in self._host_counts(moves, range(1, self.n_positions))]
+            terms += [
+                (count, 1) for (p, moves, c), count in self.counts.items() if self.rows[moves][p][c].is_host
+            ]
             self.program.at_most(terms, self.frame.max_host_layers)
         if self.frame.max_decode_us is not None:
             self.program.at_most(self.decode, self.frame.max_decode_us - self.frame.fixed_us[0])
