@@ -73,7 +73,10 @@ def test_no_gpu(tmp_path: Path) -> None:
 
 COEFFICIENT = '[coefficients.read_efficiency]\nvalue = 0.9\nunit = "fraction"\n'
 BROKEN = [
-    (DEVICE.replace('"CUDA0"', '"first card"'), "devices[0].name = 'first card': must be letters and a number"),
+    (
+        DEVICE.replace('"CUDA0"', '"first card"'),
+        "devices[0].name = 'first card': must be letters and a number",
+    ),
     (DEVICE.replace('name = "CUDA0"\n', ""), "devices[0].name: is missing"),
     (DEVICE.replace('"CUDA0"', "0"), "devices[0].name = 0: must be text"),
     (DEVICE.replace("24576", "0"), "devices[0].total_mib = 0: must be positive"),
@@ -85,7 +88,10 @@ BROKEN = [
     (DEVICE.replace("total_mib = 24576\n", ""), "devices[0].total_mib: is missing"),
     (DEVICE.replace("24000", "25000"), "devices[0].usable_mib = 25000.0: must be at most total_mib = 24576"),
     (DEVICE.replace("bandwidth_gb_per_s = 1008\n", ""), "devices[0].bandwidth_gb_per_s: is missing"),
-    (DEVICE.replace("bandwidth", "bandwith"), "devices[0].bandwith_gb_per_s: unknown field; did you mean bandwidth_gb_per_s?"),
+    (
+        DEVICE.replace("bandwidth", "bandwith"),
+        "devices[0].bandwith_gb_per_s: unknown field; did you mean bandwidth_gb_per_s?",
+    ),
     (DEVICE + "runtime_mib = -1\n", "devices[0].runtime_mib = -1: must be at least 0"),
     (DEVICE + "link_gb_per_s = 0\n", "devices[0].link_gb_per_s = 0: must be positive"),
     (DEVICE + "tflops = 0\n", "devices[0].tflops = 0: must be positive"),
@@ -101,12 +107,21 @@ BROKEN = [
     ("gpus = []\n", "gpus: unknown field"),
     ("name = 3\n", "name = 3: must be text"),
     ("coefficients = 3\n", "coefficients: must be a table"),
-    (COEFFICIENT.replace("read_eff", "raed_eff"), "coefficients.raed_efficiency: unknown coefficient; did you mean read_efficiency?"),
+    (
+        COEFFICIENT.replace("read_eff", "raed_eff"),
+        "coefficients.raed_efficiency: unknown coefficient; did you mean read_efficiency?",
+    ),
     (COEFFICIENT.replace("0.9", "0"), "coefficients.read_efficiency.value = 0: must be positive"),
     (COEFFICIENT.replace("value = 0.9\n", ""), "coefficients.read_efficiency.value: is missing"),
     (COEFFICIENT.replace('unit = "fraction"\n', ""), "coefficients.read_efficiency.unit: is missing"),
-    (COEFFICIENT + 'source = "guessed"\n', "coefficients.read_efficiency.source = 'guessed': must be default, detected"),
-    (COEFFICIENT + "n_samples = 1.5\n", "coefficients.read_efficiency.n_samples = 1.5: must be a whole number"),
+    (
+        COEFFICIENT + 'source = "guessed"\n',
+        "coefficients.read_efficiency.source = 'guessed': must be default, detected",
+    ),
+    (
+        COEFFICIENT + "n_samples = 1.5\n",
+        "coefficients.read_efficiency.n_samples = 1.5: must be a whole number",
+    ),
     (COEFFICIENT + "uncertainty = -1\n", "coefficients.read_efficiency.uncertainty = -1: must be at least 0"),
     ("[coefficients]\nread_efficiency = 0.9\n", "coefficients.read_efficiency = 0.9: must be a table"),
     (
@@ -115,7 +130,7 @@ BROKEN = [
     ),
     ("a = [", "is not TOML"),
     ("a = " + "[" * 5000, "is not TOML"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("text", "words"), BROKEN, ids=[words for _, words in BROKEN])
