@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner, Result
 from first_user import CONF, choice
 
-from placement import profiles
+from placement import presets, profiles
 from placement.cli import cli
 from placement.errors import InputError
 from placement.machine import Machine
@@ -165,7 +165,7 @@ def test_request_keeps_the_sections_context_and_slots(machine: Machine) -> None:
 def test_launches_of_a_conf_say_each_option_once(machine: Machine) -> None:
     """A key that EXTRA_ARGS overrules is not exported."""
     conf = parse_models_conf(b"[glm-flash]\nCTX_SIZE=4096\nEXTRA_ARGS=-c 8192 --jinja -m /x/y.gguf\n")
-    (launch,) = profiles.launches_of_conf(conf, machine, ModelFinder({"glm-flash": "glm-flash"}), Defaults())
+    (launch,) = presets.launches_of_conf(conf, machine, ModelFinder({"glm-flash": "glm-flash"}), Defaults())
     assert launch.args == ("-ctk", "q8_0", "-ctv", "q8_0", "-c", "8192", "--jinja")
     assert launch.model_path == "/x/y.gguf"
 

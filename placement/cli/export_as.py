@@ -67,31 +67,31 @@ def command(
       place export-as preset glm-flash-q4 gpt-oss-120b > models.ini
       place export-as systemd gpt-oss-120b --file gpt-oss-120b=/models/gpt-oss-120b.gguf
     """
-    from placement import profiles
+    from placement import presets, profiles
     from placement.presets.formats import written
 
     machine = options.load_machine(machine_name)
     if conf_file is not None:
         conf, finder = profiles.read_models_conf(conf_file), finder_of(conf_file, pairs)
         defaults = profiles.Defaults.of_text(defaults_text)
-        launches = profiles.launches_of_conf(conf, machine, finder, defaults, model_names)
+        launches = presets.launches_of_conf(conf, machine, finder, defaults, model_names)
     else:
         launches = [_launch(name, machine, solution_name, Path(root), is_fresh) for name in model_names]
-    launches = profiles.with_files(launches, dict(_pair(text) for text in files))
+    launches = presets.with_files(launches, dict(_pair(text) for text in files))
     launches = [replace(launch, program=server, port=port) for launch in launches]
     click.echo(written(format_name, launches), nl=False)
 
 
 def _launch(name: str, machine: Machine, solution_name: str | None, root: Path, is_fresh: bool) -> Launch:
     """The launch of a model's solution for its own profile."""
-    from placement import profiles
+    from placement import presets, profiles
     from placement.solve import Request
 
     model = options.load(name)
     tell = lambda text: click.echo(f"place: {text}", err=True)  # noqa: E731
     row = profiles.chosen_row(model, machine, Request(), root, is_fresh=is_fresh, tell=tell)
     choice = profiles.choice_of(row, solution_name)
-    return profiles.launch_of_choice(choice, model, model.profile.extra_args)
+    return presets.launch_of_choice(choice, model, model.profile.extra_args)
 
 
 def _pair(text: str) -> tuple[str, str]:

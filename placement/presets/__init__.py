@@ -9,6 +9,7 @@ from placement.presets.compose import compose
 from placement.presets.ik_llama import ik_llama
 from placement.presets.koboldcpp import koboldcpp
 from placement.presets.launch import Launch
+from placement.presets.launches import launch_of_choice, launches_of_conf, with_files
 from placement.presets.llama_swap import llama_swap
 from placement.presets.router import router_ini
 from placement.presets.systemd import systemd
@@ -20,7 +21,10 @@ __all__ = [
     "compose",
     "ik_llama",
     "koboldcpp",
+    "launch_of_choice",
+    "launches_of_conf",
     "llama_swap",
     "router_ini",
     "systemd",
+    "with_files",
 ]

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from placement.errors import InputError
+from placement.profiles.models_conf import Word
+from placement.profiles.options import parts_of
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -54,8 +56,5 @@ def comment_lines(launch: Launch, mark: str = "# ") -> list[str]:
 
 def options_of(tokens: Iterable[str]) -> list[tuple[str, list[str]]]:
     """Each option with the values that follow it."""
-    from placement.profiles.models_conf import Word
-    from placement.profiles.options import parts_of
-
     parts = parts_of([Word(token, token) for token in tokens])
     return [(part.values[0], list(part.values[1:])) for part in parts]

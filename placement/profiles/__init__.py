@@ -8,7 +8,6 @@ from placement.profiles.apply import Applied, apply_choice
 from placement.profiles.choice import Choice, Measured, choice_of
 from placement.profiles.chosen import best_arguments, chosen_row
 from placement.profiles.find_model import ModelFinder, read_mapping, remember
-from placement.profiles.launches import launch_of_choice, launches_of_conf, with_files
 from placement.profiles.measured import measured_of
 from placement.profiles.models_conf import ModelsConf, Section, parse_models_conf, read_models_conf, words
 from placement.profiles.sections import request_of, section_of
@@ -28,8 +27,6 @@ __all__ = [
     "best_arguments",
     "choice_of",
     "chosen_row",
-    "launch_of_choice",
-    "launches_of_conf",
     "measured_of",
     "parse_models_conf",
     "profile_row",
@@ -41,6 +38,5 @@ __all__ = [
     "section_of",
     "survey",
     "survey_lines",
-    "with_files",
     "words",
 ]
