@@ -17,6 +17,7 @@ from placement.architecture import INPUT, OUTPUT, REPEATING, Architecture, descr
 from placement.graph.builder import UnknownGraph
 from placement.graph.context import Batch, Context, make_context
 from placement.graph.flat import NO_BUFFER
+from placement.graph.hyper import FUSED_HYPER
 from placement.graph.rows import ROWS, Row
 from placement.graph.runs import Run, layer_shapes, shorten
 from placement.graph.template import Template, templates
@@ -28,6 +29,7 @@ from placement.quants import BLOCKS
 from placement.scheduler import MAX_COPIES, Backends, Scheduler
 
 HOST = "Host"
+FLASH = "FLASH_ATTN_EXT"
 PIN_MAX_TOKENS = 32
 
 
@@ -69,7 +71,7 @@ class _Reserved:
     sizes: list[int]
     n_splits: int
     n_nodes: int
-    is_flash_at_home: bool
+    astray: frozenset[str]  # fused operations of which one is not at its layer's home
 
 
 class _Planner:
@@ -104,9 +106,13 @@ class _Planner:
         decode_batch = self._decode_batch(context)
         decode = self._reserve(context, decode_batch, has_pins=True, needs_sizes=False)
         is_quantised_v = BLOCKS[self.settings.kv_type_v.upper()][0] != 1
-        if self._flash_asked == "auto" and not is_quantised_v and not decode.is_flash_at_home:
+        if self._flash_asked == "auto" and not is_quantised_v and FLASH in decode.astray:
             context = dataclasses.replace(context, is_flash=False)
             decode = self._reserve(context, decode_batch, has_pins=True, needs_sizes=False)
+        for op in FUSED_HYPER:
+            if op in decode.astray:
+                context = dataclasses.replace(context, unfused=context.unfused | {op})
+                decode = self._reserve(context, decode_batch, has_pins=True, needs_sizes=False)
         has_pins = self.program != "llama-fit-params"
         prompt = self._reserve(context, self._prompt_batch(context), has_pins=has_pins, needs_sizes=True)
         return ComputePlan(
@@ -232,11 +238,11 @@ class _Planner:
         if needs_sizes:
             n_devices = self.backends.cpu
             sizes = Allocator(scheduler, [CUDA_BUFFER] * n_devices + [HOST_BUFFER]).sizes()
-        is_at_home = all(
-            scheduler.assigned[node] == self.homes[layers[il]] for node, il in template.flash_nodes
+        astray = frozenset(
+            op for op, node, il in template.fused_nodes if scheduler.assigned[node] != self.homes[layers[il]]
         )
         n_splits, n_nodes = len(scheduler.splits) + left_out[0], template.n_nodes + left_out[1]
-        return _Reserved(sizes, n_splits, n_nodes, is_at_home)
+        return _Reserved(sizes, n_splits, n_nodes, astray)
 
     def _makes(self, context: Context, batch: Batch) -> list[Hashable]:
         """What decides each layer's part of the graph."""

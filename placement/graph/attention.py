@@ -181,7 +181,15 @@ class AttentionBuilder(Builder):
         return self.read_k(k_cache, cache.k_head, n_head_kv), self.read_v(v_cache, cache.v_head, n_head_kv)
 
     def attention_latent(
-        self, il: int, q: Tensor, k: Tensor, v: Tensor, wv_b: Tensor | None, *, wo: str | None = "attn_output"
+        self,
+        il: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        wv_b: Tensor | None,
+        *,
+        wo: str | None = "attn_output",
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Attention over a cache that holds K only, V being its first part (build_attn with k input)."""
         for tensor in (q, v, k):
@@ -191,7 +199,8 @@ class AttentionBuilder(Builder):
         self.expand(self.store_k(cache, k, self.k_ids(il)))
         k_read = self.read_k(cache, facts.k_head, self.layer(il).n_head_kv)
         v_read = self.view(k_read, (v.ne[0], *k_read.ne[1:]), k_read.nb[1:])
-        cur = self.mha(il, q, k_read, v_read, self.mask(il), v_mla=wv_b)
+        mask = self.mask(il) if mask is None else mask
+        cur = self.mha(il, q, k_read, v_read, mask, sinks=self.w(il, "attn_sinks"), v_mla=wv_b)
         return self.project_out(cur, il, wo)
 
     def attention_no_cache(
@@ -264,8 +273,7 @@ class AttentionBuilder(Builder):
         k = self.cast(k, "F16") if k.type == "F32" else k
         v = self.cast(v, "F16") if v.type == "F32" else v
         cur = self.flash_attn(q, k, v, mask, sinks)
-        cur.layer = il
-        self.flash_nodes.append(cur)
+        self.fused_nodes.append((cur.op, cur, il))
         if v_mla is not None:
             cur = self.mul_mat(v_mla, self.permute(cur, 0, 2, 1, 3))
             cur = self.cont(self.permute(cur, 0, 2, 1, 3))

@@ -28,7 +28,7 @@ class Builder(Graph):
         self.n_tokens = batch.n_tokens
         self.weights: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
-        self.flash_nodes: list[Tensor] = []
+        self.fused_nodes: list[tuple[str, Tensor, int]] = []  # operation, node, layer: what is probed
         self.has_mixed_batch = True
         self.has_embedding_scale = False
         self.n_deepstack = 0

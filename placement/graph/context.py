@@ -28,7 +28,7 @@ class Context:
     is_kv_offloaded: bool
     is_swa_full: bool
     is_full_offload: bool  # the graph callback pins norms at any batch size
-    fused_dsv4_hc: bool = True
+    unfused: frozenset[str] = frozenset()  # operations that a probe has ruled out
 
     @property
     def n_stream(self) -> int:

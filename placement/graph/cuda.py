@@ -170,6 +170,13 @@ def _rows_f32(node: Tensor) -> bool:
     return node.type == "F32" and node.src[0].is_contiguous_rows
 
 
+def _indexer(node: Tensor) -> bool:
+    q, k = node.src[:2]
+    if q.ne[0] != 128 or q.ne[1] not in (4, 32, 64) or k.type not in _FLASH_TYPES:
+        return False
+    return not any(nb % 16 for t in (q, k) if not is_quantised(t.type) for nb in t.nb[1:])
+
+
 def _contiguous(node: Tensor) -> bool:
     return node.src[0].is_contiguous
 
@@ -214,5 +221,6 @@ _CHECKS: dict[str, Callable[[Tensor], bool]] = {
     "MEAN": _rows_f32,
     "GROUP_NORM": _contiguous,
     "CPY": _cpy,
+    "LIGHTNING_INDEXER": _indexer,
     "IM2COL": _contiguous_pair,
 }

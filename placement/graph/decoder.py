@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from placement.architecture import Architecture
 from placement.graph.context import Batch, Context
-from placement.graph.feed import FeedBuilder
+from placement.graph.hyper import HyperBuilder
 from placement.graph.rows import Row
 from placement.graph.tensor import Tensor
 from placement.model import Model
@@ -19,7 +19,7 @@ ROPED_BAICHUAN_LAYERS = 32
 UNNORMED_LLAMA4_EXPERTS = 128
 
 
-class Decoder(FeedBuilder):
+class Decoder(HyperBuilder):
     """Builds the graph of one batch; `layers` may leave out layers that repeat others."""
 
     def __init__(self, model: Model, facts: Architecture, row: Row, context: Context, batch: Batch) -> None:
@@ -84,11 +84,14 @@ class Decoder(FeedBuilder):
             bias = self.weight("token_embd_norm.bias")
             cur = self.build_norm(cur, weight, bias, row.norm, row.embedding_norm_pin)
         self.skip = cur
-        return cur
+        return self.widened(cur) if row.structure.startswith("hyper") else cur
 
     def head(self, cur: Tensor) -> None:
         """The last norm and the logits."""
         row = self.row
+        if row.structure.startswith("hyper"):
+            cur = self.hyper_rows(cur)
+            cur = self.hyper_mean(cur) if row.structure == "hyper_mean" else self.hyper_head(cur)
         if row.rows_at == "end":
             cur.is_output = True
             (cur,) = self.rows_out(cur)
@@ -129,6 +132,8 @@ class Decoder(FeedBuilder):
     def build_layer(self, il: int, residual: Tensor, *, is_last: bool) -> Tensor:
         """One layer, its residual sums included."""
         row = self.row
+        if row.structure.startswith("hyper"):
+            return self.hyper_layer(il, residual)
         if row.deepstack == "before":
             residual = self._deepstacked(il, residual)
         self.layer_input = residual
@@ -152,6 +157,17 @@ class Decoder(FeedBuilder):
         if row.has_skip:
             cur = self.add(cur, self.mul(skip, self.need(self.w(il, "layer_output_scale"))))
         return self._deepstacked(il, cur) if row.deepstack == "after" else cur
+
+    def hyper_layer(self, il: int, wide: Tensor) -> Tensor:
+        """A layer whose blocks read and write the streams of a wide residual."""
+        cur, post, comb = self.hyper_before(il, wide, "hc_attn")
+        cur = self.mix(il, self.input_norm(il, cur))
+        wide = self.hyper_after(il, cur, wide, post, comb)
+        cur, post, comb = self.hyper_before(il, wide, "hc_ffn")
+        if self.row.structure == "hyper_expanded":
+            for tensor in (wide, post, self.need(comb)):
+                self.expand(tensor)
+        return self.hyper_after(il, self.feed_forward(il, cur), wide, post, comb)
 
     def _last_rows(self, cur: Tensor, residual: Tensor, normed: Tensor, skip: Tensor) -> list[Tensor]:
         """The rows that give logits, of all that the layer still reads; unread ones never enter the graph."""
@@ -252,7 +268,10 @@ class Decoder(FeedBuilder):
         if row.attention == "mla_plain":
             return self.latent_attention(il, cur, has_rope=False, is_reshaped=False)
         if row.attention == "mla_gated":
-            return self.latent_attention(il, cur, is_reshaped=False, gate="sigmoid")
+            out = self.latent_attention(il, cur, is_reshaped=False, wo=None)
+            return self.head_gated(il, out, cur)
+        if row.attention == "dsa":
+            return self.sparse_attention(il, cur)
         if row.attention in ("gated_q", "gated_q_views"):
             return self.gated_query_attention(il, cur)
         if self.layer(il).n_head_kv == 0:
@@ -301,6 +320,14 @@ class Decoder(FeedBuilder):
             out = self.gated_result(il, out, cur)
             out = self.lora_mm(self.w(il, "attn_output"), out, is_scaled=True)
         return self.scale(out) if self.is_on(row.value_scale, "attention.value_scale") else out
+
+    def sparse_attention(self, il: int, cur: Tensor) -> Tensor:
+        """Latent attention over the cells that an indexer chose, gated where the row says so."""
+        if not self.row.gate:
+            return self.latent_attention(il, cur, is_reshaped=False)
+        out = self.latent_attention(il, cur, is_reshaped=False, wo=None)
+        out = self.gated_result(il, out, cur)
+        return self.lora_mm(self.w(il, "attn_output"), out, is_scaled="s" not in self.unread)
 
     def norm_beside(self, il: int) -> Tensor:
         """Falcon's second norm: attention reads it, the feed-forward block the first."""

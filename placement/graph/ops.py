@@ -118,7 +118,7 @@ class Graph:
         order = self.argsort(a)
         return self.view(order, (k, *order.ne[1:]), order.nb[1:])
 
-    def top_k(self, a: Tensor, k: int) -> Tensor:
+    def top_k_of(self, a: Tensor, k: int) -> Tensor:
         return self.op("TOP_K", "I32", (k, *a.ne[1:]), a)
 
     def sum_rows(self, a: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class Template:
         self.leafs: list[Tensor] = graph.leafs
         self.n_nodes = len(graph.nodes)
         self.flat = FlatGraph(graph)
-        self.flash_nodes = [(node.index, node.layer or 0) for node in graph.flash_nodes]
+        self.fused_nodes = [(op, node.index, il) for op, node, il in graph.fused_nodes]
         self.cpu_nodes = [node.index for node in graph.nodes if node.kind == "cpu"]
         self.pins = [(node.index, node.pin) for node in graph.nodes if node.pin is not None]
 
