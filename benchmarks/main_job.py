@@ -93,10 +93,11 @@ def import_rows(model: str) -> list[tuple[int, int, str]]:
 
 
 def by_package(rows: list[tuple[int, int, str]]) -> dict[str, float]:
-    """Own milliseconds summed by top-level package, slowest first."""
+    """Own milliseconds summed by top-level package, the standard library as one, slowest first."""
     sums: dict[str, float] = {}
     for own_us, _, module in rows:
         package = module.split(".")[0]
+        package = "(standard library)" if package in sys.stdlib_module_names else package
         sums[package] = sums.get(package, 0.0) + own_us / 1000
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 

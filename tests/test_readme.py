@@ -1,0 +1,93 @@
+"""README against the program: its commands, files, paths and codes are the real ones."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from placement import errors
+from placement.cli import cli
+from placement.machine_files import read_machine
+from placement.model_files import load_model
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    """The text below a heading, up to the next one of its kind."""
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def commands(command: click.Command = cli, words: tuple[str, ...] = ("place",)) -> Iterator[str]:
+    """`place` and every command and subcommand, as typed."""
+    yield " ".join(words)
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            assert found is not None
+            yield from commands(found, (*words, name))
+
+
+def examples() -> list[str]:
+    """Every `place …` line of README: those that run, and those that help texts show."""
+    lines = re.findall(r"^(?:  +|\$ |.* \.venv/bin/)(place [a-z].*)$", README, re.MULTILINE)
+    return [line.partition(" > ")[0] for line in lines if not line.startswith("place --")]
+
+
+def test_every_command_has_its_help_in_the_readme() -> None:
+    """Each command and subcommand has a heading, and each heading is a command."""
+    assert re.findall(r"^### (place.*)$", section("Commands"), re.MULTILINE) == list(commands())
+
+
+@pytest.mark.parametrize("line", sorted(set(examples())))
+def test_an_example_is_accepted_as_typed(line: str) -> None:
+    """The command line parses: commands, options and values are of today."""
+    words = shlex.split(line)[1:]
+    command: click.Command = cli
+    while isinstance(command, click.Group):
+        found = command.get_command(click.Context(command), words.pop(0))
+        assert found is not None
+        command = found
+    assert command.make_context("place", words).params
+
+
+def test_every_command_shows_an_example() -> None:
+    """Each heading's help ends with a line that runs."""
+    texts = re.split(r"^### ", section("Commands"), flags=re.MULTILINE)[1:]
+    assert [text.partition("\n")[0] for text in texts if not re.search(r"Examples?:\n +place ", text)] == []
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:tests|benchmarks|\.ci)/[\w./]+\w", README))))
+def test_a_path_named_exists(path: str) -> None:
+    """What README points to is in the repository."""
+    assert (ROOT / path).exists()
+
+
+def test_the_machine_file_shown_is_one(tmp_path: Path) -> None:
+    """The example of a machine file is read as it stands."""
+    shown = re.findall(r"```toml\n(.*?)```", section("Files"), re.DOTALL)[1]
+    path = tmp_path / "mine.toml"
+    path.write_text(shown, encoding="utf-8")
+    assert read_machine(path).device("CUDA0").link_gb_per_s == 25
+
+
+def test_the_description_shown_is_one(tmp_path: Path) -> None:
+    """The example of a model description is read as it stands."""
+    shown = re.findall(r"```toml\n(.*?)```", section("Files"), re.DOTALL)[0]
+    path = tmp_path / "glm.toml"
+    path.write_text(shown, encoding="utf-8")
+    assert len(load_model(str(path)).tensors) == 46
+
+
+def test_every_exit_code_is_explained() -> None:
+    """The table has the code of every exception that ends a command."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    explained = set(map(int, re.findall(r"^\| (\d+) \|", section("Exit codes"), re.MULTILINE)))
+    assert {kind.exit_code for kind in kinds} <= explained
