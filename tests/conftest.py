@@ -79,3 +79,13 @@ def header(tmp_path: Path) -> Path:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF")
     return path
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says how many tests ran a real llama.cpp: a skip there should not go unseen."""
+    found = {
+        outcome: sum("engine" in report.keywords for report in terminalreporter.getreports(outcome))
+        for outcome in ("passed", "failed", "skipped")
+    }
+    terminalreporter.write_line("engine tests: " + ", ".join(f"{n} {name}" for name, n in found.items()))
