@@ -1,9 +1,10 @@
 """The speed model: bytes read, bytes streamed, splits and kernel launches → seconds per token and per prompt.
 
-Decode is a sum, because the engine's devices work one after the other: active weight bytes and KV bytes over
-each device's effective bandwidth, plus a time per graph split and per graph node. A prompt is, per ubatch,
-matrix work and one pass over the weights on each device, plus host-held weights streamed over the first CUDA
-device's link. Every coefficient comes from the machine file; `DEFAULTS` serve where it is silent. All results
+Decode is a sum, because the engine's devices work one after the other: active weight bytes (by tensor
+class and quantisation family) and KV bytes over each device's effective bandwidth, plus a time per layer, per
+graph split (one to or from the host, or one between GPUs) and per graph node. A prompt is, per ubatch, matrix
+work and one pass over the weights on each device, plus host-held weights streamed over the first CUDA device's
+link. Every coefficient comes from the machine file; `DEFAULTS` serve where it is silent. All results
 are estimates.
 """
 
@@ -14,10 +15,16 @@ from dataclasses import dataclass, replace
 
 from placement.architecture import Architecture, LayerFacts, PlacedTensor, describe
 from placement.coefficients import DEFAULTS
+from placement.crossings import count_crossings
 from placement.groups import is_expert_stack, used_fraction
 from placement.machine import Device, Machine
 from placement.memory import context_size, kv_bytes_read
 from placement.problem import CPU, Assignment, Problem, Settings, Workload
+
+# What bandwidth a read reaches depends on what is read: experts are scattered slices, i-quants need tables.
+FAMILIES = ("quant", "float", "iq")
+READ_CLASSES = tuple((is_expert, family) for is_expert in (False, True) for family in FAMILIES)
+NO_READS = (0.0,) * len(READ_CLASSES)
 
 MIN_OFFLOAD_TOKENS = 32  # GGML_OP_OFFLOAD_MIN_BATCH: smaller batches are computed where the weights are
 
@@ -26,7 +33,9 @@ MIN_OFFLOAD_TOKENS = 32  # GGML_OP_OFFLOAD_MIN_BATCH: smaller batches are comput
 class Rates:
     """Seconds per byte, flop, split and node of every location; keys are device names and "CPU"."""
 
-    read_s_per_byte: dict[str, float]
+    read_s_per_byte: dict[str, float]  # of dense quantised weights
+    class_s_per_byte: dict[str, tuple[float, ...]]  # in the order of READ_CLASSES
+    layer_s: dict[str, float]
     kv_s_per_byte: dict[str, float]
     dense_s_per_flop: dict[str, float]
     expert_s_per_flop: dict[str, float]
@@ -34,6 +43,7 @@ class Rates:
     stream_s_per_byte: float | None  # host weights to the first CUDA device; None: the CPU computes
     stream_device: str | None
     split_s: float
+    boundary_s: float  # a split between two GPUs
     rpc_split_s: float
     node_s: float
     token_s: float
@@ -43,24 +53,31 @@ class Rates:
 class Load:
     """What a piece of the model asks of whatever device holds it."""
 
-    decode_bytes: float = 0.0  # weights read per generated token
+    reads: tuple[float, ...] = NO_READS  # weight bytes read per generated token, in the order of READ_CLASSES
     decode_kv_bytes: float = 0.0
     prompt_bytes: float = 0.0  # weights read over the whole prompt, once per ubatch
     dense_flops: float = 0.0  # over the whole prompt
     expert_flops: float = 0.0
     attention_flops: float = 0.0
     prompt_kv_bytes: float = 0.0  # KV that is copied per ubatch when the layer lives on the CPU
+    n_layers: float = 0.0
 
     def __add__(self, other: Load) -> Load:
         return Load(
-            self.decode_bytes + other.decode_bytes,
+            tuple(a + b for a, b in zip(self.reads, other.reads, strict=True)),
             self.decode_kv_bytes + other.decode_kv_bytes,
             self.prompt_bytes + other.prompt_bytes,
             self.dense_flops + other.dense_flops,
             self.expert_flops + other.expert_flops,
             self.attention_flops + other.attention_flops,
             self.prompt_kv_bytes + other.prompt_kv_bytes,
+            self.n_layers + other.n_layers,
         )
+
+    @property
+    def decode_bytes(self) -> float:
+        """Weight bytes read per generated token."""
+        return sum(self.reads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +113,30 @@ def coefficient(machine: Machine, name: str, device: str | None = None) -> float
     return DEFAULTS[name][0]
 
 
+def family(ggml_type: str) -> str:
+    """The quantisation family of a ggml type: what its dequantisation costs is alike."""
+    if ggml_type in ("F32", "F16", "BF16", "F64"):
+        return "float"
+    return "iq" if ggml_type.startswith(("IQ", "TQ")) else "quant"
+
+
+def class_shares(machine: Machine, where: str) -> tuple[float, ...]:
+    """Share of a location's plain bandwidth that each class of READ_CLASSES reaches."""
+    experts = coefficient(machine, "expert_read_share", where)
+    by_family = {
+        "quant": 1.0,
+        "float": coefficient(machine, "float_read_share", where),
+        "iq": coefficient(machine, "iq_read_share", where),
+    }
+    return tuple((experts if is_expert else 1.0) * by_family[kind] for is_expert, kind in READ_CLASSES)
+
+
+def boundary_us(machine: Machine) -> float:
+    """Time of a split between two GPUs; where the machine does not say, that of any split."""
+    kept = machine.coefficients.get("boundary_us")
+    return kept.value if kept is not None else coefficient(machine, "split_us")
+
+
 def device_tflops(machine: Machine, device: Device) -> float:
     """The device's matrix throughput in 1e12 operations per second, guessed from its bandwidth if unknown."""
     return device.tflops or device.bandwidth_gb_per_s * coefficient(
@@ -105,7 +146,8 @@ def device_tflops(machine: Machine, device: Device) -> float:
 
 def rates(machine: Machine, devices: tuple[str, ...], settings: Settings) -> Rates:
     """Seconds per unit for the devices that the engine is given, in its order."""
-    read, kv, dense, expert, attention = ({} for _ in range(5))  # type: dict[str, float]
+    tables: list[dict[str, float]] = [{} for _ in range(5)]
+    read, kv, dense, expert, attention = tables
     cpu_read = machine.cpu.bandwidth_gb_per_s * 1e9 * coefficient(machine, "cpu_read_efficiency")
     threads = settings.n_threads or machine.cpu.threads
     cpu_flops = threads * coefficient(machine, "cpu_tflops_per_thread") * 1e12
@@ -129,8 +171,12 @@ def rates(machine: Machine, devices: tuple[str, ...], settings: Settings) -> Rat
         link = machine.device(stream_device).link_gb_per_s * 1e9
         stream = 1.0 / (link * coefficient(machine, f"{kind}_link_efficiency", stream_device))
     return Rates(
-        read, kv, dense, expert, attention, stream, stream_device,
+        read,
+        {name: tuple(read[name] / share for share in class_shares(machine, name)) for name in read},
+        {name: coefficient(machine, "layer_us", name) * 1e-6 for name in read},
+        kv, dense, expert, attention, stream, stream_device,
         split_s=coefficient(machine, "split_us") * 1e-6,
+        boundary_s=boundary_us(machine) * 1e-6,
         rpc_split_s=coefficient(machine, "rpc_split_us") * 1e-6,
         node_s=coefficient(machine, "node_us") * 1e-6,
         token_s=coefficient(machine, "token_us") * 1e-6,
@@ -174,25 +220,25 @@ class CostModel:
         if placed.kind == "input":
             return Load()
         arch = self.architecture
-        n_used = arch.layers[placed.layer].n_expert_used if self._is_in_layer(placed) else 0
+        layer = placed.layer
+        is_in_layer = layer is not None and layer < len(arch.layers)
+        n_used = arch.layers[layer].n_expert_used if is_in_layer and layer is not None else 0
         fraction = used_fraction(tensor, arch.n_expert, n_used or arch.n_expert_used)
         n_elements = 1
         for extent in tensor.shape:
             n_elements *= extent
+        is_expert = is_expert_stack(tensor)
+        reads = _reads(tensor.n_bytes * fraction, is_expert, tensor.type)
         if placed.kind == "output" and len(tensor.shape) > 1:
             # only the last token's logits are computed
-            return Load(tensor.n_bytes, prompt_bytes=tensor.n_bytes)
+            return Load(reads, prompt_bytes=tensor.n_bytes)
         flops = 2.0 * n_elements * fraction * self.work_tokens if len(tensor.shape) > 1 else 0.0
-        is_expert = is_expert_stack(tensor)
         return Load(
-            decode_bytes=tensor.n_bytes * fraction,
+            reads=reads,
             prompt_bytes=tensor.n_bytes * self._coverage(fraction),
             dense_flops=0.0 if is_expert else flops,
             expert_flops=flops if is_expert else 0.0,
         )
-
-    def _is_in_layer(self, placed: PlacedTensor) -> bool:
-        return placed.layer is not None and placed.layer < len(self.architecture.layers)
 
     def _coverage(self, fraction: float) -> float:
         """Σ over the prompt's ubatches of the share of a stack that their tokens reach."""
@@ -219,14 +265,17 @@ class CostModel:
             flops += heads * tokens * n_kv
             copied += kv_bytes
             done += tokens
-        return Load(decode_kv_bytes=kv_bytes, attention_flops=flops, prompt_kv_bytes=copied)
+        return Load(decode_kv_bytes=kv_bytes, attention_flops=flops, prompt_kv_bytes=copied, n_layers=1.0)
 
     def decode_s(self, load: Load, where: str) -> float:
         """Seconds per generated token of a load held by a device or the CPU."""
-        return (
-            load.decode_bytes * self.rates.read_s_per_byte[where]
-            + load.decode_kv_bytes * self.rates.kv_s_per_byte[where]
+        r = self.rates
+        reading_s = sum(
+            n_bytes * rate
+            for n_bytes, rate in zip(load.reads, r.class_s_per_byte[where], strict=True)
+            if n_bytes
         )
+        return reading_s + load.decode_kv_bytes * r.kv_s_per_byte[where] + load.n_layers * r.layer_s[where]
 
     def prompt_s(self, load: Load, where: str) -> float:
         """Seconds of a load over the whole prompt; host-held weights stream where the engine offloads."""
@@ -248,9 +297,21 @@ class CostModel:
         launches = self.rates.node_s * n_nodes_prompt * len(self.ubatches)
         return self.rates.node_s * n_nodes_decode + self.rates.token_s, launches
 
-    def splits_s(self, n_decode: float, n_prompt: float) -> tuple[float, float]:
-        """(decode, prompt) seconds of that many splits per graph."""
-        return self.rates.split_s * n_decode, self.rates.split_s * n_prompt * len(self.ubatches)
+    def splits_s(self, n_decode: float, n_prompt: float, n_between: float = 0.0) -> tuple[float, float]:
+        """(decode, prompt) seconds of that many splits per graph, `n_between` of decode's between GPUs."""
+        r = self.rates
+        decode_s = r.split_s * (n_decode - n_between) + r.boundary_s * n_between
+        return decode_s, r.split_s * n_prompt * len(self.ubatches)
+
+    def rpc_s(self, n_crossings: float) -> tuple[float, float]:
+        """(decode, prompt) seconds of going to a worker and back that many times per graph."""
+        seconds = 2 * n_crossings * self.rates.rpc_split_s
+        return seconds, seconds * len(self.ubatches)
+
+
+def _reads(n_bytes: float, is_expert: bool, ggml_type: str) -> tuple[float, ...]:
+    at = READ_CLASSES.index((is_expert, family(ggml_type)))
+    return (*NO_READS[:at], n_bytes, *NO_READS[at + 1 :])
 
 
 def total(loads: Iterable[Load]) -> Load:
@@ -289,15 +350,20 @@ def evaluate(problem: Problem, assignment: Assignment, counts: GraphCounts) -> S
         load = model.context_load(layer)
         decode_s += model.decode_s(load, home if settings.is_kv_offloaded else CPU)
         stages[home] += model.prompt_s(load, home)
-    splits_decode_s, splits_prompt_s = model.splits_s(counts.splits_decode, counts.splits_prompt)
-    n_rpc = sum(machine_device.is_rpc for machine_device in map(problem.machine.device, assignment.devices))
-    splits_decode_s += 2 * n_rpc * model.rates.rpc_split_s
+    crossings = count_crossings(problem, assignment, counts.splits_decode)
+    splits_decode_s, splits_prompt_s = model.splits_s(
+        counts.splits_decode, counts.splits_prompt, crossings.n_between
+    )
+    rpc_decode_s, rpc_prompt_s = model.rpc_s(crossings.n_rpc)
     prompt_s = (
         prompt_fixed_s
         + splits_prompt_s
+        + rpc_prompt_s
         + pipelined_s(stages.values(), len(model.ubatches), counts.n_copies, model.overlap)
     )
-    return Speed(decode_s + splits_decode_s, prompt_s, workload.generate_tokens, workload.prompt_tokens)
+    return Speed(
+        decode_s + splits_decode_s + rpc_decode_s, prompt_s, workload.generate_tokens, workload.prompt_tokens
+    )
 
 
 def pipelined_s(stages: Iterable[float], n_ubatches: int, n_copies: int, overlap: float) -> float:

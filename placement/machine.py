@@ -62,14 +62,24 @@ class Coefficient:
     uncertainty: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a coefficient was before `until` (an ISO date and time), when another value took its place."""
+
+    name: str
+    coefficient: Coefficient
+    until: str
+
+
 @dataclass(frozen=True)
 class Machine:
-    """Devices in the engine's order, the host, and coefficients by name."""
+    """Devices in the engine's order, the host, coefficients by name, and what these were before, oldest first."""
 
     name: str
     devices: tuple[Device, ...]
     cpu: Cpu
     coefficients: dict[str, Coefficient] = field(default_factory=dict)
+    history: tuple[Past, ...] = ()
 
     def device(self, name: str) -> Device:
         """The device of that name.
@@ -81,3 +91,9 @@ class Machine:
             if device.name == name:
                 return device
         raise KeyError(name)
+
+
+def margin_mib(machine: Machine, device: str) -> float | None:
+    """MiB to keep free on a device beside its runtime, as learned from runs; None where nothing was learned."""
+    kept = machine.coefficients.get(f"margin_mib.{device}")
+    return kept.value if kept is not None else None

@@ -14,10 +14,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from placement.coefficients import DEFAULTS, DIVISORS
+from placement.coefficients import DEFAULTS, DIVISORS, MEMORY
 from placement.errors import InputError
 from placement.files import search_folders, write_atomically
-from placement.machine import DEFAULT_LINK_GB_PER_S, DEFAULT_RUNTIME_MIB, Coefficient, Cpu, Device, Machine
+from placement.machine import DEFAULT_LINK_GB_PER_S, DEFAULT_RUNTIME_MIB, Coefficient, Cpu, Device, Machine, Past
 
 REFERENCE_MACHINE = "rtx4090-rtx5070ti"
 
@@ -88,7 +88,20 @@ def _machine(table: dict[str, Any], path: Path) -> Machine:
         devices=devices,
         cpu=_cpu(table.get("cpu"), path),
         coefficients={name: _coefficient(name, row, path) for name, row in coefficients.items()},
+        history=_history(table.get("history", []), path),
     )
+
+
+def _history(rows: Any, path: Path) -> tuple[Past, ...]:
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(path, "must be a list of [[history]] tables", field="history")
+    return tuple(_past(row, f"history[{i}]", path) for i, row in enumerate(rows))
+
+
+def _past(row: dict[str, Any], where: str, path: Path) -> Past:
+    name, until = _text(row, "name", path, where), _text(row, "until", path, where)
+    values = {key: value for key, value in row.items() if key not in ("name", "until")}
+    return Past(name, _coefficient(name, values, path), until)
 
 
 def _device(row: dict[str, Any], where: str, path: Path) -> Device:
@@ -150,8 +163,8 @@ def _is_address(value: Any) -> bool:
 def _coefficient(name: str, row: Any, path: Path) -> Coefficient:
     where = f"coefficients.{name}"
     plain = name.partition(".")[0]
-    if plain not in DEFAULTS:
-        near = difflib.get_close_matches(plain, DEFAULTS, n=1)
+    if plain not in DEFAULTS and plain not in MEMORY:
+        near = difflib.get_close_matches(plain, (*DEFAULTS, *MEMORY), n=1)
         raise InputError(
             path, "unknown coefficient" + (f"; did you mean {near[0]}?" if near else ""), field=where
         )
@@ -231,6 +244,10 @@ def machine_toml(machine: Machine) -> str:
     table["cpu"] = row(machine.cpu)
     if machine.coefficients:
         table["coefficients"] = {name: row(value) for name, value in machine.coefficients.items()}
+    if machine.history:
+        table["history"] = [
+            {"name": past.name, "until": past.until, **row(past.coefficient)} for past in machine.history
+        ]
     return tomli_w.dumps(table)
 
 

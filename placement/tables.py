@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from placement.architecture import Architecture, PlacedTensor, describe
 from placement.cost import CostModel, GraphCounts, Load, total
+from placement.crossings import AFTER_FFN
 from placement.groups import movable_groups
 from placement.machine import Device
 from placement.memory import layer_context_bytes, weight_bytes
@@ -44,8 +45,6 @@ N_EARLY_LAYERS = 3
 
 # Splits of a prompt's graph in a layer that lives on the CPU, beside one for each weight that is streamed.
 _CPU_LAYER_SPLITS = 2
-# Tensors that a layer uses after its feed-forward network: it then ends at home, wherever the network is.
-_AFTER_FFN = ("_shexp", "post_ffw", "ffn_post", "layer_out", "ffn_norm_exps")
 
 
 def host_pattern(home: int, is_early: bool, groups: tuple[int, ...]) -> HostPattern | None:
@@ -177,7 +176,7 @@ class Pieces:
 
     def ends_at_home(self, i: int) -> bool:
         """Whether a layer's last work needs weights that never move: a shared expert, a norm after the network."""
-        return any(mark in placed.name for placed in self.members[i] for mark in _AFTER_FFN)
+        return any(mark in placed.name for placed in self.members[i] for mark in AFTER_FFN)
 
     def is_early(self, kind: int) -> bool:
         """Whether a kind's layers are among the model's first."""
@@ -274,20 +273,16 @@ class TableBuilder:
             return 0, 0
         # a streamed weight is computed on a GPU, where the boundary is still to be crossed
         n_prompt = 1 if self.cost.rates.stream_s_per_byte is None else 0
-        return self._turn_us(*self.cost.splits_s(1, n_prompt))
+        return self._turn_us(*self.cost.splits_s(1, n_prompt, n_between=1))
 
     def _fixed_us(self) -> tuple[int, int]:
         counts, n_devices = self.compute.counts, len(self.way.devices)
         decode_s, prompt_s = self.cost.fixed_s(counts.n_nodes_decode, counts.n_nodes_prompt)
-        base = 1 + n_devices
-        for seconds in (self.cost.splits_s(base, base), self._rpc_s(sum(map(self._is_rpc, range(len(self.devices)))))):
+        base, n_rpc = 1 + n_devices, sum(map(self._is_rpc, range(len(self.devices))))
+        for seconds in (self.cost.splits_s(base, base, max(n_devices - 1, 0)), self.cost.rpc_s(n_rpc)):
             decode_s += seconds[0]
             prompt_s += seconds[1]
         return self._turn_us(decode_s, 0.0)[0], self._us(prompt_s)
-
-    def _rpc_s(self, n_crossings: int) -> tuple[float, float]:
-        seconds = 2 * n_crossings * self.cost.rates.rpc_split_s
-        return seconds, seconds * len(self.cost.ubatches)
 
     def _choices(self, kind: int) -> tuple[tuple[Choice, ...], ...]:
         i = self.pieces.example[kind]
@@ -370,10 +365,11 @@ class TableBuilder:
 
     def _move_s(self, home: int, targets: tuple[int, ...], parts: list[_Part]) -> tuple[float, float]:
         """(decode, prompt) seconds that moving groups off their home adds."""
-        costs = [self.cost.splits_s(2, self._n_prompt_splits(home, targets, parts))]
         away = {position for position in targets if position != home}
+        n_between = 2 if home > 0 and 0 not in away else 0
+        costs = [self.cost.splits_s(2, self._n_prompt_splits(home, targets, parts), n_between)]
         if any(self._is_rpc(position) for position in (home, *away)):
-            costs.append(self._rpc_s(1))
+            costs.append(self.cost.rpc_s(1))
         for at, part in zip(targets, parts[1:], strict=True):
             costs.append((part.decode_s[at] - part.decode_s[home], part.prompt_s[at] - part.prompt_s[home]))
         return sum(decode for decode, _ in costs), sum(prompt for _, prompt in costs)
