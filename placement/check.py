@@ -135,9 +135,7 @@ def _judged(found: Check, problem: Problem, verdict: Verdict) -> Check:
         splits_decode=verdict.plan.splits_decode,
         speed=speed,
         is_exact=True,
-        differences=differences(
-            found.devices, (found.splits_prompt, found.splits_decode), verdict
-        ),
+        differences=differences(found.devices, (found.splits_prompt, found.splits_decode), verdict),
     )
 
 
@@ -161,7 +159,7 @@ def differences(
 
 def _against(found: Check, problem: Problem, best: Solution | None) -> tuple[Advice, ...]:
     """What the arguments cost beside the solver's own choice of the same context, KV type and slots."""
-    if best is None or best.speed.turn_s >= found.speed.turn_s * 0.99 and found.fits:
+    if best is None or (best.speed.turn_s >= found.speed.turn_s * 0.99 and found.fits):
         return ()
     turn, mine, theirs = problem.workload, best.speed, found.speed
     words = f"place's own choice for this context takes {mine.turn_s:.1f} s for a turn of {turn.prompt_tokens:,} tokens"

@@ -155,13 +155,17 @@ def with_rpc_devices(machine: Machine, servers: Sequence[str], engine: Engine | 
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise InputError("--rpc", 'must be "host:port"', value=server)
     if engine is None:
-        raise InputError("--rpc", "needs an engine to ask for its devices, or a machine file that has them", value=new[0])
+        raise InputError(
+            "--rpc", "needs an engine to ask for its devices, or a machine file that has them", value=new[0]
+        )
     remote: list[Device] = []
     for server in new:
         for row in list_devices(engine, (server,)):
             if row.name.startswith("RPC"):
                 number = sum(device.is_rpc for device in machine.devices) + len(remote)
-                remote.append(_rpc_device(f"RPC{number}", server, row.description, row.total_mib, row.free_mib))
+                remote.append(
+                    _rpc_device(f"RPC{number}", server, row.description, row.total_mib, row.free_mib)
+                )
     if not remote:
         raise InputError("--rpc", "the engine finds no device behind it", value=new[0])
     return replace(machine, devices=(*machine.devices, *remote))
@@ -178,4 +182,3 @@ def _rpc_device(name: str, address: str, description: str, total_mib: float, fre
         bandwidth_gb_per_s=DEFAULT_RPC_BANDWIDTH_GB_PER_S,
         link_gb_per_s=DEFAULT_RPC_LINK_GB_PER_S,
     )
-

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from placement.solution import DeviceUse, Solution
+from placement.why import next_best_line, next_layer_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from placement.check import Check
+    from placement.questions import Rated
     from placement.solving import Outcome
 
 FULL_SHARE = 0.97  # a device that uses this much of its cap counts as full
@@ -61,7 +63,15 @@ def solution_table(solutions: tuple[Solution, ...]) -> Table:
     table.add_column("solution", style="bold")
     for title in ("layers", "experts\non CPU", "MiB and share\nof each card", "host\nMiB", "ub"):
         table.add_column(title, justify="left" if title == "layers" else "right")
-    for title in ("splits\ndecode", "splits\nprompt", "decode\nt/s", "prompt\nt/s", "turn\ns", "headroom\nMiB", "gap"):
+    for title in (
+        "splits\ndecode",
+        "splits\nprompt",
+        "decode\nt/s",
+        "prompt\nt/s",
+        "turn\ns",
+        "headroom\nMiB",
+        "gap",
+    ):
         table.add_column(title, justify="right")
     table.add_column("label")
     for each in solutions:
@@ -118,6 +128,10 @@ def _solution_parts(outcome: Outcome) -> Iterator[RenderableType]:
     yield solution_table(found.solutions)
     best = found.solutions[0]
     yield from full_lines(best)
+    yield from next_layer_lines(outcome.problem, best)
+    if (line := next_best_line(found)) is not None:
+        yield line
+    yield from outcome.reasons
     yield f"\n{best.name} ({found.status}, within {best.gap or 0:.2%} of the best possible turn):"
     yield outcome.row()["solutions"][0]["command"]
     if outcome.path is not None:
@@ -154,6 +168,36 @@ def device_table(devices: dict[str, DeviceUse]) -> Table:
     for title in ("weights", "context", "compute", "runtime", "used MiB", "cap MiB", "headroom"):
         table.add_column(title, justify="right")
     for name, use in devices.items():
-        cells = (use.weights_mib, use.context_mib, use.compute_mib, use.runtime_mib, use.used_mib, use.cap_mib)
+        cells = (
+            use.weights_mib,
+            use.context_mib,
+            use.compute_mib,
+            use.runtime_mib,
+            use.used_mib,
+            use.cap_mib,
+        )
         table.add_row(name, *(f"{cell:,.0f}" for cell in cells), f"{use.headroom_mib:,.0f}")
     return table
+
+
+def comparison_text(rated: Sequence[Rated], machine: str, is_terminal: bool) -> str:
+    """Several models' fastest placements in one table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"fastest placements on {machine} (estimated)")
+    table.add_column("model", style="bold")
+    for title in ("GiB", "decode t/s", "prompt t/s", "turn s", "layers on CPU", "ub", "headroom MiB"):
+        table.add_column(title, justify="right")
+    for each in rated:
+        size = f"{each.model.n_bytes / 2**30:.1f}"
+        if each.best is None:
+            table.add_row(each.model.name, size, "does not fit", "", "", "", "", "")
+            continue
+        best = each.best
+        table.add_row(
+            each.model.name, size, f"{best.speed.decode_tps:.1f}", f"{best.speed.prompt_tps or 0:,.0f}",
+            f"{best.speed.turn_s:.2f}", str(best.n_host_layers()),
+            str(best.assignment.settings.ubatch_tokens), f"{best.headroom_mib:,.0f}",
+        )  # fmt: skip
+    return _rendered([table], is_terminal)

@@ -71,7 +71,11 @@ class Solution:
     def n_host_layers(self) -> int:
         """Layers that live on the CPU or keep tensors there."""
         layers = {i for i, home in enumerate(self.assignment.homes[:-1]) if home == "CPU"}
-        layers |= {int(name.split(".")[1]) for name, at in self.assignment.moved if at == "CPU" and name[:4] == "blk."}
+        layers |= {
+            int(name.split(".")[1])
+            for name, at in self.assignment.moved
+            if at == "CPU" and name[:4] == "blk."
+        }
         return len(layers)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from placement.architecture import describe
@@ -19,9 +19,9 @@ from placement.machine import Machine
 from placement.model import Model
 from placement.problem import Assignment, Problem, Settings
 from placement.quants import KV_CACHE_TYPES
-from placement.search import UBATCHES, Found, Freedom, Search, shortfall
+from placement.search import GAP, UBATCHES, Found, Freedom, Search, shortfall
 from placement.solution import ESTIMATED, PLANNED, Judge, Solution, SolutionSet, Verdict
-from placement.tables import NO_PINS, Pins
+from placement.wishes import Wish, granted, smallest_conflict
 
 AGGRESSIVE, MODERATE = "aggressive", "moderate"
 MODERATE_RESERVE = 0.05  # of each card's total
@@ -44,7 +44,10 @@ class Request:
     objective: str = "turn"
     top: int = MAX_SHOWN
     program: str = "llama-server"
-    pins: Pins = NO_PINS
+    wishes: tuple[Wish, ...] = ()
+    fixed: tuple[tuple[str, object], ...] = ()  # engine settings by the fields of `Settings`
+    extra_args: tuple[str, ...] = ()  # kept beside the profile's own
+    min_decode_tps: float | None = None
     load_modes: tuple[str, ...] = ("auto", "none")
     time_limit_s: float = 10.0
     seed: int = 1
@@ -80,6 +83,7 @@ def make_problem(model: Model, machine: Machine, request: Request) -> tuple[Prob
     settings = Settings(
         ctx_tokens=ctx, n_slots=n_slots, kv_type_k=kv_type, kv_type_v=kv_type, flash_attention="on"
     )
+    settings = replace(settings, **dict(request.fixed))  # type: ignore[arg-type]
     workload = default_workload(model, ctx // n_slots, request.prompt_tokens, request.generate_tokens)
     if request.depth_tokens is not None:
         workload = replace(workload, depth_tokens=request.depth_tokens)
@@ -108,15 +112,15 @@ def solve(
     has_rules = describe(model).is_known and model.architecture in ROWS
     probes = None if has_rules else Probes(problem, judge)
     search = Search(problem, request.time_limit_s, request.seed, probes if judge is not None else None)
-    freedom = _freedom(request)
+    freedom = granted(_freedom(request), request.wishes)
     result = SolutionSet(
         model.name, model.digest, machine.name, problem.workload, "INFEASIBLE", (),
-        extra_args=model.profile.extra_args, warnings=tuple(warnings),
+        extra_args=(*model.profile.extra_args, *request.extra_args), warnings=tuple(warnings),
     )  # fmt: skip
     for _ in range(MAX_ROUNDS):
         points = _points(search, freedom, tell)
         if not points:
-            return replace(result, message=shortfall(search, freedom))
+            return replace(result, message=_why_not(search, request))
         shown = _shown(problem, points)[: max(request.top, 2)]
         if judge is None:
             break
@@ -131,6 +135,40 @@ def solve(
         result = replace(result, warnings=(*warnings, probes.words()))
     status = "OPTIMAL" if all(each.status == "OPTIMAL" for each in shown[:1]) else "FEASIBLE"
     return replace(result, status=status, solutions=tuple(_named(shown)))
+
+
+def _why_not(search: Search, request: Request) -> str:
+    """Why nothing fits: the wishes that conflict, or the caps that fail and what would fit."""
+    base = _freedom(request)
+
+    def is_possible(wishes: Sequence[Wish]) -> bool:
+        freedom = granted(base, wishes)
+        return search.best(freedom, search.leads(freedom), gap=0.5) is not None
+
+    conflict = smallest_conflict(request.wishes, is_possible) if request.wishes else []
+    if conflict:
+        return "these wishes cannot hold together: " + ", ".join(wish.text for wish in conflict)
+    if request.min_decode_tps is not None and is_possible_at_all(search, request):
+        return f"no placement decodes {request.min_decode_tps:g} tokens per second"
+    return f"{shortfall(search, base)}; {_what_fits(search.problem, request)}"
+
+
+def is_possible_at_all(search: Search, request: Request) -> bool:
+    """Whether anything fits once the wished decode speed is dropped."""
+    freedom = _freedom(replace(request, min_decode_tps=None))
+    return search.best(freedom, search.leads(freedom), gap=0.5) is not None
+
+
+def _what_fits(problem: Problem, request: Request) -> str:
+    """The largest halving of the context that fits, or that none does."""
+    ctx_tokens = problem.settings.ctx_tokens // 2
+    while ctx_tokens >= 1024:
+        smaller = replace(problem, settings=replace(problem.settings, ctx_tokens=ctx_tokens))
+        search, freedom = Search(smaller, request.time_limit_s, request.seed), _freedom(request)
+        if search.best(freedom, search.leads(freedom), gap=0.5) is not None:
+            return f"it fits with --ctx {ctx_tokens}"
+        ctx_tokens //= 2
+    return "no smaller context fits either: the weights alone are too large"
 
 
 class Probes:
@@ -161,7 +199,7 @@ def _freedom(request: Request) -> Freedom:
     return Freedom(
         ubatches=(request.ubatch_tokens,) if request.ubatch_tokens else UBATCHES,
         load_modes=request.load_modes,
-        pins=request.pins,
+        max_decode_s=1.0 / request.min_decode_tps if request.min_decode_tps else None,
         decode_weight=decode_weight,
         prompt_weight=prompt_weight,
     )
@@ -203,9 +241,7 @@ def _with_verdict(problem: Problem, solution: Solution, verdict: Verdict) -> Sol
         splits_decode=plan.splits_decode,
         speed=speed,
         is_exact=True,
-        differences=differences(
-            solution.devices, (solution.splits_prompt, solution.splits_decode), verdict
-        ),
+        differences=differences(solution.devices, (solution.splits_prompt, solution.splits_decode), verdict),
     )
 
 
@@ -234,9 +270,7 @@ def _merit(solution: Solution) -> tuple[float, float, float]:
 
 def _is_dominated(merit: tuple[float, float, float], by: Iterable[tuple[float, float, float]]) -> bool:
     """Whether another point is as good everywhere within 0.2 % and 8 MiB; ties count as dominated."""
-    return any(
-        d >= merit[0] * 0.998 and p >= merit[1] * 0.998 and h >= merit[2] - 8.0 for d, p, h in by
-    )
+    return any(d >= merit[0] * 0.998 and p >= merit[1] * 0.998 and h >= merit[2] - 8.0 for d, p, h in by)
 
 
 def _non_dominated(kept: list[Solution], others: Iterable[Solution]) -> list[Solution]:
@@ -263,10 +297,9 @@ def _named(solutions: list[Solution]) -> list[Solution]:
     return named
 
 
-
-def best_choice(problem: Problem, request: Request) -> Solution | None:
+def best_choice(problem: Problem, request: Request, gap: float = GAP) -> Solution | None:
     """The solver's fastest placement of a problem whose settings are given; None where nothing fits."""
     search = Search(problem, request.time_limit_s, request.seed)
-    freedom = _freedom(request)
-    found = search.best(freedom, search.leads(freedom))
+    freedom = granted(_freedom(request), request.wishes)
+    found = search.best(freedom, search.leads(freedom), gap)
     return as_solution(problem, found, AGGRESSIVE) if found is not None else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from placement.arguments import parse
 from placement.emit import shell_command
 from placement.errors import InputError
 from placement.machine import Machine
@@ -15,6 +17,18 @@ from placement.problem import Problem, Settings
 from placement.solution import Judge, Solution, SolutionSet
 from placement.solve import Request, best_choice, make_problem, solve
 from placement.store import save_solutions, solution_folder, solution_set_row
+from placement.why import sensitivity
+from placement.wishes import (
+    Wish,
+    devices_wish,
+    kept_wishes,
+    max_cpu_layers_wish,
+    ngl_wish,
+    pin_wish,
+    ts_wish,
+)
+
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -25,10 +39,12 @@ class Outcome:
     found: SolutionSet
     path: Path | None
     is_new: bool
+    reasons: tuple[str, ...] = ()  # what more memory would give, where it was asked for
 
     def row(self) -> dict[str, Any]:
         """The JSON object of the contract."""
-        return solution_set_row(self.problem, self.found, commands(self.problem, self.found))
+        row = solution_set_row(self.problem, self.found, commands(self.problem, self.found))
+        return {**row, "why": list(self.reasons)} if self.reasons else row
 
 
 def commands(problem: Problem, found: SolutionSet) -> dict[str, str]:
@@ -41,8 +57,8 @@ def commands(problem: Problem, found: SolutionSet) -> dict[str, str]:
     }
 
 
-def make_request(asked: dict[str, Any], model: Model) -> Request:
-    """The request of the command line's options.
+def make_request(asked: dict[str, Any], model: Model, machine: Machine | None = None) -> Request:
+    """The request of the command line's options; wishes need the machine.
 
     Raises:
         InputError: an option's value breaks its rule.
@@ -50,7 +66,7 @@ def make_request(asked: dict[str, Any], model: Model) -> Request:
     ubatch = asked.get("ubatch") or "auto"
     if ubatch != "auto" and (not str(ubatch).isdigit() or int(ubatch) < 1):
         raise InputError("--ubatch", "must be auto or a positive number", value=ubatch)
-    return Request(
+    request = Request(
         ctx_tokens=asked.get("ctx_tokens"),
         n_slots=asked.get("n_slots"),
         kv_type=asked.get("kv_type"),
@@ -63,8 +79,85 @@ def make_request(asked: dict[str, Any], model: Model) -> Request:
         top=asked.get("top") or 12,
         program=asked.get("program") or "llama-server",
         time_limit_s=asked.get("time_limit_s") or 10.0,
-        seed=asked.get("seed") if asked.get("seed") is not None else 1,
+        seed=int(asked.get("seed", 1)),
+        min_decode_tps=asked.get("min_decode_tps"),
     )
+    if machine is None:
+        return request
+    request = replace(request, wishes=tuple(_wishes(asked, model, machine)))
+    return _kept(request, model, machine, asked["keep"]) if asked.get("keep") else request
+
+
+def _wishes(asked: dict[str, Any], model: Model, machine: Machine) -> Iterator[Wish]:
+    """The wishes of the options.
+
+    Raises:
+        InputError: one breaks its rule.
+    """
+    devices = [name.strip() for name in asked["devices"].split(",")] if asked.get("devices") else None
+    if devices is not None:
+        yield devices_wish(machine, devices)
+    if asked.get("ts"):
+        shares = parse(["-ts", asked["ts"]]).tensor_split or ()
+        yield ts_wish(model, machine, shares, devices, asked.get("ngl"))
+    if asked.get("ngl") is not None:
+        yield ngl_wish(model, machine, asked["ngl"])
+    if asked.get("max_cpu_layers") is not None:
+        yield max_cpu_layers_wish(asked["max_cpu_layers"])
+    for text in asked.get("pins") or ():
+        yield pin_wish(model, machine, text)
+
+
+def _kept(request: Request, model: Model, machine: Machine, text: str) -> Request:
+    """The request with the arguments that the user keeps: placement as wishes, settings as they stand."""
+    wishes, kept = kept_wishes(model, machine, text)
+    fields = {
+        "batch_tokens": kept.batch_tokens,
+        "is_kv_offloaded": kept.is_kv_offloaded,
+        "is_swa_full": kept.is_swa_full,
+        "is_op_offloaded": kept.is_op_offloaded,
+        "is_kv_unified": kept.is_kv_unified,
+        "flash_attention": kept.flash_attention,
+        "n_threads": kept.n_threads,
+        "kv_type_k": kept.kv_type_k,
+        "kv_type_v": kept.kv_type_v,
+    }
+    return replace(
+        request,
+        ctx_tokens=request.ctx_tokens or kept.ctx_tokens,
+        n_slots=request.n_slots or kept.n_slots,
+        wishes=(*request.wishes, *wishes),
+        fixed=tuple((name, value) for name, value in fields.items() if value is not None),
+        extra_args=tuple(word for words in kept.other for word in words),
+    )
+
+
+def _answered(
+    request: Request, model: Model, machine: Machine, asked: dict[str, Any], tell: Tell
+) -> tuple[Request, str]:
+    """The request with its questions answered (KV type, context, headroom), and the answers in words."""
+    from placement import questions
+
+    told = []
+    if request.kv_type == "auto":
+        kv_type, words = questions.choose_kv_type(model, machine, request, tell)
+        request = replace(request, kv_type=kv_type or "q4_0")
+        told.append(words)
+    if asked.get("is_max_ctx") or asked.get("maximize") == "context":
+        found, words = questions.max_context(model, machine, request, tell)
+        if found is not None:
+            request = found
+            told.append(f"the largest context that keeps {words}: {found.ctx_tokens:,} tokens")
+        else:
+            told.append(words)
+    if asked.get("maximize") == "headroom":
+        roomy = questions.max_headroom(model, machine, request, tell)
+        if roomy is not None:
+            request = roomy
+            told.append(f"the largest reserve on every GPU: {roomy.reserve_mib:,.0f} MiB")
+    if asked.get("maximize") == "prompt":
+        request = replace(request, objective="prompt")
+    return request, "; ".join(told)
 
 
 def run_solve(
@@ -76,19 +169,61 @@ def run_solve(
     progress: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Solve and keep the result in solution.toml; nothing is written when nothing fits."""
-    request = make_request(asked, model)
     tell = warn or (lambda _text: None)
+    if asked.get("maximize") and asked.get("min_decode_tps") is None:
+        raise InputError("--maximize", "needs --min-decode T", value=asked["maximize"])
     machine, judge = with_engine(asked, machine, tell)
+    request, answer = _answered(
+        make_request(asked, model, machine), model, machine, asked, progress or (lambda _text: None)
+    )
+    if answer:
+        tell(f"place: {answer}")
     problem, _ = make_problem(model, machine, request)
     found = solve(model, machine, request, judge, progress)
     for warning in found.warnings:
         tell(f"place: warning: {warning}")
     if not found.solutions:
         return Outcome(problem, found, None, False)
-    path = solution_folder(Path(out_folder or "solutions"), problem) / "solution.toml"
+    path = solution_folder(Path(out_folder or "solutions"), problem, _variant(request)) / "solution.toml"
     row = solution_set_row(problem, found, commands(problem, found))
     is_new = save_solutions(path, problem, row)
-    return Outcome(problem, found, path, is_new)
+    reasons = tuple(sensitivity(problem, found, request)) if asked.get("is_why") else ()
+    return Outcome(problem, found, path, is_new, reasons)
+
+
+def _variant(request: Request) -> str:
+    """What tells this request's solutions from those of the same workload without wishes; mostly nothing."""
+    parts = [wish.text for wish in request.wishes] + [f"{name} {value}" for name, value in request.fixed]
+    parts += [request.objective] if request.objective != "turn" else []
+    parts += [f"reserve {request.reserve_mib:g}"] if request.reserve_mib else []
+    parts += [f"ubatch {request.ubatch_tokens}"] if request.ubatch_tokens else []
+    parts += [f"min {request.min_decode_tps:g}"] if request.min_decode_tps else []
+    parts += [request.program] if request.program != "llama-server" else []
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8] if parts else ""
+
+
+def run_compare(
+    models: Sequence[Model], machine: Machine, asked: dict[str, Any], is_terminal: bool
+) -> tuple[list[dict[str, Any]], str]:
+    """Several models under one request: rows for JSON, and the table as text."""
+    from placement.questions import compare
+    from placement.report import comparison_text
+
+    rated = compare(models, machine, make_request({**asked, "keep": None, "pins": ()}, models[0], machine))
+    rows = [
+        {
+            "model": each.model.name,
+            "bytes": each.model.n_bytes,
+            "fits": each.best is not None,
+            "decode_tps": round(each.best.speed.decode_tps, 3) if each.best else None,
+            "prompt_tps": round(each.best.speed.prompt_tps or 0.0, 2) if each.best else None,
+            "turn_s": round(each.best.speed.turn_s, 4) if each.best else None,
+            "n_host_layers": each.best.n_host_layers() if each.best else None,
+            "args": list(each.best.args) if each.best else None,
+        }
+        for each in rated
+    ]
+    return rows, comparison_text(rated, machine.name, is_terminal)
 
 
 def with_engine(

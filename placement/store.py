@@ -31,10 +31,10 @@ def workload_slug(problem: Problem) -> str:
     )
 
 
-def solution_folder(root: Path, problem: Problem) -> Path:
-    """Where the solutions and run records of a problem lie."""
-    names = (slug(problem.model.name), slug(problem.machine.name), workload_slug(problem))
-    return root / "--".join(names)
+def solution_folder(root: Path, problem: Problem, variant: str = "") -> Path:
+    """Where the solutions and run records of a problem lie; `variant` tells wishes and objectives apart."""
+    names = (slug(problem.model.name), slug(problem.machine.name), workload_slug(problem), variant)
+    return root / "--".join(filter(None, names))
 
 
 def solution_set_row(problem: Problem, found: SolutionSet, commands: dict[str, str]) -> dict[str, Any]:

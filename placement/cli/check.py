@@ -12,12 +12,16 @@ from placement.cli import options
 
 @click.command()
 @options.model_argument
-@click.option("--args", "arguments", default="", metavar="'…'", help="llama-server arguments, as you would type them.")
+@click.option(
+    "--args", "arguments", default="", metavar="'…'", help="llama-server arguments, as you would type them."
+)
 @options.machine_option
 @options.program_option
 @options.reserve_option
 @options.engine_option
-@click.option("--compare/--no-compare", "is_compared", default=True, help="Tell the cost against place's own choice.")
+@click.option(
+    "--compare/--no-compare", "is_compared", default=True, help="Tell the cost against place's own choice."
+)
 @options.json_option
 def command(
     model_name: str,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -63,13 +65,34 @@ def load_machine(name: str | None) -> Machine:
     found, reason = detect_machine()
     if found is not None:
         return found
-    click.echo(f"place: {reason}: using the reference machine {REFERENCE_MACHINE} (choose with --machine)", err=True)
+    click.echo(
+        f"place: {reason}: using the reference machine {REFERENCE_MACHINE} (choose with --machine)", err=True
+    )
     return resolve_machine(REFERENCE_MACHINE)
 
 
 def warn(text: str) -> None:
     """A line on stderr, beside what a command prints."""
     click.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A line on a terminal's stderr that says what is being done, gone at the end; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda _text: None
+        return
+    shown = 0
+
+    def tell(text: str) -> None:
+        nonlocal shown
+        click.echo("\r" + f"solving: {text}".ljust(shown), nl=False, err=True)
+        shown = max(shown, len(text) + 9)
+
+    try:
+        yield tell
+    finally:
+        click.echo("\r" + " " * shown + "\r", nl=False, err=True)
 
 
 def echo_json(row: object) -> None:

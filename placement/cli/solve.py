@@ -15,23 +15,61 @@ from placement.cli import options
 @options.machine_option
 @click.option("--ctx", "ctx_tokens", type=click.IntRange(min=1), help="Context tokens over all slots.")
 @click.option("--parallel", "n_slots", type=click.IntRange(min=1), help="Slots (-np).")
-@click.option("--kv", "kv_type", metavar="TYPE", help="KV cache type, K and V alike: f16, q8_0, q4_0, …")
+@click.option(
+    "--kv", "kv_type", metavar="TYPE", help="KV cache type, K and V alike: f16, q8_0, q4_0, … or auto."
+)
 @click.option("--ubatch", metavar="N|auto", default="auto", show_default=True, help="Physical batch (-ub).")
 @click.option("--prompt", "prompt_tokens", type=click.IntRange(min=1), default=2000, show_default=True)
 @click.option("--generate", "generate_tokens", type=click.IntRange(min=1), default=500, show_default=True)
-@click.option("--depth", "depth_tokens", type=click.IntRange(min=0), help="Tokens already there [a quarter of --ctx].")
+@click.option(
+    "--depth", "depth_tokens", type=click.IntRange(min=0), help="Tokens already there [a quarter of --ctx]."
+)
 @options.reserve_option
-@click.option("--objective", type=click.Choice(["turn", "decode", "prompt"]), default="turn", show_default=True)
+@click.option(
+    "--objective", type=click.Choice(["turn", "decode", "prompt"]), default="turn", show_default=True
+)
 @click.option("--pin", "pins", multiple=True, metavar="'REGEX=DEV'", help="Tensors that stay on a device.")
-@click.option("--top", type=click.IntRange(min=1, max=50), default=12, show_default=True, help="Solutions shown.")
-@click.option("--time-limit", "time_limit_s", type=click.FloatRange(min=0.05), default=10.0, show_default=True)
+@click.option("--ngl", type=click.IntRange(min=0), help="Keep -ngl N: the first layers on the CPU.")
+@click.option("--ts", metavar="A,B,…", help="Keep these layer counts.")
+@click.option("--devices", metavar="DEV,…", help="Use these cards in this order (none: the CPU).")
+@click.option("--max-cpu-layers", type=click.IntRange(min=0), help="Layers that may use the CPU.")
+@click.option("--keep", metavar="'ARGS'", help="llama.cpp arguments that stay; the rest is solved.")
+@click.option("--min-decode", "min_decode_tps", type=click.FloatRange(min=0, min_open=True), metavar="T",
+              help="At least T tokens per second.")  # fmt: skip
+@click.option(
+    "--maximize",
+    type=click.Choice(["prompt", "headroom", "context"]),
+    help="What to have most of, with --min-decode.",
+)
+@click.option(
+    "--max-ctx",
+    "is_max_ctx",
+    is_flag=True,
+    help="The largest context that stays on the GPUs (or keeps --min-decode).",
+)
+@click.option(
+    "--compare",
+    "rivals",
+    multiple=True,
+    metavar="MODEL",
+    help="Rate other models beside this one, in one table.",
+)
+@click.option("--why", "is_why", is_flag=True, help="Also what more memory would give (solves again).")
+@click.option(
+    "--top", type=click.IntRange(min=1, max=50), default=12, show_default=True, help="Solutions shown."
+)
+@click.option(
+    "--time-limit", "time_limit_s", type=click.FloatRange(min=0.05), default=10.0, show_default=True
+)
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="CP-SAT's seed.")
 @options.program_option
 @options.engine_option
 @click.option("--rpc", multiple=True, metavar="HOST:PORT", help="RPC servers whose devices may be used.")
 @click.option("--out", "out_folder", metavar="DIR", help="Where solutions/ lies [./solutions].")
 @options.json_option
-def command(model_name: str, machine_name: str | None, is_json: bool, out_folder: str | None, **asked: Any) -> None:
+def command(
+    model_name: str, machine_name: str | None, is_json: bool, out_folder: str | None, **asked: Any
+) -> None:
     """Find the fastest placement of MODEL, with a proof of how close to optimal it is.
 
     Prints the Pareto table with `aggressive` (the fastest within every cap) and `moderate` (the fastest that
@@ -42,11 +80,17 @@ def command(model_name: str, machine_name: str | None, is_json: bool, out_folder
     Example:
       place solve qwen3-coder-q5 --ctx 262144
     """
-    from placement.solving import run_solve
+    from placement.solving import run_compare, run_solve
 
     model = options.load(model_name)
     machine = options.load_machine(machine_name)
-    outcome = run_solve(model, machine, asked, out_folder, options.warn)
+    if asked["rivals"]:
+        models = [model, *map(options.load, asked["rivals"])]
+        rows, text = run_compare(models, machine, asked, sys.stdout.isatty())
+        options.echo_json(rows) if is_json else click.echo(text, nl=False)
+        return
+    with options.progress() as tell:
+        outcome = run_solve(model, machine, asked, out_folder, options.warn, tell)
     if is_json:
         options.echo_json(outcome.row())
     else:
