@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from random import Random
 from typing import Any
 
 from placement.machine import Cpu, Device, Machine
 from placement.model import Model, Profile, Tensor
 from placement.problem import Problem, Settings, Workload
+from placement.search import Search
+from placement.solver.frame import Answer, Frame
+from placement.tables import Pieces, Table, TableBuilder, Way
 
 N_EMBD, N_VOCAB = 1024, 4096
 
@@ -110,3 +114,28 @@ def problem(model: Model, machine: Machine, **workload: int) -> Problem:
     settings = Settings(ctx_tokens=4096, kv_type_k="q8_0", kv_type_v="q8_0", flash_attention="on")
     turn = Workload(**{"prompt_tokens": 1000, "generate_tokens": 200, "depth_tokens": 1024, **workload})
     return Problem(model, machine, settings, turn)
+
+
+def random_answer(frame: Frame, random: Random) -> Answer:
+    """Any cuts between the positions, every GPU with a layer, and any choice for each layer; caps are ignored."""
+    n_layers, n_cards = len(frame.layers), len(frame.positions) - 1
+    has_host = bool(frame.layers[0].choices[0])
+    cuts = sorted(random.sample(range(0 if has_host else 1, n_layers), n_cards - (not has_host)))
+    edges = cuts if has_host else [0, *cuts]
+    homes = [sum(i >= edge for edge in edges) for i in range(n_layers)]
+    picks = [
+        random.randrange(len(table.choices[home])) for table, home in zip(frame.layers, homes, strict=True)
+    ]
+    return Answer(tuple(homes), tuple(picks))
+
+
+def table_of(asked: Problem, way: Way) -> Table:
+    """The frame of a way with its estimated buffers."""
+    return TableBuilder(Pieces(asked), way, Search(asked).buffers.table(way)).build()
+
+
+def way(asked: Problem, *devices: str, **settings: Any) -> Way:
+    """A way that may use the host, with these settings."""
+    uses_host = settings.pop("uses_host", True)
+    is_pipelined = settings.pop("is_pipelined", False)
+    return Way(devices, dataclasses.replace(asked.settings, **settings), uses_host, is_pipelined)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.solutions import SHIPPED
 
+from benchmarks.solutions import SHIPPED
 from placement.emit import shell_command
 from placement.machine_files import resolve_machine
 from placement.model_files import resolve_model

@@ -65,7 +65,7 @@ def frames(draw: st.DrawFn) -> Frame:
         hidden_us=draw(st.sampled_from([(0, 0), (1, 2)])) if n_positions > 2 and not is_pipelined else (0, 0),
         fixed_us=(3, 5),
         extras=tuple(extras),
-        max_host_layers=draw(st.one_of(st.none(), st.integers(0, 5))) if n_positions > 1 else None,
+        max_host_layers=draw(st.one_of(st.none(), st.integers(0, 5))),
         max_decode_us=draw(st.one_of(st.none(), st.integers(3, 40))),
         longest_permille=draw(st.sampled_from([700, 2305])) if is_pipelined else 0,
     )

@@ -177,7 +177,7 @@ class Placing:
 
     def _keep_within_limits(self) -> None:
         if self.frame.max_host_layers is not None:
-            terms = [(row[0], 1) for row in self.before] if self.n_positions > 1 else []
+            terms = [(row[0], 1) for row in self.before]
             terms += [
                 (count, 1) for (p, moves, c), count in self.counts.items() if self.rows[moves][p][c].is_host
             ]

@@ -35,7 +35,8 @@ class Relaxation:
         self.moves = [table.moves for table in frame.layers]
         tables = {table.kind: table for table in frame.layers}
         # max(stages) is at least their mean, so pipelined prompt time is bounded by a sum
-        overlap = 1.0 + frame.longest_permille / 1000 / max(self.n_positions - 1, 1)
+        n_stages = sum(any(table.choices[p] for table in frame.layers) for p in range(self.n_positions))
+        overlap = 1.0 + frame.longest_permille / 1000 / max(n_stages, 1)
         self.choices: dict[tuple[int, int], list[tuple[float, Choice]]] = {
             (kind, p): [
                 (decode_weight * c.decode_us + prompt_weight * overlap * c.prompt_us, c) for c in table.choices[p]
