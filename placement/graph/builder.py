@@ -73,12 +73,18 @@ class Builder(Graph):
 
     def w(self, il: int, name: str) -> Tensor | None:
         """The weight `blk.<il>.<name>.weight`; a few files have it without the last part."""
+        il = self.block_of(il)
         found = self.weight(f"blk.{il}.{name}.weight", il)
         return found if found is not None else self.weight(f"blk.{il}.{name}", il)
 
     def b(self, il: int, name: str) -> Tensor | None:
         """The bias `blk.<il>.<name>.bias`."""
+        il = self.block_of(il)
         return self.weight(f"blk.{il}.{name}.bias", il)
+
+    def block_of(self, il: int) -> int:
+        """The block whose weights layer `il` uses: its own, unless layers share theirs."""
+        return il
 
     def need(self, tensor: Tensor | None) -> Tensor:
         """The tensor itself; a model without it would not load."""
@@ -267,6 +273,12 @@ class Builder(Graph):
         if activation == "silu" and clamp == "split":
             up = self.clamp(up)
             return self.mul(self.clamp(self.unary(gate, "silu")), up)
+        if activation == "situ":
+            out = self.scale(self.unary(self.scale(gate), "tanh"))
+            out = self.mul(out, self.unary(gate, "sigmoid"))
+            if self.number("activation.situ_linear_beta") > 0.0:
+                up = self.scale(self.unary(self.scale(up), "tanh"))
+            return self.mul(out, up)
         return self.glu(gate, up, GATED_GLU[activation])
 
     def activate(self, cur: Tensor, activation: str, il: int) -> Tensor:

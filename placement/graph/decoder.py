@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from placement.architecture import Architecture
 from placement.graph.context import Batch, Context
-from placement.graph.hyper import HyperBuilder
 from placement.graph.rows import Row
+from placement.graph.stack import StackBuilder
 from placement.graph.tensor import Tensor
 from placement.model import Model
 
@@ -19,7 +19,7 @@ ROPED_BAICHUAN_LAYERS = 32
 UNNORMED_LLAMA4_EXPERTS = 128
 
 
-class Decoder(HyperBuilder):
+class Decoder(StackBuilder):
     """Builds the graph of one batch; `layers` may leave out layers that repeat others."""
 
     def __init__(self, model: Model, facts: Architecture, row: Row, context: Context, batch: Batch) -> None:
@@ -50,7 +50,11 @@ class Decoder(HyperBuilder):
 
     def layer_traits(self, il: int) -> tuple[object, ...]:
         """What the layer's number decides beyond its facts and tensors."""
-        return self.has_rope(il), self._deepstack_part(il)
+        if self.row.structure == "cycles":
+            return (il,)
+        step = self.checkpoint_step
+        checkpoint = (il // step, self.is_checkpoint(il)) if step else ()
+        return self.has_rope(il), self._deepstack_part(il), checkpoint
 
     def is_on(self, feature: str, key: str) -> bool:
         """Whether a feature holds: "always", or "meta" and its metadata key is set."""
@@ -92,6 +96,10 @@ class Decoder(HyperBuilder):
         if row.structure.startswith("hyper"):
             cur = self.hyper_rows(cur)
             cur = self.hyper_mean(cur) if row.structure == "hyper_mean" else self.hyper_head(cur)
+        if row.structure == "stack":
+            cur = self.stack_mixed(cur, self.weight("output_res_score.weight"))
+        if row.rows_at == "end_plain":
+            (cur,) = self.rows_out(cur)
         if row.rows_at == "end":
             cur.is_output = True
             (cur,) = self.rows_out(cur)
@@ -134,6 +142,10 @@ class Decoder(HyperBuilder):
         row = self.row
         if row.structure.startswith("hyper"):
             return self.hyper_layer(il, residual)
+        if row.structure == "stack":
+            return self.stack_layer(il, residual)
+        if row.structure == "cycles":
+            residual = self.cycle_begun(il, residual)
         if row.deepstack == "before":
             residual = self._deepstacked(il, residual)
         self.layer_input = residual
@@ -156,7 +168,19 @@ class Decoder(HyperBuilder):
             cur = self.serial_sum(il, cur, residual)
         if row.has_skip:
             cur = self.add(cur, self.mul(skip, self.need(self.w(il, "layer_output_scale"))))
+        if row.structure == "cycles":
+            cur = self.cycle_ended(il, cur)
         return self._deepstacked(il, cur) if row.deepstack == "after" else cur
+
+    def stack_layer(self, il: int, residual: Tensor) -> Tensor:
+        """A layer whose blocks read a mix of the residual and its checkpoints."""
+        cur = self.stack_mixed(residual, self.w(il, "attn_res_score"))
+        if self.is_checkpoint(il):
+            self.keep_checkpoint(residual)
+        cur = self.mix(il, self.input_norm(il, cur))
+        residual = cur if self.is_checkpoint(il) else self.add(residual, cur)
+        cur = self.stack_mixed(residual, self.w(il, "ffn_res_score"))
+        return self.add(residual, self.feed_forward(il, cur))
 
     def hyper_layer(self, il: int, wide: Tensor) -> Tensor:
         """A layer whose blocks read and write the streams of a wide residual."""
@@ -270,7 +294,7 @@ class Decoder(HyperBuilder):
         if row.attention == "mla_gated":
             out = self.latent_attention(il, cur, is_reshaped=False, wo=None)
             return self.head_gated(il, out, cur)
-        if row.attention == "dsa":
+        if row.attention in ("dsa", "mla_plain_gated"):
             return self.sparse_attention(il, cur)
         if row.attention in ("gated_q", "gated_q_views"):
             return self.gated_query_attention(il, cur)
@@ -283,8 +307,8 @@ class Decoder(HyperBuilder):
         kind = self.row.recurrent
         if kind in ("gdn", "gdn_split"):
             return self.gated_delta_layer(il, cur, is_split=kind == "gdn_split")
-        if kind in ("kda", "kda_direct"):
-            return self.kda_layer(il, cur, has_low_rank=kind == "kda")
+        if kind.startswith("kda"):
+            return self.kda_layer(il, cur, kind)
         blocks = {
             "mamba": self.mamba_layer,
             "mamba2": self.mamba2_layer,
@@ -306,6 +330,8 @@ class Decoder(HyperBuilder):
             q = self.scale(q)
         if row.attention == "no_cache":
             return self.attention_no_cache(il, q, k, v)
+        if row.attention == "blocks" and self.has_blocks(il):
+            return self.block_attention(il, cur, q, k, v)
         out = self.attention(
             il,
             q,
@@ -325,7 +351,8 @@ class Decoder(HyperBuilder):
         """Latent attention over the cells that an indexer chose, gated where the row says so."""
         if not self.row.gate:
             return self.latent_attention(il, cur, is_reshaped=False)
-        out = self.latent_attention(il, cur, is_reshaped=False, wo=None)
+        has_rope = self.row.attention == "dsa"
+        out = self.latent_attention(il, cur, has_rope=has_rope, is_reshaped=False, wo=None)
         out = self.gated_result(il, out, cur)
         return self.lora_mm(self.w(il, "attn_output"), out, is_scaled="s" not in self.unread)
 

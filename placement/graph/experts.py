@@ -161,12 +161,6 @@ class ExpertBuilder(AttentionBuilder):
         return self._expert_mm(il, f"ffn_down{suffix}", cur, selected, has_scale, routing.has_exact_down)
 
     def _expert_activation(self, gate: Tensor, up: Tensor, routing: Routing) -> Tensor:
-        if routing.activation == "situ":
-            act = self.scale(self.unary(self.scale(gate), "tanh"))
-            act = self.mul(act, self.unary(gate, "sigmoid"))
-            if self.number("situ_linear_beta") > 0.0:
-                up = self.scale(self.unary(self.scale(up), "tanh"))
-            return self.mul(act, up)
         return self.gated(gate, up, routing.activation, routing.clamp)
 
     def _sum(self, out: Tensor, n_used: int) -> Tensor:

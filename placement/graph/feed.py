@@ -55,7 +55,7 @@ class FeedBuilder(LatentBuilder):
             return self.moe(cur, il, self.routing(il), logits=self.router_logits)
         if row.feed == "grove":
             return self._grove(il, cur)
-        if row.feed == "layer":
+        if row.feed in ("layer", "latent"):
             return self._latent_experts(il, cur)
         out = self.moe(cur, il, self.routing(il))
         if row.feed == "grok" and self.w(il, "ffn_up") is not None:
@@ -109,10 +109,13 @@ class FeedBuilder(LatentBuilder):
         )
 
     def _latent_experts(self, il: int, cur: Tensor) -> Tensor:
-        """Experts in a smaller space, and a shared expert outside it (Nemotron)."""
-        down, up = self.w(il, "ffn_latent_down"), self.w(il, "ffn_latent_up")
+        """Experts in a smaller space, and a shared expert outside it (Nemotron, Kimi K3)."""
+        name = "ffn_latent" if self.row.feed == "layer" else "ffn_routed"
+        down, up = self.w(il, f"{name}_down"), self.w(il, f"{name}_up")
         logits = self.lora_mm(self.w(il, "ffn_gate_inp"), cur)
         out = self.moe(cur if down is None else self.mul_mat(down, cur), il, self.routing(il), logits=logits)
+        if self.w(il, f"{name}_norm") is not None:
+            out = self.layer_norm(out, il, f"{name}_norm")
         out = out if up is None else self.mul_mat(up, out)
         return self.add(out, self.shared_expert(il, cur))
 

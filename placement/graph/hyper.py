@@ -1,4 +1,4 @@
-"""Hyper-connections: the residual is several streams wide, mixed into one before a block and spread after it."""
+"""Hyper-connections: a residual several streams wide, mixed into one before a block, spread after it."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from placement.graph.sparse import SparseBuilder
+from placement.graph.blocks import BlockSparseBuilder
 from placement.graph.tensor import Tensor, row_size
 
 
-class LatentBuilder(SparseBuilder):
+class LatentBuilder(BlockSparseBuilder):
     """Adds latent attention."""
 
     def latent_attention(

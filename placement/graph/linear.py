@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 from placement.graph.state_space import StateSpaceBuilder
 from placement.graph.tensor import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KdaKind:
+    """How an architecture's Kimi delta attention differs."""
+
+    has_low_rank_gate: bool = True  # the decay gate is a product of two small matrices
+    gate: str = "softplus"  # sigmoid, or bounded: sigmoid where the metadata has a lower bound
+    out_gate: tuple[str, ...] = ("ssm_g_a", "ssm_g_b")
+    has_rows_reshaped: bool = False
+    is_state_flat: bool = False
+
+
+KDA_KINDS = {
+    "kda": KdaKind(has_rows_reshaped=True, is_state_flat=True),
+    "kda_direct": KdaKind(has_low_rank_gate=False, gate="sigmoid", out_gate=("ssm_g_a",)),
+    "kda_bounded": KdaKind(gate="bounded", out_gate=("ssm_g",), has_rows_reshaped=True),
+    "kda_bounded_low": KdaKind(gate="bounded"),
+}
 
 
 class LinearBuilder(StateSpaceBuilder):
     """Adds Kimi delta attention (kimi-linear, bailingmoe3) and lightning attention (minimax-01)."""
 
-    def kda_layer(self, il: int, cur: Tensor, *, has_low_rank: bool) -> Tensor:
-        """Kimi delta attention; Kimi's own gates are products of two small matrices, Ling's are not."""
+    def kda_layer(self, il: int, cur: Tensor, kind: str = "kda") -> Tensor:
+        """Kimi delta attention, as one of `KDA_KINDS` has it."""
+        variant = KDA_KINDS[kind]
         n_seqs, n = self.batch.n_seqs, self.n_seq_tokens
         head, n_head = self.integer("kda.head_dim"), self.layer(il).n_head or self.facts.layers[0].n_head
         stored = self.state(il, "r")
@@ -19,21 +42,18 @@ class LinearBuilder(StateSpaceBuilder):
             self._kda_conv(il, i, stored, past, part, head, n_head)
             for i, part in enumerate(self._kda_inputs(il, cur, head * n_head))
         )
-        gate = self._kda_gate(il, cur, head, n_head, has_low_rank)
+        gate = self._kda_gate(il, cur, head, n_head, variant)
         beta = self.reshape(self.mul_mat(self.need(self.w(il, "ssm_beta")), cur), 1, n_head, n, n_seqs)
         beta = self.unary(beta, "sigmoid")
         rows = self.reshape(cur, cur.ne[0], n, n_seqs)
         state = self.read_state(self.state(il, "s"), self.layer(il).state_s)
         state = self.reshape(state, head, head, n_head, n_seqs)
         q, k = self.delta_norm(q), self.delta_norm(k)
-        out = self.delta_net(il, q, k, v, gate, beta, state, is_flat=has_low_rank)
-        out = self.cont(out)
-        if has_low_rank:
-            source = self.reshape(rows, cur.ne[0], n * n_seqs)
-            low = self.mul_mat(self.need(self.w(il, "ssm_g_a")), source)
-            out_gate = self.mul_mat(self.need(self.w(il, "ssm_g_b")), low)
-        else:
-            out_gate = self.mul_mat(self.need(self.w(il, "ssm_g_a")), cur)
+        out = self.cont(self.delta_net(il, q, k, v, gate, beta, state, is_flat=variant.is_state_flat))
+        source = self.reshape(rows, cur.ne[0], n * n_seqs) if variant.has_rows_reshaped else cur
+        out_gate = source
+        for name in variant.out_gate:
+            out_gate = self.mul_mat(self.need(self.w(il, name)), out_gate)
         out_gate = self.reshape(out_gate, head, n_head, self.n_tokens)
         normed = self.layer_norm(self.reshape(out, head, n_head, self.n_tokens), il, "ssm_norm")
         gated = self.cont(self.mul(normed, self.unary(out_gate, "sigmoid")), head * n_head, self.n_tokens)
@@ -64,24 +84,26 @@ class LinearBuilder(StateSpaceBuilder):
         out = self.unary(self.reshape(out, width, self.n_tokens), "silu")
         return self.reshape(out, head, n_head, n, n_seqs)
 
-    def _kda_gate(self, il: int, cur: Tensor, head: int, n_head: int, has_low_rank: bool) -> Tensor:
+    def _kda_gate(self, il: int, cur: Tensor, head: int, n_head: int, variant: KdaKind) -> Tensor:
         gate = self.mul_mat(self.need(self.w(il, "ssm_f_a")), cur)
-        a = self.bare(il, "ssm_a")
-        shape = (head, n_head, self.n_seq_tokens, self.batch.n_seqs)
-        if has_low_rank:
+        if variant.has_low_rank_gate:
             gate = self.mul_mat(self.need(self.w(il, "ssm_f_b")), gate)
-            gate = self.unary(self.add(gate, self.need(self.b(il, "ssm_dt"))), "softplus")
-            gate = self.reshape(gate, head, n_head, self.n_tokens)
-            return self.reshape(self.mul(gate, self.reshape(a, 1, n_head, 1)), *shape)
         gate = self.add(gate, self.need(self.b(il, "ssm_dt")))
+        is_bounded = variant.gate == "bounded" and self.number("kda.gate_lower_bound", -math.inf) > -math.inf
+        if variant.gate != "sigmoid" and not is_bounded:
+            gate = self.unary(gate, "softplus")
         gate = self.reshape(gate, head, n_head, self.n_tokens)
-        gate = self.unary(self.mul(gate, self.reshape(a, 1, n_head, 1)), "sigmoid")
-        return self.reshape(self.scale(gate), *shape)
+        gate = self.mul(gate, self.reshape(self.bare(il, "ssm_a"), 1, n_head, 1))
+        if is_bounded:
+            gate = self.scale(gate)
+        if is_bounded or variant.gate == "sigmoid":
+            gate = self.scale(self.unary(gate, "sigmoid"))
+        return self.reshape(gate, head, n_head, self.n_seq_tokens, self.batch.n_seqs)
 
     def lightning_layer(self, il: int, cur: Tensor) -> Tensor:
         """MiniMax-01's linear attention with per-head decay."""
         n_seqs, n, n_head = self.batch.n_seqs, self.n_seq_tokens, self.layer(il).n_head
-        head, _ = self.integer("attention.key_length"), None
+        head = self.integer("attention.key_length")
         self.expand(self.read_state(self.state(il, "r"), self.layer(il).state_r))
         slopes = self.input_once("slopes", "F32", n_head)
         slope_rate = self.scale(slopes)

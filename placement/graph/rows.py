@@ -236,6 +236,13 @@ ROWS: dict[str, Row] = {
         output_scale="always",
     ),
     "minimax-m2": Row(qk_norm="flat", gating="meta"),
+    "minimax-m3": Row(
+        attention="blocks",
+        activation="swiglu_oai",
+        shared_activation="swiglu_oai",
+        expert_activation="swiglu_oai",
+        **_META,
+    ),
     "mistral3": Row(has_rope_factors=True, scaled="fe", temperature="meta"),
     "mistral4": Row(
         has_exact_down=True, attention="mla", temperature="meta", default_gating="softmax", **_META
@@ -298,6 +305,28 @@ ROWS: dict[str, Row] = {
     ),
     "jamba": Row(
         recurrent="mamba", rope="none", is_residual_first=True, is_middle_first=True, has_expert_norm=False
+    ),
+    "kimi-k3": Row(
+        unread="s",
+        attention="mla_plain_gated",
+        recurrent="kda_bounded",
+        gate="sigmoid",
+        is_norm_expanded=True,
+        activation="situ",
+        shared_activation="situ",
+        expert_activation="situ",
+        feed="latent",
+        structure="stack",
+        rows_at="end_plain",
+        **_META,
+    ),
+    "hrm_text": Row(
+        embedding_scale="meta",
+        has_norm_weights=False,
+        gate="sigmoid",
+        structure="cycles",
+        has_output_norm=False,
+        rows_at="end_plain",
     ),
     "kimi-linear": Row(attention="mla_plain", recurrent="kda", is_norm_expanded=True, gating="meta"),
     "bailingmoe3": Row(
