@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from placement.arguments import parse
 from placement.emit import shell_command
@@ -27,6 +27,9 @@ from placement.wishes import (
     pin_wish,
     ts_wish,
 )
+
+if TYPE_CHECKING:
+    from placement.questions import Rated
 
 Tell = Callable[[str], None]
 
@@ -203,11 +206,10 @@ def _variant(request: Request) -> str:
 
 
 def run_compare(
-    models: Sequence[Model], machine: Machine, asked: dict[str, Any], is_terminal: bool
-) -> tuple[list[dict[str, Any]], str]:
-    """Several models under one request: rows for JSON, and the table as text."""
+    models: Sequence[Model], machine: Machine, asked: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[Rated]]:
+    """Several models under one request: rows for JSON, and what they are made of."""
     from placement.questions import compare
-    from placement.report import comparison_text
 
     rated = compare(models, machine, make_request({**asked, "keep": None, "pins": ()}, models[0], machine))
     rows = [
@@ -223,7 +225,7 @@ def run_compare(
         }
         for each in rated
     ]
-    return rows, comparison_text(rated, machine.name, is_terminal)
+    return rows, rated
 
 
 def with_engine(

@@ -14,7 +14,7 @@ from placement.cli import options
 @options.model_argument
 @options.machine_option
 @click.option("--ctx", "ctx_tokens", type=click.IntRange(min=1), help="Context tokens over all slots.")
-@click.option("--parallel", "n_slots", type=click.IntRange(min=1), help="Slots (-np).")
+@click.option("--parallel", "n_slots", type=click.IntRange(min=1, max=256), help="Slots (-np).")
 @click.option(
     "--kv", "kv_type", metavar="TYPE", help="KV cache type, K and V alike: f16, q8_0, q4_0, … or auto."
 )
@@ -34,7 +34,7 @@ from placement.cli import options
 @click.option("--devices", metavar="DEV,…", help="Use these cards in this order (none: the CPU).")
 @click.option("--max-cpu-layers", type=click.IntRange(min=0), help="Layers that may use the CPU.")
 @click.option("--keep", metavar="'ARGS'", help="llama.cpp arguments that stay; the rest is solved.")
-@click.option("--min-decode", "min_decode_tps", type=click.FloatRange(min=0, min_open=True), metavar="T",
+@click.option("--min-decode", "min_decode_tps", type=options.Finite(min=0, min_open=True), metavar="T",
               help="At least T tokens per second.")  # fmt: skip
 @click.option(
     "--maximize",
@@ -59,7 +59,7 @@ from placement.cli import options
     "--top", type=click.IntRange(min=1, max=50), default=12, show_default=True, help="Solutions shown."
 )
 @click.option(
-    "--time-limit", "time_limit_s", type=click.FloatRange(min=0.05), default=10.0, show_default=True
+    "--time-limit", "time_limit_s", type=options.Finite(min=0.05), default=10.0, show_default=True
 )
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="CP-SAT's seed.")
 @options.program_option
@@ -86,8 +86,13 @@ def command(
     machine = options.load_machine(machine_name)
     if asked["rivals"]:
         models = [model, *map(options.load, asked["rivals"])]
-        rows, text = run_compare(models, machine, asked, sys.stdout.isatty())
-        options.echo_json(rows) if is_json else click.echo(text, nl=False)
+        rows, rated = run_compare(models, machine, asked)
+        if is_json:
+            options.echo_json(rows)
+        else:
+            from placement.report import comparison_text
+
+            click.echo(comparison_text(rated, machine.name, sys.stdout.isatty()), nl=False)
         return
     with options.progress() as tell:
         outcome = run_solve(model, machine, asked, out_folder, options.warn, tell)
