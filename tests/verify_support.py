@@ -215,13 +215,10 @@ def good_round(name: str, round_: int = 1, token_s: float = 0.01, prompt_s: floa
     ]  # fmt: skip
 
 
-FAKE_SERVER = """#!{python}
-import json, os, sys, time
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
+FAKE_SERVER = """#!{python} -SE
+import sys
 
 ARGS = sys.argv[1:]
-HERE = Path({folder!r})
 HELP = ["-m, --model FNAME", "-lv N", "-fit, --fit [on|off]", "-fitt, --fit-target N", "-ot X", "-ncmoe N",
         "-lm X", "--rpc X", "--log-jsonl", "-cram N", "-ctxcp N"]
 if "--help" in ARGS:
@@ -230,6 +227,9 @@ if "--version" in ARGS:
     print("version: 1 (abc)"); sys.exit()
 if "--list-devices" in ARGS:
     print("Available devices:"); sys.exit()
+import json, os, time
+from pathlib import Path
+HERE = Path({folder!r})
 PORT = int(ARGS[ARGS.index("--port") + 1])
 if PORT == 0:  # a plan
     row = dict(name="Host", total=0, free=0, self=3, model=1, context=1, compute=1)
@@ -265,26 +265,29 @@ def act():
 if WHEN == "start":
     act()
 
+from http.server import BaseHTTPRequestHandler
+from socketserver import ThreadingTCPServer
+
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_): pass
     def answer(self, row):
         body = json.dumps(row).encode()
         self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers()
         self.wfile.write(body)
-    def do_GET(self): self.answer(dict(status="ok"))
+    def do_GET(self): self.answer(dict(data=[dict(id=ARGS[ARGS.index("--alias") + 1])]))
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/tokenize":
             return self.answer(dict(tokens=[1] * len(asked["content"].split())))
         n, m = len(asked["prompt"]), asked["n_predict"]
         phase = dict([(16, "short"), (200, "long"), (256, "canary")]).get(n, "")
-        if WHEN == phase and not (phase == "short" and m == 16 and False):
+        if WHEN == phase:
             act()
         ms = float(MODES.get(NAME + ".ms", 10))
         self.answer(dict(timings=dict(prompt_n=n, prompt_ms=n * 1.0, predicted_n=m, predicted_ms=m * ms, cache_n=0)))
 
 print("new slot, n_ctx = 1024", file=sys.stderr, flush=True)
-HTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
+ThreadingTCPServer(("127.0.0.1", PORT), Handler).serve_forever()
 """
 
 
@@ -295,8 +298,9 @@ def fake_engine(folder: Path, **modes: Any) -> Engine:
     folder.mkdir(exist_ok=True)
     (folder / "modes.json").write_text(json.dumps(modes))
     script = folder / "llama-server"
-    script.write_text(FAKE_SERVER.format(python=sys.executable, folder=str(folder)))
-    script.chmod(0o755)
+    if not script.exists():  # a new file would be a new build
+        script.write_text(FAKE_SERVER.format(python=sys.executable, folder=str(folder)))
+        script.chmod(0o755)
     found = find_engine(folder)
     assert found is not None
     return found

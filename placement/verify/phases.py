@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -233,7 +234,7 @@ class Visit:
     def _stopped(self, server: Server) -> None:
         grown = _GREW.search(server.text())
         notes = [f"at run time a {grown[0]}"] if grown else []
-        if server.process.returncode not in (0, None):
+        if server.process.returncode not in (0, -signal.SIGTERM):
             notes.append(f"the server ended with {server.process.returncode} when it was stopped")
         self._facts["detail"] = "; ".join(notes)
 

@@ -19,7 +19,8 @@ from placement.units import MIB
 if TYPE_CHECKING:
     from placement.verify.schema import DevicePeak, HostPeak
 
-PERIOD_S = 0.1
+PERIOD_S = 0.2
+_RESCAN = 10  # samples between looks for new children: that look reads every process of the machine
 
 
 @dataclass
@@ -93,6 +94,8 @@ def worker_pids(machine: Machine) -> dict[str, int]:
     """Return the process of each RPC worker that runs on this host, by device name."""
     import psutil
 
+    if not any(device.address for device in machine.devices):
+        return {}
     ports: dict[int, int] = {}
     with contextlib.suppress(psutil.Error, OSError):
         for row in psutil.net_connections("tcp"):
@@ -141,7 +144,8 @@ class MemoryWatch:
         self._caps = caps_mib or {}
         self._me = psutil.Process()
         self._strangers = {child.pid for child in self._me.children(recursive=True)}
-        self._servers: set[int] = set()
+        self._servers: dict[int, Any] = {}
+        self._n_samples = 0
         self._on_server, self._on_sample = on_server, on_sample
         self._lock, self._end = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True, name="memory")
@@ -168,17 +172,21 @@ class MemoryWatch:
             self._on_sample(sample)
 
     def _children(self) -> list[Any]:
+        """The server and what it started: looked for until there is one, and now and then after that."""
         import psutil
 
+        alive = [child for child in self._servers.values() if child.is_running()]
+        self._n_samples += 1
+        if alive and self._n_samples % _RESCAN:
+            return alive
         with contextlib.suppress(psutil.Error):
-            found = [child for child in self._me.children(recursive=True) if child.pid not in self._strangers]
-            for child in found:
-                if child.pid not in self._servers:
-                    self._servers.add(child.pid)
+            for child in self._me.children(recursive=True):
+                if child.pid not in self._strangers and child.pid not in self._servers:
+                    self._servers[child.pid] = child
+                    alive.append(child)
                     if self._on_server is not None:
                         self._on_server(child.pid)
-            return found
-        return []
+        return alive
 
     def _sample(self) -> Sample:
         import psutil
