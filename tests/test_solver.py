@@ -50,6 +50,8 @@ def frames(draw: st.DrawFn) -> Frame:
                         choices.append(Choice((target,), draw(small), draw(small), kib, target == 0, target == 0))
             if home == 0 and n_positions > 1 and draw(st.booleans()):
                 choices = []
+            if home > 0 and len(choices) > 1 and draw(st.integers(0, 3)) == 0:
+                choices = choices[1:]  # a pin leaves no choice that keeps all at home
             rows.append(tuple(choices))
         kinds.append(LayerTable(kind, kind, tuple(rows)))
     if draw(st.booleans()):

@@ -7,7 +7,7 @@ nothing to permute. Measured on Qwen3-Coder-Next and two cards: one boolean per 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Protocol
 
 from placement.solver.frame import Answer, Choice, Frame, LayerTable
@@ -111,13 +111,21 @@ class Placing:
                     terms.append((self.counts[p, moves, c], number(rows[p][c]) - number(rows[p][0])))
         return terms
 
-    def _hiding_counts(self, moves: int, positions: Iterable[int]) -> list[int]:
-        return [
-            self.counts[p, moves, c]
-            for p in positions
-            for c, choice in enumerate(self.rows[moves][p])
-            if choice.hides_boundary
+    def _taking(self, moves: int, position: int, is_meant: Callable[[Choice], bool]) -> Terms:
+        """Terms that count the layers of these moves at that home whose choice is meant (none: no such choice).
+
+        Pinned groups may make even the first choice one of those.
+        """
+        row = self.rows[moves][position]
+        is_first = bool(row) and is_meant(row[0])
+        terms = [term for i in self.members[moves] for term in self.at_home(i, position)] if is_first else []
+        sign = -1 if is_first else 1
+        terms += [
+            (self.counts[position, moves, c], sign)
+            for c in range(1, len(row))
+            if is_meant(row[c]) is not is_first
         ]
+        return terms
 
     def _pay_extras_once_taken(self) -> None:
         self.paid = [self.program.boolean() for _ in self.frame.extras]
@@ -130,7 +138,9 @@ class Placing:
     def _keep_within_caps(self, extra: list[int] | None = None) -> None:
         for position, cap in enumerate(self.frame.cap_kib):
             terms = self._sum(lambda choice, at=position: sum(kib for p, kib in choice.kib if p == at))  # type: ignore[misc]
-            terms += [(paid, each.kib[position]) for paid, each in zip(self.paid, self.frame.extras, strict=True)]
+            terms += [
+                (paid, each.kib[position]) for paid, each in zip(self.paid, self.frame.extras, strict=True)
+            ]
             if extra is not None:
                 terms.append((extra[position], -1))
             self.program.at_most(terms, cap)
@@ -140,17 +150,18 @@ class Placing:
         self.hidden: list[int] = []
         if not any(self.frame.hidden_us) or self.n_positions < 3:
             return
+        inner = range(1, self.n_positions - 1)
         for i, table in enumerate(self.frame.layers[:-1]):
-            if not self._hiding_counts(table.moves, range(1, self.n_positions)):
+            hiding = [self._taking(table.moves, p, lambda choice: choice.hides_boundary) for p in inner]
+            if not any(hiding):
                 continue
             literal = self.program.boolean()
             self.hidden.append(literal)
-            inner = range(1, self.n_positions - 1)
             cut = [(self.before[i][p], -1) for p in inner] + [(self.before[i + 1][p], 1) for p in inner]
             self.program.at_most([(literal, 1), *cut], 0)
-            for p in inner:
-                host = [(count, -1) for count in self._hiding_counts(table.moves, (p,))]
-                self.program.at_most([(literal, 1), *host, *self.at_home(i, p)], 1)
+            for p, terms in zip(inner, hiding, strict=True):
+                none_here = [(variable, -factor) for variable, factor in terms]
+                self.program.at_most([(literal, 1), *none_here, *self.at_home(i, p)], 1)
 
     def _set_objective(self, decode_weight: int, prompt_weight: int) -> None:
         self.decode = self._sum(lambda choice: choice.decode_us)
@@ -178,9 +189,9 @@ class Placing:
     def _keep_within_limits(self) -> None:
         if self.frame.max_host_layers is not None:
             terms = [(row[0], 1) for row in self.before]
-            terms += [
-                (count, 1) for (p, moves, c), count in self.counts.items() if self.rows[moves][p][c].is_host
-            ]
+            for moves in self.members:
+                for p in range(1, self.n_positions):
+                    terms += self._taking(moves, p, lambda choice: choice.is_host)
             self.program.at_most(terms, self.frame.max_host_layers)
         if self.frame.max_decode_us is not None:
             self.program.at_most(self.decode, self.frame.max_decode_us - self.frame.fixed_us[0])
@@ -211,7 +222,13 @@ class Placing:
                 here = [i for i in self.members[moves] if homes[i] == p]
                 wanted = [c for c in range(1, len(row)) for _ in range(values[self.counts[p, moves, c]])]
                 # host choices go to the last layers, where a device's very last one hides the boundary
-                wanted.sort(key=lambda c, row=row: (row[c].hides_boundary, row[c].is_host, len(set(row[c].groups)) == 1))  # type: ignore[misc]
+                wanted.sort(
+                    key=lambda c, row=row: (
+                        row[c].hides_boundary,
+                        row[c].is_host,
+                        len(set(row[c].groups)) == 1,
+                    )
+                )  # type: ignore[misc]
                 for i, c in zip(reversed(here), reversed(wanted), strict=False):
                     picks[i] = c
         return Answer(homes, tuple(picks))
