@@ -1,0 +1,127 @@
+"""The coefficients that runs can teach a machine, and what is believed of each before any run.
+
+A prior is the machine's newest value that did not come from runs recorded here: a default, a detected one, or
+what the machine file shipped with. Fits always start from it, so fitting the same runs twice changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from placement.coefficients import DEFAULTS
+from placement.machine import Coefficient, Device, Machine
+from placement.problem import CPU
+
+DECODE, PROMPT = "decode", "prompt"
+
+# How far off a prior may well be (one standard deviation): as a share of the value, or in its unit where the
+# prior is zero.
+SPREADS = {
+    "read_efficiency": 0.2,
+    "kv_read_efficiency": 0.4,
+    "expert_read_share": 0.2,
+    "float_read_share": 0.15,
+    "iq_read_share": 0.2,
+    "cpu_read_efficiency": 0.35,
+    "layer_us": 8.0,
+    "split_us": 0.5,
+    "boundary_us": 0.8,
+    "node_us": 0.4,
+    "token_us": 150.0,
+    "rpc_split_us": 0.9,
+    "pinned_link_efficiency": 0.3,
+    "pageable_link_efficiency": 0.5,
+    "dense_compute_efficiency": 0.5,
+    "expert_compute_efficiency": 0.6,
+    "attention_compute_efficiency": 0.7,
+    "compute_half_tokens": 0.5,
+    "pipeline_overlap": 0.4,
+    "cpu_tflops_per_thread": 0.6,
+}
+RPC_SPREAD = 1.0  # nobody knows a worker's bandwidth before it is measured
+ALIKE = 0.5  # correlation between the devices of one machine: they share a build and a driver
+LEAST_SPREAD = 0.05
+
+_DECODE_EACH = (
+    "read_efficiency",
+    "kv_read_efficiency",
+    "expert_read_share",
+    "float_read_share",
+    "iq_read_share",
+    "layer_us",
+)
+_DECODE_CPU = ("expert_read_share", "float_read_share", "iq_read_share", "layer_us")
+_DECODE_ONCE = ("cpu_read_efficiency", "split_us", "boundary_us", "node_us", "token_us", "rpc_split_us")
+_PROMPT_EACH = ("dense_compute_efficiency", "expert_compute_efficiency", "attention_compute_efficiency")
+_PROMPT_CUDA = ("pinned_link_efficiency", "pageable_link_efficiency")
+_PROMPT_ONCE = ("compute_half_tokens", "pipeline_overlap", "cpu_tflops_per_thread")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One coefficient to fit: its name in the machine file, its prior, and the prior's spread.
+
+    `is_log`: the spread is a share, and the value stays positive; else both are in the unit, and it stays
+    at zero or above.
+    """
+
+    name: str
+    prior: float
+    spread: float
+    is_log: bool
+    unit: str
+
+    @property
+    def base(self) -> str:
+        """The name without its device."""
+        return self.name.partition(".")[0]
+
+
+def parameters(machine: Machine, kind: str) -> tuple[Parameter, ...]:
+    """The coefficients of decode or of prompts that this machine has, in a fixed order."""
+    each, once = (_DECODE_EACH, _DECODE_ONCE) if kind == DECODE else (_PROMPT_EACH, _PROMPT_ONCE)
+    names: list[tuple[str, Device | None]] = []
+    for base in each:
+        names += [(f"{base}.{device.name}", device) for device in machine.devices]
+    if kind == DECODE:
+        names += [(f"{base}.{CPU}", None) for base in _DECODE_CPU]
+    else:
+        cuda = [device for device in machine.devices if device.is_cuda]
+        names += [(f"{base}.{device.name}", device) for base in _PROMPT_CUDA for device in cuda]
+    has_rpc = any(device.is_rpc for device in machine.devices)
+    names += [(base, None) for base in once if base != "rpc_split_us" or has_rpc]
+    return tuple(_parameter(machine, name, device) for name, device in names)
+
+
+def _parameter(machine: Machine, name: str, device: Device | None) -> Parameter:
+    base = name.partition(".")[0]
+    prior = prior_of(machine, name)
+    is_log = prior.value > 0
+    spread = SPREADS[base]
+    is_bandwidth = base == "read_efficiency" or base in _PROMPT_EACH
+    if device is not None and device.is_rpc and is_bandwidth:
+        spread = RPC_SPREAD
+    if is_log and base in ("layer_us", "token_us"):
+        spread = 1.0  # a probe found some: its own uncertainty says how much to believe it
+    if prior.source == "detected" and prior.uncertainty is not None:
+        spread = max(prior.uncertainty / prior.value, LEAST_SPREAD) if is_log else max(prior.uncertainty, 1.0)
+    return Parameter(name, prior.value, spread, is_log, DEFAULTS[base][1])
+
+
+def prior_of(machine: Machine, name: str) -> Coefficient:
+    """What is believed of a coefficient without the runs recorded here."""
+    past = [each.coefficient for each in machine.history if each.name == name]
+    kept = machine.coefficients.get(name)
+    values = [*past, *([kept] if kept is not None else [])]
+    believed = [each for each in values if each.source != "calibrated"]
+    if believed:
+        return believed[-1]
+    if values:
+        return values[0]  # came with the file
+    base, _, where = name.partition(".")
+    if where:
+        return prior_of(machine, base)
+    if base == "boundary_us":
+        return prior_of(machine, "split_us")
+    value, unit, _ = DEFAULTS[base]
+    return Coefficient(value, unit)

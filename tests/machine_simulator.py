@@ -1,0 +1,140 @@
+"""A machine with known coefficients that "runs" placements: noise, throttling, swapping and outliers included.
+
+Its times come from `cost.evaluate`'s terms under coefficients that no fit has seen, times what no model explains:
+an error of each placement's own, noise of each run, and now and then a disturbed run.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from placement.buffers import graph_counts
+from placement.calibrate.features import Row, decode_row, predict_s, prompt_row
+from placement.calibrate.parameters import DECODE, PROMPT, parameters
+from placement.compute import plan_compute
+from placement.cost import GraphCounts
+from placement.groups import movable_groups
+from placement.machine import Coefficient, Cpu, Device, Machine
+from placement.model import Model
+from placement.model_files import resolve_model
+from placement.problem import CPU, Assignment, Problem, Settings, Workload
+
+TRUE_SPREAD = 0.22  # how far true coefficients lie from the defaults
+ZEROS = {"layer_us": 2.0, "token_us": 120.0}  # mean of what the defaults say is nothing
+
+
+def bare_machine() -> Machine:
+    """Two unequal cards and a host, without any coefficient."""
+    devices = (
+        Device("CUDA0", 24576, 24000, 480, 1008, 25, compute_capability="8.9", tflops=165),
+        Device("CUDA1", 16384, 15800, 480, 896, 25, compute_capability="12.0", tflops=88),
+    )
+    return Machine("simulated", devices, Cpu(120000, 60, 16))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A placement to run: what the runs of it need to know."""
+
+    name: str
+    problem: Problem
+    assignment: Assignment
+    counts: GraphCounts
+
+
+@lru_cache(maxsize=4)
+def model(name: str) -> Model:
+    """A shipped model."""
+    return resolve_model(name)
+
+
+@lru_cache(maxsize=8)
+def placements(name: str = "qwen3-30b-a3b-q4", n: int = 40, seed: int = 0) -> tuple[Placed, ...]:
+    """Random sensible placements of a model: device orders, cuts, experts off their home, ubatches, load modes."""
+    rng, found = random.Random(seed), {}
+    while len(found) < n:
+        each = _random(model(name), rng, len(found))
+        found.setdefault((each.assignment, each.problem.workload), each)
+    return tuple(found.values())
+
+
+def _random(model: Model, rng: random.Random, number: int) -> Placed:
+    machine = bare_machine()
+    order = rng.choice([("CUDA0", "CUDA1"), ("CUDA1", "CUDA0"), ("CUDA0",), ("CUDA1",), ("CUDA0", "CUDA1")])
+    depth = rng.choice([128, 2000, 16000])
+    ubatch = rng.choice([256, 512, 1024, 2048])
+    settings = Settings(
+        ctx_tokens=32768, kv_type_k="q8_0", kv_type_v="q8_0", batch_tokens=max(2048, ubatch), ubatch_tokens=ubatch,
+        flash_attention="on", load_mode=rng.choice(["auto", "none"]),
+    )  # fmt: skip
+    groups = movable_groups(model, n_layers := max(t.layer or 0 for t in model.tensors) + 1)
+    cut = rng.randint(4, n_layers - 4) if len(order) == 2 else n_layers + 1
+    homes = tuple(order[0] if i < cut else order[-1] for i in range(n_layers + 1))
+    moved: list[tuple[str, str]] = []
+    target = rng.choice([CPU, CPU, CPU, *(["CUDA1"] if order == ("CUDA0", "CUDA1") else []), ""])
+    n_moved = rng.randint(1, n_layers)
+    for layer in sorted(rng.sample(range(n_layers), n_moved)) if target else ():
+        if homes[layer] != target:
+            moved += [(t.name, target) for group in groups[layer] for t in group.tensors]
+    settings = replace(settings, has_overrides=bool(moved) or rng.random() < 0.5)
+    problem = Problem(model, machine, settings, Workload(2000, 500, depth))
+    assignment = Assignment(order, homes, tuple(moved), settings)
+    plan = plan_compute(model, machine, assignment, "llama-server")
+    return Placed(f"p{number}", problem, assignment, graph_counts(plan))
+
+
+def rows_of(placed: Placed) -> tuple[Row, Row]:
+    """The decode and the prompt row of a placement, not measured."""
+    args = (placed.problem, placed.assignment, placed.counts)
+    return (
+        decode_row(*args, run=placed.name, label=placed.name),
+        prompt_row(*args, run=placed.name, label=placed.name),
+    )
+
+
+@lru_cache(maxsize=8)
+def pool(
+    name: str = "qwen3-30b-a3b-q4", n: int = 40, seed: int = 0
+) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """(decode rows, prompt rows) of random placements."""
+    rows = [rows_of(each) for each in placements(name, n, seed)]
+    return tuple(row for row, _ in rows), tuple(row for _, row in rows)
+
+
+class Simulated:
+    """A machine whose coefficients are known to it alone."""
+
+    def __init__(
+        self, seed: int, spread: float = TRUE_SPREAD, noise: float = 0.01, misfit: float = 0.015
+    ) -> None:
+        self.rng = random.Random(seed)
+        self.noise, self.misfit, self.seed = noise, misfit, seed
+        true = {}
+        for each in (*parameters(bare_machine(), DECODE), *parameters(bare_machine(), PROMPT)):
+            if each.is_log:
+                value = each.prior * math.exp(
+                    self.rng.gauss(0.0, max(spread, each.spread / 2) if spread else 0.0)
+                )
+                value = min(value, 0.98) if each.name == "pipeline_overlap" else value
+            else:
+                value = self.rng.expovariate(1.0 / ZEROS[each.base]) if spread else 0.0
+            true[each.name] = Coefficient(value, each.unit)
+        self.machine = replace(bare_machine(), coefficients=true)
+
+    def true_s(self, row: Row) -> float:
+        """What a placement takes when nothing disturbs it: the model's time and the placement's own error."""
+        own = random.Random(f"{self.seed}/{row.run}/{row.kind}").gauss(0.0, self.misfit)
+        return predict_s(row, self.machine) * math.exp(own)
+
+    def run(self, row: Row, throttle: float = 1.0) -> Row:
+        """The row as measured, `throttle` times slower."""
+        measured_s = self.true_s(row) * math.exp(self.rng.gauss(0.0, self.noise)) * throttle
+        return replace(row, measured_s=measured_s, noise=self.noise)
+
+    def runs(self, rows: Sequence[Row]) -> list[Row]:
+        """All rows as measured."""
+        return [self.run(row) for row in rows]
