@@ -12,6 +12,7 @@ from placement.engine import Engine, find_engine
 from placement.errors import EngineMissing
 
 _USER_CACHE = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+ENGINE_TEST = ("engine", True)
 FAKE_HELP = """-m,    --model FNAME                    model path
 -lv,   --verbosity, --log-verbosity N   set the verbosity
 -fitp, --fit-print [on|off]             print the estimate
@@ -81,11 +82,18 @@ def header(tmp_path: Path) -> Path:
     return path
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notes which tests run a real llama.cpp where their reports can be told apart by it."""
+    for item in items:
+        if item.get_closest_marker("engine") is not None:
+            item.user_properties.append(ENGINE_TEST)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says how many tests ran a real llama.cpp: a skip there should not go unseen."""
     found = {
-        outcome: sum("engine" in report.keywords for report in terminalreporter.getreports(outcome))
+        outcome: sum(ENGINE_TEST in report.user_properties for report in terminalreporter.getreports(outcome))
         for outcome in ("passed", "failed", "skipped")
     }
     terminalreporter.write_line("engine tests: " + ", ".join(f"{n} {name}" for name, n in found.items()))
