@@ -82,12 +82,14 @@ def cli() -> None:
 def main() -> None:
     """Run `place`; errors become one line on stderr and an exit code (0 good, 1 infeasible, 2 input, 3 engine)."""
     try:
-        cli.main(standalone_mode=False)
+        # without its standalone mode click returns the code of an Exit instead of raising it
+        code = cli.main(prog_name="place", standalone_mode=False)
     except PlacementError as exc:
         click.echo(f"place: {exc}", err=True)
         sys.exit(exc.exit_code)
-    except click.exceptions.Exit as exc:
-        sys.exit(exc.exit_code)
+    except click.exceptions.NoArgsIsHelpError as exc:
+        click.echo(exc.format_message(), err=True)
+        sys.exit(2)
     except click.Abort:
         click.echo("place: stopped", err=True)
         sys.exit(130)
@@ -100,3 +102,5 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    if isinstance(code, int):
+        sys.exit(code)

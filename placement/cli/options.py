@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,10 +30,22 @@ program_option = click.option(
     show_default=True,
     help="Whose buffers are sized: llama-server's logits are for its slots, the others' for a whole ubatch.",
 )
+
+
+class Finite(click.FloatRange):
+    """A number within bounds that is one: not nan, not infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        if not math.isfinite(found := super().convert(value, param, ctx)):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
+
+
 reserve_option = click.option(
     "--reserve",
     "reserve_mib",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     default=0.0,
     metavar="MIB",
     help="Keep that much free on every GPU, on top of its runtime.",
