@@ -117,9 +117,8 @@ def _tflops(nvml: Any, handle: Any, capability: str) -> float | None:
         clock_mhz = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)
     except nvml.NVMLError:
         return None
-    return round(
-        2.0 * cores * clock_mhz * 1e6 * _MATRIX_FACTOR.get(capability, _DEFAULT_MATRIX_FACTOR) / 1e12, 1
-    )
+    factor = _MATRIX_FACTOR.get(capability, _DEFAULT_MATRIX_FACTOR)
+    return float(round(2.0 * cores * clock_mhz * 1e6 * factor / 1e12, 1))
 
 
 def _text(value: str | bytes) -> str:

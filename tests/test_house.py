@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,16 @@ def test_a_library_has_one_importer(library: str, owner: str) -> None:
         if dotted.partition(".")[0] == library
     }
     assert users == {owner}
+
+
+def test_a_library_imported_is_a_dependency() -> None:
+    """What the package imports is what its installation brings, and no more."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = {re.split("[<>=]", each)[0] for each in project["dependencies"]}
+    tops = {dotted.partition(".")[0] for tree in files().values() for _, dotted in imported(tree)}
+    libraries = tops - sys.stdlib_module_names - {"placement"}
+    known = packages_distributions()
+    assert wanted == {known[name][0].lower().replace("_", "-") for name in libraries}
 
 
 def test_only_the_command_line_prints_or_exits() -> None:
