@@ -147,6 +147,7 @@ class AttentionBuilder(Builder):
         wo: str | None = "attn_output",
         sinks: Tensor | None = None,
         bias: Tensor | None = None,
+        mask: Tensor | None = None,
         is_windowed: bool = False,
         is_capped: bool = False,
     ) -> Tensor:
@@ -161,7 +162,8 @@ class AttentionBuilder(Builder):
             if tensor is not None:
                 self.expand(tensor)
         k_read, v_read = self._through_cache(il, k, v)
-        cur = self.mha(il, q, k_read, v_read, self.mask(il), sinks=sinks, bias=bias, is_capped=is_capped)
+        mask = self.mask(il) if mask is None else mask
+        cur = self.mha(il, q, k_read, v_read, mask, sinks=sinks, bias=bias, is_capped=is_capped)
         if v_rot is not None:
             cur = self._rotate(cur, v_rot)
         return self.project_out(cur, il, wo)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from placement.architecture import Architecture
 from placement.graph.context import Batch, Context
+from placement.graph.gated_hyper import GatedHyperBuilder
 from placement.graph.rows import Row
-from placement.graph.stack import StackBuilder
 from placement.graph.tensor import Tensor
 from placement.model import Model
 
@@ -19,7 +19,7 @@ ROPED_BAICHUAN_LAYERS = 32
 UNNORMED_LLAMA4_EXPERTS = 128
 
 
-class Decoder(StackBuilder):
+class Decoder(GatedHyperBuilder):
     """Builds the graph of one batch; `layers` may leave out layers that repeat others."""
 
     def __init__(self, model: Model, facts: Architecture, row: Row, context: Context, batch: Batch) -> None:
@@ -38,6 +38,8 @@ class Decoder(StackBuilder):
     def build(self, layers: Sequence[int]) -> None:
         """Emit the whole graph; `layer_starts` then holds where in `nodes` each layer begins."""
         cur = self.embeddings()
+        if self.row.has_pools and self.row.structure != "gated_streams":
+            self.pool_inputs()
         for i, il in enumerate(layers):
             self._mark_start()
             cur = self.build_layer(il, cur, is_last=i == len(layers) - 1)
@@ -88,6 +90,8 @@ class Decoder(StackBuilder):
             bias = self.weight("token_embd_norm.bias")
             cur = self.build_norm(cur, weight, bias, row.norm, row.embedding_norm_pin)
         self.skip = cur
+        if row.structure == "gated_streams":
+            return self.gated_widened(cur)
         return self.widened(cur) if row.structure.startswith("hyper") else cur
 
     def head(self, cur: Tensor) -> None:
@@ -96,6 +100,8 @@ class Decoder(StackBuilder):
         if row.structure.startswith("hyper"):
             cur = self.hyper_rows(cur)
             cur = self.hyper_mean(cur) if row.structure == "hyper_mean" else self.hyper_head(cur)
+        if row.structure == "gated_streams":
+            cur = self.gated_head(cur)
         if row.structure == "stack":
             cur = self.stack_mixed(cur, self.weight("output_res_score.weight"))
         if row.rows_at == "end_plain":
@@ -142,6 +148,8 @@ class Decoder(StackBuilder):
         row = self.row
         if row.structure.startswith("hyper"):
             return self.hyper_layer(il, residual)
+        if row.structure == "gated_streams":
+            return self.gated_layer(il, residual, is_last=is_last)
         if row.structure == "stack":
             return self.stack_layer(il, residual)
         if row.structure == "cycles":
@@ -294,6 +302,8 @@ class Decoder(StackBuilder):
         if row.attention == "mla_gated":
             out = self.latent_attention(il, cur, is_reshaped=False, wo=None)
             return self.head_gated(il, out, cur)
+        if row.attention == "pools_latent":
+            return self.pooled_latent_attention(il, cur)
         if row.attention in ("dsa", "mla_plain_gated"):
             return self.sparse_attention(il, cur)
         if row.attention in ("gated_q", "gated_q_views"):
@@ -305,8 +315,8 @@ class Decoder(StackBuilder):
     def recurrent_layer(self, il: int, cur: Tensor) -> Tensor:
         """The row's recurrent block."""
         kind = self.row.recurrent
-        if kind in ("gdn", "gdn_split"):
-            return self.gated_delta_layer(il, cur, is_split=kind == "gdn_split")
+        if kind.startswith("gdn"):
+            return self.gated_delta_layer(il, cur, is_split=kind != "gdn", is_padded=kind == "gdn_padded")
         if kind.startswith("kda"):
             return self.kda_layer(il, cur, kind)
         blocks = {
@@ -462,6 +472,8 @@ class Decoder(StackBuilder):
     def gated_query_attention(self, il: int, cur: Tensor) -> Tensor:
         """Attention whose Q projection also gives a gate for the result (Qwen3-Next)."""
         facts, (size, _) = self.layer(il), self.head_sizes(il)
+        is_pooled = self.row.has_pools and self.indexer_cache(il) is not None
+        mask = self.pool_mask_of(il, cur) if is_pooled else None
         heads, n = (facts.n_head, facts.n_head_kv, facts.n_head_kv), self.n_tokens
         full, k, v = self.qkv(cur, il, heads, (2 * size, size, size), is_flat=True)
         if self.row.attention == "gated_q":
@@ -472,6 +484,8 @@ class Decoder(StackBuilder):
         k = self.reshape(k, size, facts.n_head_kv, n)
         v = self.reshape(v, size, facts.n_head_kv, n)
         q, k = self.positioned(il, q, k)
-        cur = self.attention(il, q, k, v, wo=None)
+        if mask is not None:
+            mask = self.reshape(mask, *mask.ne)
+        cur = self.attention(il, q, k, v, wo=None, mask=mask)
         gate = self.unary(self.cont(gate, size * facts.n_head, n), "sigmoid")
         return self.lora_mm(self.w(il, "attn_output"), self.mul(cur, gate), is_scaled=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 
 from placement.graph.experts import GATING, Routing
-from placement.graph.latent import LatentBuilder
+from placement.graph.pools import PoolBuilder
 from placement.graph.rows import Row
 from placement.graph.tensor import Tensor
 
 
-class FeedBuilder(LatentBuilder):
+class FeedBuilder(PoolBuilder):
     """Adds the feed-forward block of a row."""
 
     row: Row

@@ -15,11 +15,11 @@ class RecurrentBuilder(ExpertBuilder):
         return self.n_tokens // self.batch.n_seqs
 
     def state(self, il: int, which: str) -> Tensor:
-        """The r or s state of layer `il`: one row per sequence."""
+        """The r, s or (n-grams') p state of layer `il`: one row per sequence."""
         key = f"state_{which}.{il}"
         if key not in self.inputs:
             facts = self.layer(il)
-            width = facts.state_r if which == "r" else facts.state_s
+            width = {"r": facts.state_r, "s": facts.state_s, "p": facts.state_extra}[which]
             leaf = self.new("F32", width, self.context.n_seq_max)
             leaf.cache_layer = il
             self.inputs[key] = leaf
@@ -87,6 +87,17 @@ class RecurrentBuilder(ExpertBuilder):
         self.expand(self.cpy(last, target))
         return joined
 
+    def joined_state(self, stored: Tensor, width: int, cur: Tensor, past: int, channels: int) -> Tensor:
+        """The state and the batch side by side, and a copy of the new state stored (build_conv_state_at)."""
+        n_seqs = self.batch.n_seqs
+        rows = self.reshape(self.read_state(stored, width), past, channels, n_seqs)
+        joined = self.concat(rows, self.transpose(cur), 0)
+        offset = 4 * (joined.ne[0] - past)
+        last = self.view_3d(joined, past, channels, n_seqs, joined.nb[1], joined.nb[2], offset)
+        target = self.view_2d(stored, past * channels, n_seqs, stored.nb[1])
+        self.expand(self.cpy(self.cont(last), target))
+        return joined
+
     def ssm_conv(self, joined: Tensor, kernel: Tensor) -> Tensor:
         """The short convolution over the joined rows."""
         n_tokens = joined.ne[0] - kernel.ne[0] + 1
@@ -125,8 +136,13 @@ class RecurrentBuilder(ExpertBuilder):
 
     # --- Qwen3-Next
 
-    def gated_delta_layer(self, il: int, cur: Tensor, *, is_split: bool = False) -> Tensor:
-        """A linear attention layer of Qwen3-Next, or with `is_split` of Qwen3.5 (build_layer_attn_linear)."""
+    def gated_delta_layer(
+        self, il: int, cur: Tensor, *, is_split: bool = False, is_padded: bool = False
+    ) -> Tensor:
+        """A linear attention layer of Qwen3-Next (build_layer_attn_linear).
+
+        With `is_split` of Qwen 3.5, with `is_padded` of Qwen 4.
+        """
         n_seqs, n_seq_tokens = self.batch.n_seqs, self.n_seq_tokens
         head_k, n_k = self.integer("ssm.state_size"), self.integer("ssm.group_count")
         n_v = self.integer("ssm.time_step_rank")
@@ -136,7 +152,11 @@ class RecurrentBuilder(ExpertBuilder):
         beta, gate = gates(il, cur, n_k, n_v)
         kernel = self.need(self.w(il, "ssm_conv1d"))
         channels = 2 * head_k * n_k + head_v * n_v
-        joined = self.conv_state(il, mixed, kernel.ne[0], channels)
+        if is_padded:
+            past = kernel.ne[0] - 1
+            joined = self.joined_state(self.state(il, "r"), self.layer(il).state_r, mixed, past, channels)
+        else:
+            joined = self.conv_state(il, mixed, kernel.ne[0], channels)
         state = self.read_state(self.state(il, "s"), self.layer(il).state_s)
         state = self.reshape(state, head_v, head_v, n_v, n_seqs)
         conv = self.unary(self.ssm_conv(joined, kernel), "silu")
@@ -151,7 +171,7 @@ class RecurrentBuilder(ExpertBuilder):
         out = self.delta_net(il, q, k, v, gate, beta, state)
         z = self.reshape(z, head_v, n_v, n_seq_tokens, n_seqs)
         normed = self.build_norm(out, self.w(il, "ssm_norm"), None, "rms", il)
-        out = self.mul(normed, self.unary(z, "silu"))
+        out = self.mul(normed, self.unary(z, "sigmoid" if is_padded else "silu"))
         out = self.reshape(out, head_v * n_v, n_seq_tokens, n_seqs)
         out = self.lora_mm(self.w(il, "ssm_out"), out, is_scaled=is_split)
         return self.reshape(out, self.n_embd, n_seq_tokens * n_seqs)

@@ -84,6 +84,7 @@ class Row:
     has_exact_down: bool = False  # the experts' last projection asks for f32, which CUDA has not
     clamp: str = ""  # how swiglu_clamp_exp and _shexp limit SiLU: split or fused
     # recurrence and structure
+    has_pools: bool = False  # an indexer scores pools of cells
     recurrent: str = ""  # gdn, mamba, mamba2, shortconv, ...
     structure: str = ""  # builds the whole graph in its own way
 
@@ -328,6 +329,16 @@ ROWS: dict[str, Row] = {
         has_output_norm=False,
         rows_at="end_plain",
     ),
+    "glm5-next": Row(
+        unread="s",
+        attention="pools_latent",
+        has_pools=True,
+        recurrent="kda_bounded_low",
+        is_norm_expanded=True,
+        structure="hyper_mean",
+        rows_at="never",
+        **_META,
+    ),
     "kimi-linear": Row(attention="mla_plain", recurrent="kda", is_norm_expanded=True, gating="meta"),
     "bailingmoe3": Row(
         attention="mla_gated",
@@ -367,6 +378,18 @@ ROWS: dict[str, Row] = {
     },
     "plamo2": Row(
         unread="s", recurrent="plamo2", activation="swiglu", is_post_ffn_norm_pinned=True, **_POST_NORMS
+    ),
+    "qwen4exp": Row(
+        unread="q",
+        scaled="es",
+        attention="gated_q_views",
+        has_pools=True,
+        recurrent="gdn_padded",
+        n_pos_per_token=4,
+        shared_gate="sigmoid",
+        structure="gated_streams",
+        has_output_norm=False,
+        rows_at="never",
     ),
     "qwen35": Row(
         scaled="f",
