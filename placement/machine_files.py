@@ -16,8 +16,16 @@ from typing import Any
 
 from placement.coefficients import DEFAULTS, DIVISORS, MEMORY
 from placement.errors import InputError
-from placement.files import search_folders, write_atomically
-from placement.machine import DEFAULT_LINK_GB_PER_S, DEFAULT_RUNTIME_MIB, Coefficient, Cpu, Device, Machine, Past
+from placement.files import PACKAGE_DATA, search_folders, user_config_folder, write_atomically
+from placement.machine import (
+    DEFAULT_LINK_GB_PER_S,
+    DEFAULT_RUNTIME_MIB,
+    Coefficient,
+    Cpu,
+    Device,
+    Machine,
+    Past,
+)
 
 REFERENCE_MACHINE = "rtx4090-rtx5070ti"
 
@@ -52,6 +60,21 @@ def resolve_machine(name: str) -> Machine:
         return read_machine(known[name])
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
     raise InputError("--machine", f"no machine of that name; known: {', '.join(near)}", value=name[:100])
+
+
+def own_machine_path(name: str | None, machine: Machine) -> Path:
+    """Where a machine's own file is or belongs: the file that `name` means, else the user's folder.
+
+    What is shipped is never written to: a file of the user's stands before it in the search.
+    """
+    path = Path(name) if name is not None else None
+    if path is not None and (path.suffix == ".toml" or os.path.isfile(path)):
+        return path
+    for folder in machine_folders():
+        file = folder / f"{name or machine.name}.toml"
+        if file.is_file() and PACKAGE_DATA not in folder.parents:
+            return file
+    return user_config_folder() / "machines" / f"{machine.name}.toml"
 
 
 def read_machine(path: Path) -> Machine:
