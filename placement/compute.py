@@ -113,8 +113,10 @@ class _Planner:
             if op in decode.astray:
                 context = dataclasses.replace(context, unfused=context.unfused | {op})
                 decode = self._reserve(context, decode_batch, has_pins=True, needs_sizes=False)
-        has_pins = self.program != "llama-fit-params"
-        prompt = self._reserve(context, self._prompt_batch(context), has_pins=has_pins, needs_sizes=True)
+        # The engine's own plan (llama-fit-params, and llama-server's fit pass) measures prompts with
+        # ggml_backend_sched_reserve_size, which forgets the pins; a loaded server's buffers may be up to some
+        # tens of MiB smaller or larger for it.
+        prompt = self._reserve(context, self._prompt_batch(context), has_pins=False, needs_sizes=True)
         return ComputePlan(
             compute_bytes=dict(zip((*self.assignment.devices, HOST), prompt.sizes, strict=True)),
             splits_prompt=prompt.n_splits,
