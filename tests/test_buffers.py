@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+from solving_support import dense_model, expert_model, problem, two_cards, way
+
+from placement.buffers import Buffers, compute_table, graph_counts, typical_assignment
+from placement.compute import ComputePlan
+from placement.problem import CPU, Assignment, Problem
+from placement.search import Search
+from placement.units import MIB
+
+EXPERTS = problem(expert_model(8), two_cards(800, 400), prompt_tokens=4000)
+DENSE = problem(dense_model(8), two_cards(800, 400))
+PLAN = ComputePlan({"CUDA0": 3, "CUDA1": 5, "Host": 7}, 11, 13, 17, 19, 4, True, ())
+
+
+def test_table_is_by_position() -> None:
+    """The host comes first, then the way's cards in its own order."""
+    assert compute_table(way(EXPERTS, "CUDA1", "CUDA0"), PLAN).n_bytes == (7, 5, 3)
+
+
+def test_counts() -> None:
+    """Splits, nodes and copies are the plan's."""
+    counts = graph_counts(PLAN)
+    assert (counts.splits_prompt, counts.splits_decode) == (11, 13)
+    assert (counts.n_nodes_prompt, counts.n_nodes_decode, counts.n_copies) == (17, 19, 4)
+
+
+@pytest.mark.parametrize("asked", [EXPERTS, DENSE], ids=["experts", "dense"])
+@pytest.mark.parametrize("names", [("CUDA0",), ("CUDA0", "CUDA1"), ("CUDA1", "CUDA0")])
+@pytest.mark.parametrize("uses_host", [True, False])
+def test_typical_assignment_is_valid(asked: Problem, names: tuple[str, ...], uses_host: bool) -> None:
+    """Every card of the way has a layer, in its order; the host is used where the way uses it, and only there."""
+    found = typical_assignment(asked, way(asked, *names, uses_host=uses_host))
+    assert len(found.homes) == 9
+    assert tuple(dict.fromkeys(home for home in found.homes if home != CPU)) == names
+    assert (CPU in found.homes or any(at == CPU for _, at in found.moved)) is uses_host
+
+
+def test_typical_assignment_without_gpu() -> None:
+    """Without a card everything is on the CPU."""
+    assert set(typical_assignment(DENSE, way(DENSE)).homes) == {CPU}
+
+
+def test_pipelined_way_has_no_override() -> None:
+    """The typical placement of a pipeline keeps its four copies; any other way on two cards gives them up."""
+    piped = way(EXPERTS, "CUDA0", "CUDA1", uses_host=False, is_pipelined=True)
+    plain = way(EXPERTS, "CUDA0", "CUDA1", uses_host=False)
+    assert not typical_assignment(EXPERTS, piped).settings.has_overrides
+    assert typical_assignment(EXPERTS, plain).settings.has_overrides
+    buffers = Search(EXPERTS).buffers
+    assert buffers.table(piped).counts.n_copies == 4
+    assert buffers.table(plain).counts.n_copies == 1
+
+
+@pytest.mark.parametrize("ubatch_tokens", [512, 2048])
+def test_planned_ubatches_are_exact(ubatch_tokens: int) -> None:
+    """At the planned ubatches the estimate is the typical placement's own plan."""
+    asked_way = way(EXPERTS, "CUDA0", "CUDA1", ubatch_tokens=ubatch_tokens, batch_tokens=2048)
+    search = Search(EXPERTS)
+    plan = search.plan(typical_assignment(EXPERTS, asked_way))
+    assert search.buffers.table(asked_way).n_bytes == compute_table(asked_way, plan).n_bytes
+
+
+@pytest.mark.parametrize("ubatch_tokens", [256, 1024])
+def test_between_planned_ubatches(ubatch_tokens: int) -> None:
+    """Between and below them the estimate is within 10 % and 4 MiB of the plan."""
+    asked_way = way(EXPERTS, "CUDA0", "CUDA1", ubatch_tokens=ubatch_tokens, batch_tokens=2048)
+    search = Search(EXPERTS)
+    exact = compute_table(asked_way, search.plan(typical_assignment(EXPERTS, asked_way))).n_bytes
+    for ours, theirs in zip(search.buffers.table(asked_way).n_bytes, exact, strict=True):
+        assert ours == pytest.approx(theirs, rel=0.1, abs=4 * MIB)
+
+
+def test_few_plans_serve_many_ways() -> None:
+    """Load modes and ubatches of one order need two plans together."""
+    planned: list[Assignment] = []
+
+    def planner(assignment: Assignment) -> ComputePlan:
+        planned.append(assignment)
+        return PLAN
+
+    buffers = Buffers(EXPERTS, planner)
+    for ubatch_tokens in (256, 512, 1024, 2048, 4096):
+        for load_mode in ("auto", "none"):
+            buffers.table(way(EXPERTS, "CUDA0", "CUDA1", ubatch_tokens=ubatch_tokens, load_mode=load_mode))
+    assert len(planned) == 2
