@@ -1,0 +1,142 @@
+"""Fits and proposed placements → which few to run next, and whether running more is worth it.
+
+A proposal is worth running when it is predicted best, or when its times would tell most about the proposals that
+may still be best: the expected fall of their turns' variance, those near the best counting more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from placement.calibrate.design import Array
+from placement.calibrate.features import Row
+from placement.calibrate.fit import MODEL_NOISE, Calibration
+from placement.calibrate.parameters import DECODE
+
+NEAR = 0.1  # a turn so much slower than the best predicted counts less by a factor e
+LEAST_RUNS = 4  # before anything is settled
+SLOWEST = 3.0  # a run that takes so many times the best turn is not worth its time
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A placement that could be run: its token and its prompt, and how many tokens a turn generates."""
+
+    key: str
+    decode: Row
+    prompt: Row
+    generate_tokens: int
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The predicted turn of each proposal, in seconds, its standard deviation as a share, and its gradients."""
+
+    turns_s: Array
+    spreads: Array
+    decode_s: Array
+    prompt_s: Array
+    slopes: Array  # of the turn's logarithm, by all parameters of both fits
+    covariance: Array
+
+
+def outlook(fits: tuple[Calibration, Calibration], proposals: Sequence[Proposal]) -> Outlook:
+    """What the fits say of the proposals' turns."""
+    decode_fit, prompt_fit = fits
+    decode_s, _ = decode_fit.predict([each.decode for each in proposals])
+    prompt_s, _ = prompt_fit.predict([each.prompt for each in proposals])
+    generating_s = decode_s * np.array([each.generate_tokens for each in proposals])
+    turns_s = generating_s + prompt_s
+    slopes = np.hstack(
+        [
+            decode_fit.gradients([each.decode for each in proposals]) * (generating_s / turns_s)[:, None],
+            prompt_fit.gradients([each.prompt for each in proposals]) * (prompt_s / turns_s)[:, None],
+        ]
+    )
+    n = len(decode_fit.parameters)
+    covariance = np.zeros((slopes.shape[1], slopes.shape[1]))
+    covariance[:n, :n], covariance[n:, n:] = decode_fit.covariance, prompt_fit.covariance
+    spreads = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", slopes, covariance, slopes), 0.0))
+    return Outlook(turns_s, spreads, decode_s, prompt_s, slopes, covariance)
+
+
+def choose_runs(
+    fits: tuple[Calibration, Calibration],
+    proposals: Sequence[Proposal],
+    measured: Mapping[str, float],
+    n: int = 2,
+) -> list[Proposal]:
+    """At most `n` proposals not measured yet: the one predicted best first, then those that tell most."""
+    found = outlook(fits, proposals)
+    open_ = [i for i, each in enumerate(proposals) if each.key not in measured]
+    if not open_:
+        return []
+    best_s = float(found.turns_s.min())
+    first = min(open_, key=lambda i: float(found.turns_s[i]))
+    chosen, covariance = [first], _after(fits, found, first, found.covariance, proposals)
+    while len(chosen) < n:
+        rest = [i for i in open_ if i not in chosen and found.turns_s[i] <= SLOWEST * best_s]
+        if not rest:
+            break
+        gains = {i: _gain(fits, found, i, covariance, proposals) for i in rest}
+        top = max(rest, key=lambda i: gains[i])
+        chosen.append(top)
+        covariance = _after(fits, found, top, covariance, proposals)
+    return [proposals[i] for i in chosen]
+
+
+def _gain(
+    fits: tuple[Calibration, Calibration],
+    found: Outlook,
+    i: int,
+    covariance: Array,
+    proposals: Sequence[Proposal],
+) -> float:
+    """How much a run of proposal i lowers the variance of the turns that matter."""
+    after = _after(fits, found, i, covariance, proposals)
+    fall = np.einsum("ij,jk,ik->i", found.slopes, covariance - after, found.slopes)
+    weights = np.exp(-(found.turns_s / found.turns_s.min() - 1.0) / NEAR)
+    return float((weights * fall).sum())
+
+
+def _after(
+    fits: tuple[Calibration, Calibration],
+    found: Outlook,
+    i: int,
+    covariance: Array,
+    proposals: Sequence[Proposal],
+) -> Array:
+    """The covariance once proposal i is run: its token's and its prompt's time are both measured."""
+    n = len(fits[0].parameters)
+    rows = np.zeros((2, covariance.shape[0]))
+    rows[0, :n] = fits[0].gradients([proposals[i].decode])[0]
+    rows[1, n:] = fits[1].gradients([proposals[i].prompt])[0]
+    noise = np.diag([MODEL_NOISE[fit.kind] ** 2 for fit in fits])
+    gain = covariance @ rows.T @ np.linalg.inv(rows @ covariance @ rows.T + noise)
+    return covariance - gain @ rows @ covariance
+
+
+def is_settled(
+    fits: tuple[Calibration, Calibration],
+    proposals: Sequence[Proposal],
+    measured: Mapping[str, float],
+    noise: float,
+) -> bool:
+    """Whether the best measured turn is within the noise of the best predicted of those not measured.
+
+    What is predicted with a spread counts as one spread, the model's own error included, better: a chance worth taking is taken. Before
+    LEAST_RUNS the spreads themselves are guesses.
+    """
+    open_ = [i for i, each in enumerate(proposals) if each.key not in measured]
+    if len(measured) < LEAST_RUNS or not open_:
+        return bool(measured) and not open_
+    found = outlook(fits, proposals)
+    hoped_s = min(
+        float(found.turns_s[i]) * (1.0 - math.hypot(float(found.spreads[i]), MODEL_NOISE[DECODE]))
+        for i in open_
+    )
+    return min(measured.values()) <= hoped_s * (1.0 + noise)
