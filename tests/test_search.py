@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from solving_support import card, dense_model, expert_model, one_card, problem, two_cards
+
+from placement.machine import Machine
+from placement.search import UBATCHES, Freedom, Search, device_orders, shortfall, ways
+from placement.solver.frame import is_valid
+
+TWO = two_cards(400, 250)
+EXPERTS = problem(expert_model(8), TWO)
+
+
+def orders(*devices: object) -> set[tuple[str, ...]]:
+    """The orders of a machine with these devices."""
+    machine = dataclasses.replace(TWO, devices=devices)
+    return set(device_orders(dataclasses.replace(EXPERTS, machine=machine)))
+
+
+def test_orders_of_unequal_cards() -> None:
+    """Two unequal cards: each alone, and both orders."""
+    assert orders(*TWO.devices) == {("CUDA0",), ("CUDA1",), ("CUDA0", "CUDA1"), ("CUDA1", "CUDA0")}
+
+
+def test_equal_cards_are_interchangeable() -> None:
+    """Two equal cards: one alone and both, each once, whatever their identities are."""
+    assert orders(card("CUDA0", 400, uuid="a"), card("CUDA1", 400, uuid="b")) == {
+        ("CUDA0",),
+        ("CUDA0", "CUDA1"),
+    }
+
+
+def test_two_equal_of_three() -> None:
+    """Of two equal cards and another, no order appears with the equal ones exchanged."""
+    found = orders(card("CUDA0", 400), card("CUDA1", 400), card("CUDA2", 800))
+    kinds = {"CUDA0": "a", "CUDA1": "a", "CUDA2": "b"}
+    patterns = [tuple(kinds[name] for name in order) for order in found]
+    assert len(patterns) == len(set(patterns)) == 2 + 3 + 3
+
+
+def test_cards_that_differ_in_one_number_are_unequal() -> None:
+    """A slower link is a difference: it decides which card weights are streamed to."""
+    assert len(orders(card("CUDA0", 400), card("CUDA1", 400, link_gb_per_s=12.0))) == 4
+
+
+def test_many_cards_have_few_orders() -> None:
+    """Eight unequal cards are tried in the engine's order and by speed, not in 100,000 orders."""
+    devices = [card(f"CUDA{i}", 400, bandwidth_gb_per_s=500.0 + 100 * i) for i in range(8)]
+    assert 8 <= len(orders(*devices)) <= 16
+
+
+def test_ways_without_gpu() -> None:
+    """Without a GPU there is the host, in each load mode and ubatch."""
+    asked = problem(dense_model(2), Machine("host", (), TWO.cpu))
+    found = list(ways(asked, Freedom()))
+    assert {each.devices for each in found} == {()}
+    assert all(each.uses_host for each in found)
+
+
+def test_batch_holds_the_ubatch() -> None:
+    """No way has an ubatch over its batch."""
+    found = list(ways(EXPERTS, Freedom()))
+    assert all(each.settings.ubatch_tokens <= each.settings.batch_tokens for each in found)
+    assert {each.settings.ubatch_tokens for each in found} <= set(UBATCHES)
+
+
+def test_only_several_cards_pipeline() -> None:
+    """A pipeline needs two cards and no host."""
+    found = [each for each in ways(EXPERTS, Freedom()) if each.is_pipelined]
+    assert found
+    assert all(len(each.devices) > 1 and not each.uses_host for each in found)
+
+
+def test_ubatches_beyond_the_prompt_are_left_out() -> None:
+    """A short prompt has no use for large ubatches, but some ubatch is always tried."""
+    short = problem(expert_model(8), TWO, prompt_tokens=100)
+    assert {each.settings.ubatch_tokens for each in ways(short, Freedom())} == {256}
+    assert {each.settings.ubatch_tokens for each in ways(short, Freedom(ubatches=(4096,)))} == {4096}
+
+
+@pytest.fixture(scope="module")
+def search() -> Search:
+    """A search on two cards that hold half of the model."""
+    return Search(EXPERTS, time_limit_s=30.0)
+
+
+def test_leads_are_sorted(search: Search) -> None:
+    """The way that promises most comes first."""
+    bounds = [lead.bound for lead in search.leads(Freedom())]
+    assert bounds == sorted(bounds)
+    assert bounds[0] > 0
+
+
+def test_best_is_above_its_bound(search: Search) -> None:
+    """What is found is no better than its proof allows, and within the gap of it."""
+    found = search.best(Freedom(), search.leads(Freedom()))
+    assert found is not None
+    assert found.bound <= found.objective <= found.bound * 1.005
+    assert found.is_proven
+
+
+def test_best_is_what_evaluate_says(search: Search) -> None:
+    """The frame's objective of what is found is the turn that `evaluate` predicts, within a thousandth."""
+    found = search.best(Freedom(), search.leads(Freedom()))
+    assert found is not None
+    assert found.objective == pytest.approx(found.speed.turn_s * 1e6, rel=0.001)
+
+
+def test_no_way_has_a_better_greedy_answer(search: Search) -> None:
+    """No way's greedy answer, taken as it is, beats what was found by more than the gap."""
+    leads = search.leads(Freedom())
+    found = search.best(Freedom(), leads)
+    assert found is not None
+    for lead in leads:
+        answer = lead.relaxation.answer(lead.relaxed)
+        if answer is None:
+            continue
+        assert is_valid(lead.table.frame, answer)
+        plan = search.plan(lead.table.assignment(answer))
+        if search._fits(lead, answer, search.buffers.table(lead.way)) and plan.is_exact:
+            assert lead.relaxation.objective(answer) >= found.objective * 0.99
+
+
+def test_plans_are_kept(search: Search) -> None:
+    """A placement is planned once."""
+    found = search.best(Freedom(), search.leads(Freedom()))
+    assert found is not None
+    assert search.plan(found.assignment) is search.plan(found.assignment)
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_host_layers_can_be_limited(limit: int) -> None:
+    """At most so many layers keep anything in host memory; where that cannot be, nothing is found."""
+    asked = problem(expert_model(8), one_card(700))
+    freedom = Freedom(ubatches=(512,), max_host_layers=limit)
+    search = Search(asked)
+    found = search.best(freedom, search.leads(freedom))
+    free = Search(asked)
+    anything = free.best(Freedom(ubatches=(512,)), free.leads(Freedom(ubatches=(512,))))
+    assert anything is not None
+    n_free = len({name.split(".")[1] for name, at in anything.assignment.moved if at == "CPU"})
+    if found is None:
+        assert n_free > limit
+        return
+    on_host = {int(name.split(".")[1]) for name, at in found.assignment.moved if at == "CPU"}
+    on_host |= {i for i, home in enumerate(found.assignment.homes) if home == "CPU"}
+    assert len(on_host) <= limit
+
+
+def test_shortfall_is_the_least() -> None:
+    """What a card lacks without a host is the model less the card, to a few MiB."""
+    asked = problem(expert_model(8), one_card(300, host_mib=20))
+    words = shortfall(Search(asked), Freedom())
+    lacking = sum(float(part.split()[2].replace(",", "")) for part in words.split(" and "))
+    size_mib = asked.model.n_bytes / 2**20
+    assert size_mib - 320 <= lacking <= size_mib - 320 + 150
