@@ -29,7 +29,7 @@ IN_PLACE = frozenset(
             "DIV",
             "SQR",
         ),
-        *("SQRT", "LOG", "UNARY", "ROPE", "RMS_NORM", "CLAMP", "SOFT_MAX"),
+        *("SQRT", "LOG", "UNARY", "ROPE", "ROPE_BACK", "RMS_NORM", "CLAMP", "SOFT_MAX"),
     }
 )
 
@@ -45,6 +45,7 @@ class BufferType:
 
 HOST_BUFFER = BufferType(32, lambda tensor: tensor.n_bytes, is_host=True)
 CUDA_BUFFER = BufferType(cuda.ALIGNMENT, cuda.alloc_bytes, is_host=False)
+RPC_BUFFER = BufferType(32, lambda tensor: tensor.n_bytes, is_host=False)  # a worker on a CPU; others need the engine
 
 
 class Pool:

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from placement import coarse
-from placement.allocator import CUDA_BUFFER, HOST_BUFFER, Allocator
+from placement.allocator import CUDA_BUFFER, HOST_BUFFER, RPC_BUFFER, Allocator
 from placement.architecture import INPUT, OUTPUT, REPEATING, Architecture, describe
 from placement.graph.builder import UnknownGraph
 from placement.graph.context import Batch, Context, make_context
@@ -238,8 +238,8 @@ class _Planner:
             left_out = (0, 0)
         sizes: list[int] = []
         if needs_sizes:
-            n_devices = self.backends.cpu
-            sizes = Allocator(scheduler, [CUDA_BUFFER] * n_devices + [HOST_BUFFER]).sizes()
+            devices = [CUDA_BUFFER if is_cuda else RPC_BUFFER for is_cuda in self.backends.is_cuda[:-1]]
+            sizes = Allocator(scheduler, [*devices, HOST_BUFFER]).sizes()
         astray = frozenset(
             op for op, node, il in template.fused_nodes if scheduler.assigned[node] != self.homes[layers[il]]
         )

@@ -63,13 +63,14 @@ def make_context(settings: Settings, facts: Architecture, is_full_offload: bool,
     if not settings.is_kv_unified:
         n_ctx_seq = pad(n_ctx // n_seq_max, QUANTISED_ALIGN)
         n_ctx = n_ctx_seq * n_seq_max
+    has_own_streams = any(cache.is_per_sequence for layer in facts.layers for cache in layer.caches)
     return Context(
         n_ctx=n_ctx,
         n_ctx_seq=n_ctx_seq,
         n_seq_max=n_seq_max,
         n_ubatch=n_ubatch,
         n_batch=n_batch,
-        is_unified=settings.is_kv_unified,
+        is_unified=settings.is_kv_unified and not has_own_streams,
         type_k=settings.kv_type_k.upper(),
         type_v=settings.kv_type_v.upper(),
         is_flash=is_flash,

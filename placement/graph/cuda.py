@@ -148,7 +148,13 @@ def _binary(node: Tensor) -> bool:
 
 
 def _concat(node: Tensor) -> bool:
-    return node.src[0].type == node.src[1].type == node.type and not is_quantised(node.type)
+    a, b = node.src[:2]
+    if not a.type == b.type == node.type:
+        return False
+    if not is_quantised(node.type):
+        return True
+    is_last = a.ne[3] != node.ne[3]
+    return all(t.is_contiguous if is_last else t.is_contiguous_to_planes for t in (a, b))
 
 
 def _ssm_scan(node: Tensor) -> bool:
@@ -208,6 +214,7 @@ _CHECKS: dict[str, Callable[[Tensor], bool]] = {
     "RMS_NORM": _norm,
     "L2_NORM": _norm,
     "ROPE": _rope,
+    "ROPE_BACK": _rope,
     "SCALE": _scale,
     "ADD": _binary,
     "SUB": _binary,

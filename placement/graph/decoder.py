@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from placement.architecture import Architecture
+from placement.graph.compressed import CompressedBuilder
 from placement.graph.context import Batch, Context
-from placement.graph.gated_hyper import GatedHyperBuilder
 from placement.graph.rows import Row
 from placement.graph.tensor import Tensor
 from placement.model import Model
@@ -19,7 +19,7 @@ ROPED_BAICHUAN_LAYERS = 32
 UNNORMED_LLAMA4_EXPERTS = 128
 
 
-class Decoder(GatedHyperBuilder):
+class Decoder(CompressedBuilder):
     """Builds the graph of one batch; `layers` may leave out layers that repeat others."""
 
     def __init__(self, model: Model, facts: Architecture, row: Row, context: Context, batch: Batch) -> None:
@@ -38,6 +38,8 @@ class Decoder(GatedHyperBuilder):
     def build(self, layers: Sequence[int]) -> None:
         """Emit the whole graph; `layer_starts` then holds where in `nodes` each layer begins."""
         cur = self.embeddings()
+        if self.row.attention == "compressed":
+            self.expand(self.mask(0))
         if self.row.has_pools and self.row.structure != "gated_streams":
             self.pool_inputs()
         for i, il in enumerate(layers):
@@ -302,6 +304,8 @@ class Decoder(GatedHyperBuilder):
         if row.attention == "mla_gated":
             out = self.latent_attention(il, cur, is_reshaped=False, wo=None)
             return self.head_gated(il, out, cur)
+        if row.attention == "compressed":
+            return self.compressed_attention(il, cur)
         if row.attention == "pools_latent":
             return self.pooled_latent_attention(il, cur)
         if row.attention in ("dsa", "mla_plain_gated"):

@@ -57,13 +57,19 @@ class FeedBuilder(PoolBuilder):
             return self._grove(il, cur)
         if row.feed in ("layer", "latent"):
             return self._latent_experts(il, cur)
-        out = self.moe(cur, il, self.routing(il))
+        out = self.moe(cur, il, self.routing(il), selected=self._hashed(il))
         if row.feed == "grok" and self.w(il, "ffn_up") is not None:
             return self.scale(self.add(self.ffn(cur, il, row.activation), out))
         if self.w(il, "ffn_up_shexp") is None:
             return out
         out = self.add(out, self.shared_expert(il, cur))
         return self.scale(out) if row.is_sum_scaled else out
+
+    def _hashed(self, il: int) -> Tensor | None:
+        """The experts that the tokens' numbers choose in DeepSeek 4's first layers."""
+        if il >= self.integer("hash_layer_count"):
+            return None
+        return self.get_rows(self.need(self.w(il, "ffn_gate_tid2eid")), self.inputs["tokens"])
 
     def shared_expert(self, il: int, cur: Tensor) -> Tensor:
         """The expert that every token uses, weighed by its gate where there is one."""

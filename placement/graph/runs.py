@@ -32,14 +32,16 @@ def shorten(keys: Sequence[Hashable]) -> tuple[list[int], list[Run]]:
     i = 0
     while i < len(keys):
         period, n = _best_period(keys, i)
-        if n <= KEPT_REPETITIONS:
+        if n <= KEPT_REPETITIONS + 1:
             kept.append(i)
             i += 1
             continue
-        half = 2 * period
+        # best-fit packing may alternate between two patterns: the number left out stays even
+        n_kept = KEPT_REPETITIONS + (n - KEPT_REPETITIONS) % 2
+        front = (n_kept - 1) * period
         end = i + n * period
-        runs.append(Run(len(kept) + half - period, period, n - KEPT_REPETITIONS))
-        kept += range(i, i + half)
+        runs.append(Run(len(kept) + front - period, period, n - n_kept))
+        kept += range(i, i + front)
         kept += range(end - period, end)
         i = end
     return kept, runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from placement.architecture import Cache
 from placement.graph.linear import LinearBuilder
+from placement.graph.rows import Row
 from placement.graph.tensor import Tensor
 
 HADAMARD_INDEXERS = frozenset({"deepseek32", "deepseek4", "glm-dsa", "dots3note"})
@@ -12,6 +13,7 @@ HADAMARD_INDEXERS = frozenset({"deepseek32", "deepseek4", "glm-dsa", "dots3note"
 class SparseBuilder(LinearBuilder):
     """Adds the lightning indexer and masks that keep only what it chose."""
 
+    row: Row
     top_k: Tensor | None = None  # what the last indexer chose; layers without one use it again
 
     def indexer_cache(self, il: int) -> Cache | None:
@@ -74,7 +76,8 @@ class SparseBuilder(LinearBuilder):
         rows = self.view(everything, (1, mask.ne[0], mask.ne[1], mask.ne[3]), nb[:3])
         ne, nb = top_k.ne, top_k.nb
         ids = self.view(top_k, (ne[0], ne[1], ne[3], 1), (nb[1], nb[2], ne[3] * nb[3]))
-        zeros = self.like("FILL", self.new("F32", 1, *ids.ne[:3]))
+        type = mask.type if self.row.attention == "compressed" else "F32"
+        zeros = self.like("FILL", self.new(type, 1, *ids.ne[:3]))
         kept = self.set_rows(rows, zeros, ids)
         ne, nb = kept.ne, kept.nb
         kept = self.view(kept, (ne[1], ne[2], 1, ne[3]), (nb[2], nb[3], nb[3]))

@@ -92,6 +92,20 @@ class Tensor:
         """Whether the elements of each row follow each other (ggml_is_contiguous_rows)."""
         return self.ne[0] == BLOCKS[self.type][0] or self.nb[0] == BLOCKS[self.type][1]
 
+    @property
+    def is_contiguous_to_planes(self) -> bool:
+        """Whether there are no gaps below the last dimension (ggml_is_contiguous_to_3)."""
+        ne, nb = self.ne, self.nb
+        block_elements, block_bytes = BLOCKS[self.type]
+        if ne[0] != block_elements and nb[0] != block_bytes:
+            return False
+        expected = block_bytes * (ne[0] // block_elements)
+        for i in (1, 2):
+            if ne[i] != 1 and nb[i] != expected:
+                return False
+            expected *= ne[i]
+        return True
+
     def _is_contiguous_from(self, n: int) -> bool:
         """ggml_is_contiguous_n: gaps are allowed up to dimension n."""
         ne, nb = self.ne, self.nb
