@@ -233,6 +233,11 @@ HERE = Path({folder!r})
 PORT = int(ARGS[ARGS.index("--port") + 1])
 if PORT == 0:  # a plan
     row = dict(name="Host", total=0, free=0, self=3, model=1, context=1, compute=1)
+    print("load_tensors: CPU model buffer size = 1.00 MiB\\nllama_kv_cache: CPU KV buffer size = 1.00 MiB\\n"
+          "llama_kv_cache: size = 1.00 MiB (1024 cells, 1 layers, 1/1 seqs), K (f16): 1.00 MiB\\n"
+          "resolve_fused_ops: Flash Attention enabled\\nsched_reserve: CPU compute buffer size = 1.00 MiB\\n"
+          "sched_reserve: graph: nodes = 9, splits = 1, input objects = 1, input tensors = 1\\n"
+          "sched_reserve: reserve took 1.0 ms, sched copies = 1")
     print(json.dumps(dict(type="fit_memory_breakdown", data=dict(unit="MiB", rows=[row]))))
     print("fitting params to free memory took 0.1 s", flush=True); time.sleep(60)
 MODES = json.loads((HERE / "modes.json").read_text())

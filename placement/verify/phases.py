@@ -97,6 +97,8 @@ class Visit:
     _watch: MemoryWatch | None = None
     _arguments: tuple[str, ...] = ()
     _log: Path | None = None
+    _slot: int = 0
+    _tokens: list[int] = field(default_factory=list)
     _facts: dict[str, Any] = field(default_factory=dict)
 
     def steps(self) -> list[tuple[str, int]]:
@@ -140,33 +142,40 @@ class Visit:
                 server = stack.enter_context(context)
                 self._started(server)
             with self._phase(WARM_UP):
-                self._ask(server, bench.asked.short_prompt, 16, bench.limits.prompt_s)
+                self._warm_up(server)
             for phase, repeat in steps:
                 with self._phase(phase, repeat):
-                    self._measure(server, phase)
+                    self._ask(server, phase)
             with self._phase(STOP):
                 stack.close()
                 self._stopped(server)
 
-    def _measure(self, server: Server, phase: str) -> None:
-        asked, limits = self.bench.asked, self.bench.limits
-        slot = slot_tokens(server.text()) or self.bench.ctx_tokens
-        if phase == SHORT:
-            n_prompt, n_generate, limit_s = asked.short_prompt, asked.short_generate, limits.prompt_s
-        elif phase == LONG:
-            n_prompt, n_generate, limit_s = asked.long_prompt, asked.long_generate, limits.prompt_s
-        else:
-            n_prompt, n_generate, limit_s = asked.canary or slot // 4, asked.canary_generate, limits.canary_s
+    def _lengths(self, phase: str) -> tuple[int, int]:
+        """Tokens read and written in a phase, cut to what a slot holds."""
+        asked, slot = self.bench.asked, self._slot
+        n_prompt, n_generate = {
+            WARM_UP: (asked.short_prompt, 16),
+            SHORT: (asked.short_prompt, asked.short_generate),
+            LONG: (asked.long_prompt, asked.long_generate),
+            CANARY: (asked.canary or slot // 4, asked.canary_generate),
+        }[phase]
         n_generate = max(1, min(n_generate, slot // 4))
-        n_prompt = max(1, min(n_prompt, slot - n_generate - 1))
-        self._ask(server, n_prompt, n_generate, limit_s)
+        return max(1, min(n_prompt, slot - n_generate - 1)), n_generate
 
-    def _ask(self, server: Server, n_prompt: int, n_generate: int, limit_s: float) -> None:
+    def _warm_up(self, server: Server) -> None:
+        """Make the tokens of all prompts, and have the server read and write some."""
+        self._slot = slot_tokens(server.text()) or self.bench.ctx_tokens
+        longest = max(self._lengths(phase)[0] for phase in MEASURED_PHASES)
+        self._tokens = prompt_tokens(server, longest, self.bench.asked.seed)
+        self._ask(server, WARM_UP)
+
+    def _ask(self, server: Server, phase: str) -> None:
         from placement.verify.schema import Timing
 
-        seed = self.bench.asked.seed
-        tokens = prompt_tokens(server, n_prompt, seed)
-        found: Timings = server.completion(tokens, n_generate, timeout_s=limit_s, seed=seed)
+        limits, seed = self.bench.limits, self.bench.asked.seed
+        n_prompt, n_generate = self._lengths(phase)
+        limit_s = limits.canary_s if phase == CANARY else limits.prompt_s
+        found: Timings = server.completion(self._tokens[:n_prompt], n_generate, timeout_s=limit_s, seed=seed)
         self._facts["timing"] = Timing(
             n_prompt=found.n_prompt,
             prompt_s=round(found.prompt_ms / 1e3, 6),
@@ -174,9 +183,7 @@ class Visit:
             generate_s=round(found.generate_ms / 1e3, 6),
         )
         if found.n_generated < n_generate or found.n_cached:
-            said = (
-                f"{found.n_generated} of {n_generate} tokens generated, {found.n_cached} taken from a cache"
-            )
+            said = f"{found.n_generated} of {n_generate} tokens, {found.n_cached} taken from a cache"
             raise EngineFailed(f"llama-server measured something else than asked: {said}")
 
     def _plan(self) -> None:

@@ -27,13 +27,13 @@ from placement.model_files import load_model
 from placement.problem import Problem, Workload
 from placement.solution import SolutionSet
 from placement.verify import records
-from placement.verify.candidates import Candidate, choose, make_candidates
+from placement.verify.candidates import FIT, Candidate, choose, make_candidates
 from placement.verify.decide import Round, Verdict, decide, rounds_of
 from placement.verify.lock import machine_lock
 from placement.verify.phases import PLAN, SHORT, Bench, BudgetSpent, Limits, Visit
 from placement.verify.prompts import Asked
 from placement.verify.records import RunLog, latest_campaign, of_campaign
-from placement.verify.watch import Sample, driver_version, load_nvml
+from placement.verify.watch import Sample, driver_version, load_nvml, memory_clock
 
 if TYPE_CHECKING:
     from placement.verify.schema import Record
@@ -54,6 +54,7 @@ class Options:
     budget_s: float | None = None
     is_full_depth: bool = False
     is_fresh: bool = False
+    has_fit: bool = True  # run --fit beside the solutions
     asked: Asked | None = None
     limits: Limits = field(default_factory=Limits)
     lock_path: Path | None = None
@@ -228,6 +229,7 @@ def _prepare(
         model_digest=actual.digest,
         machine=machine_key(problem.machine),
         driver=driver_version(nvml),
+        memory_clock=memory_clock(problem.machine, nvml),
         plan=asked.text(),
     )
     known = log.read()
@@ -252,6 +254,7 @@ def _prepare(
     )
     solutions = choose(found.solutions, options.top)
     candidates = make_candidates(solutions, problem.machine, found.extra_args, problem.reserve_mib)
+    candidates = [each for each in candidates if options.has_fit or each.role != FIT]
     return _Work(bench, candidates, options.rounds, run, listener, mismatch(problem.model, actual))
 
 

@@ -17,6 +17,7 @@ class Key(_Base):
     model_digest: str
     machine: str  # name and a digest of its devices
     driver: str | None = None  # the NVIDIA driver's version; None without one
+    memory_clock: str | None = None  # "CUDA0 10501 MHz": what the cards may reach now; None where unknown
     plan: str  # what is asked of the server: prompt lengths, depth, seed
 
 

@@ -55,6 +55,16 @@ def driver_version(nvml: Any | None) -> str | None:
     return None
 
 
+def memory_clock(machine: Machine, nvml: Any | None) -> str | None:
+    """Return the highest memory clock of every card, as "CUDA0 10501 MHz"; None where NVML does not say."""
+    clocks = []
+    for name, handle in nvml_handles(machine, nvml).items():
+        with contextlib.suppress(Exception):  # an old driver, or a stub without this call
+            assert nvml is not None
+            clocks.append(f"{name} {nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM)} MHz")
+    return ", ".join(sorted(clocks)) or None
+
+
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
