@@ -117,7 +117,7 @@ def test_splits_equal_plan(engine: Engine, workers: Workers, cache: PlanCache, n
     assert ours.n_copies == planned.n_copies
 
 
-@pytest.mark.parametrize(("name", "text"), [case for case in CASES if "q8_0" not in case[1]])
+@pytest.mark.parametrize(("name", "text"), CASES)
 def test_compute_buffers_equal_plan(
     engine: Engine, workers: Workers, cache: PlanCache, name: str, text: str
 ) -> None:
