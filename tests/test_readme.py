@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -24,15 +23,16 @@ def section(title: str) -> str:
     return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
-def commands(command: click.Command = cli, words: tuple[str, ...] = ("place",)) -> Iterator[str]:
-    """`place` and every command and subcommand, as typed."""
-    yield " ".join(words)
+def commands(command: click.Command = cli, name: str = "place") -> dict[str, click.Command]:
+    """`place` and every command and subcommand by what is typed."""
+    found = {name: command}
     if isinstance(command, click.Group):
         context = click.Context(command)
-        for name in command.list_commands(context):
-            found = command.get_command(context, name)
-            assert found is not None
-            yield from commands(found, (*words, name))
+        for word in command.list_commands(context):
+            below = command.get_command(context, word)
+            assert below is not None
+            found |= commands(below, f"{name} {word}")
+    return found
 
 
 def examples() -> list[str]:
@@ -56,6 +56,17 @@ def test_an_example_is_accepted_as_typed(line: str) -> None:
         assert found is not None
         command = found
     assert command.make_context("place", words).params
+
+
+def test_every_option_says_what_it_does() -> None:
+    """No option of any command stands without a help text."""
+    found = [
+        f"{name} {option.opts[0]}"
+        for name, command in commands().items()
+        for option in command.params
+        if isinstance(option, click.Option) and not option.help
+    ]
+    assert found == []
 
 
 def test_every_command_shows_an_example() -> None:

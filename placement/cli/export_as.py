@@ -41,7 +41,9 @@ FORMATS = ("command", "preset", "llama-swap", "compose", "systemd", "json", "ik_
 @click.option(
     "--server", default="llama-server", show_default=True, metavar="PATH", help="The server's program."
 )
-@click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True)
+@click.option(
+    "--port", type=click.IntRange(1, 65535), default=8080, show_default=True, help="The server's port."
+)
 def command(
     format_name: str,
     model_names: tuple[str, ...],

@@ -20,7 +20,9 @@ def command(is_json: bool) -> None:
 
     rows = [(name, resolve_model(name)) for name in model_names()]
     if is_json:
-        options.echo_json([{"name": name, "description": model.description, "bytes": model.n_bytes} for name, model in rows])
+        options.echo_json(
+            [{"name": name, "description": model.description, "bytes": model.n_bytes} for name, model in rows]
+        )
         return
     width = max((len(name) for name, _ in rows), default=0)
     for name, model in rows:

@@ -50,6 +50,29 @@ reserve_option = click.option(
     metavar="MIB",
     help="Keep that much free on every GPU, on top of its runtime.",
 )
+prompt_option = click.option(
+    "--prompt",
+    "prompt_tokens",
+    type=click.IntRange(min=1),
+    default=2000,
+    show_default=True,
+    help="Tokens that a turn reads.",
+)
+generate_option = click.option(
+    "--generate",
+    "generate_tokens",
+    type=click.IntRange(min=1),
+    default=500,
+    show_default=True,
+    help="Tokens that a turn writes.",
+)
+objective_option = click.option(
+    "--objective",
+    type=click.Choice(["turn", "decode", "prompt"]),
+    default="turn",
+    show_default=True,
+    help="What is made fast: the whole turn, or only its writing or reading.",
+)
 engine_option = click.option(
     "--engine",
     "engine_name",

@@ -19,15 +19,13 @@ from placement.cli import options
     "--kv", "kv_type", metavar="TYPE", help="KV cache type, K and V alike: f16, q8_0, q4_0, … or auto."
 )
 @click.option("--ubatch", metavar="N|auto", default="auto", show_default=True, help="Physical batch (-ub).")
-@click.option("--prompt", "prompt_tokens", type=click.IntRange(min=1), default=2000, show_default=True)
-@click.option("--generate", "generate_tokens", type=click.IntRange(min=1), default=500, show_default=True)
+@options.prompt_option
+@options.generate_option
 @click.option(
     "--depth", "depth_tokens", type=click.IntRange(min=0), help="Tokens already there [a quarter of --ctx]."
 )
 @options.reserve_option
-@click.option(
-    "--objective", type=click.Choice(["turn", "decode", "prompt"]), default="turn", show_default=True
-)
+@options.objective_option
 @click.option("--pin", "pins", multiple=True, metavar="'REGEX=DEV'", help="Tensors that stay on a device.")
 @click.option("--ngl", type=click.IntRange(min=0), help="Keep -ngl N: the first layers on the CPU.")
 @click.option("--ts", metavar="A,B,…", help="Keep these layer counts.")
@@ -59,8 +57,9 @@ from placement.cli import options
     "--top", type=click.IntRange(min=1, max=50), default=12, show_default=True, help="Solutions shown."
 )
 @click.option(
-    "--time-limit", "time_limit_s", type=options.Finite(min=0.05), default=10.0, show_default=True
-)
+    "--time-limit", "time_limit_s", type=options.Finite(min=0.05), default=10.0, show_default=True,
+    metavar="SECONDS", help="Then the best placement so far is taken, with its gap.",
+)  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="CP-SAT's seed.")
 @options.program_option
 @options.engine_option

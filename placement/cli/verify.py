@@ -28,15 +28,13 @@ if TYPE_CHECKING:
 @click.option("--parallel", "n_slots", type=click.IntRange(min=1), help="Slots (-np).")
 @click.option("--kv", "kv_type", metavar="TYPE", help="KV cache type, K and V alike: f16, q8_0, q4_0, …")
 @click.option("--ubatch", metavar="N|auto", default="auto", show_default=True, help="Physical batch (-ub).")
-@click.option("--prompt", "prompt_tokens", type=click.IntRange(min=1), default=2000, show_default=True)
-@click.option("--generate", "generate_tokens", type=click.IntRange(min=1), default=500, show_default=True)
+@options.prompt_option
+@options.generate_option
 @click.option(
     "--depth", "depth_tokens", type=click.IntRange(min=0), help="Tokens there [a quarter of --ctx]."
 )
 @options.reserve_option
-@click.option(
-    "--objective", type=click.Choice(["turn", "decode", "prompt"]), default="turn", show_default=True
-)
+@options.objective_option
 @click.option(
     "--top", "n_top", type=click.IntRange(min=1), default=3, show_default=True, help="Solutions run."
 )
