@@ -88,9 +88,7 @@ class Found:
 
 def conditions_of(key: Key) -> Conditions:
     """The conditions that a record was made under."""
-    return Conditions(
-        key.engine_build, key.engine_fingerprint, key.driver, getattr(key, "memory_clock", None)
-    )
+    return Conditions(key.engine_build, key.engine_fingerprint, key.driver, key.memory_clock)
 
 
 def find_runs(root: Path, machine: Machine, is_mixed: bool = False) -> Found:
