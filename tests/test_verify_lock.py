@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from placement.verify.lock import MachineBusy, machine_lock, reap
+from placement.verify.lock import MachineBusy, machine_lock, reap, require_free
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -21,6 +21,13 @@ def test_second_holder_is_refused(tmp_path: Path) -> None:
     with machine_lock(tmp_path / "lock"), pytest.raises(MachineBusy, match="process [0-9]+"):
         with machine_lock(tmp_path / "lock"):
             pass
+
+
+def test_busy_machine_is_refused_early(tmp_path: Path) -> None:
+    """Whoever asks before solving is refused while another verify runs, and not afterwards."""
+    with machine_lock(tmp_path / "lock"), pytest.raises(MachineBusy):
+        require_free(tmp_path / "lock")
+    assert require_free(tmp_path / "lock") == 0
 
 
 def test_lock_is_free_afterwards(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_rebuilt_engine_is_a_wrong_build(run: Any, tmp_path: Path) -> None:
 
 def test_port_taken_is_tried_again_by_a_rerun(run: Any, tmp_path: Path) -> None:
     """What says nothing about the placement is run again: a port that was taken, for one."""
-    run(options=quick(tmp_path, limits=HASTY), aggressive="start:port")
+    assert not run(options=quick(tmp_path, limits=HASTY), aggressive="start:port").is_complete
     report = run(options=quick(tmp_path, limits=HASTY), aggressive="ok")
     assert statuses(report)["aggressive"] == "ok"
 
@@ -216,6 +216,17 @@ def test_wrong_model_file_is_named(run: Any, tmp_path: Path, model_file: Path) -
     assert report.verdict.recommended is None
     assert not (tmp_path / "engine" / "starts").exists()
     assert "tensors, not" in listener.said[0]
+
+
+def test_show_prefers_what_was_measured(run: Any, tmp_path: Path, model_file: Path) -> None:
+    """A later try with a wrong file does not hide the table of what was measured."""
+    report = run(aggressive="ok")
+    problem = problem_of(load_model(model_file), cpu_machine())
+    found = set_of(problem, solution("aggressive", "-ngl", "aggressive"))
+    other = write_model(tmp_path / "other.gguf", n_layer=2, n_embd=64)
+    engine = fake_engine(tmp_path / "engine", aggressive="ok")
+    verify(problem, found, other, engine, tmp_path / "runs", quick(tmp_path), Lines())
+    assert show(tmp_path / "runs", report.workload).verdict == report.verdict
 
 
 def test_other_name_in_the_header_is_the_same_model(run: Any, tmp_path: Path, model_file: Path) -> None:

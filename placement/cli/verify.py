@@ -94,19 +94,22 @@ def _verify(model: Model, machine: Any, path: Path, asked: dict[str, Any], is_js
     from placement.errors import InputError
     from placement.solving import run_solve
     from placement.store import solution_folder
+    from placement.verify.lock import require_free
     from placement.verify.run import verify
 
     if not path.is_file():
         raise InputError("--model-file", "running needs the weights: there is no such file", value=str(path))
-    engine = _engine(asked["engine_name"])
+    engine = running_engine(asked["engine_name"])
+    require_free()  # the solve would plan on the workers that another verify measures
     outcome = run_solve(model, machine, asked, asked["out_folder"], lambda text: click.echo(text, err=True))
     folder = solution_folder(Path(asked["out_folder"] or "solutions"), outcome.problem)
-    with _listener(is_json) as listener:
+    with progress_listener(is_json) as listener:
         wanted = _options(asked, outcome.problem)
         return verify(outcome.problem, outcome.found, path, engine, folder, wanted, listener)
 
 
-def _engine(name: str) -> Engine:
+def running_engine(name: str) -> Engine:
+    """The llama.cpp that runs the weights; planning is not enough."""
     from placement.engine import find_engine
     from placement.errors import InputError
 
@@ -154,7 +157,7 @@ def print_report(report: Report, model_path: str) -> None:
 
 
 @contextlib.contextmanager
-def _listener(is_quiet: bool) -> Iterator[_Lines]:
+def progress_listener(is_quiet: bool) -> Iterator[_Lines]:
     """Live progress on a terminal, plain lines elsewhere; all on stderr."""
     if is_quiet or not sys.stderr.isatty():
         yield _Lines(is_quiet)

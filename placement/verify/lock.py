@@ -81,6 +81,16 @@ def machine_lock(path: Path | None = None) -> Iterator[tuple[MachineLock, int]]:
         os.close(handle)
 
 
+def require_free(path: Path | None = None) -> int:
+    """Refuse at once what would have to wait for the lock; return how many orphaned servers were ended.
+
+    Raises:
+        MachineBusy: another process holds it.
+    """
+    with machine_lock(path) as (_, n_reaped):
+        return n_reaped
+
+
 def _open(path: Path) -> int:
     flags = os.O_RDWR | os.O_CLOEXEC
     try:

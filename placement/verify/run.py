@@ -192,14 +192,15 @@ def verify(
 
 
 def show(folder: Path, workload: Workload) -> Report:
-    """Decide again from the newest campaign's records, running nothing.
+    """Decide again from the records of the newest campaign that measured anything, running nothing.
 
     Raises:
         InputError: nothing was measured there, or the records cannot be read.
     """
     log = RunLog(folder)
     known = log.read()
-    campaign = latest_campaign(known)
+    measured = [record for record in known if record.timing is not None]
+    campaign = latest_campaign(measured or known)
     if campaign is None:
         raise InputError(log.path, "has no records: run place verify first")
     run = of_campaign(known, campaign)
@@ -290,15 +291,15 @@ class _Work:
         )
         if self.wrong_model is not None:
             self._refuse_model(self.wrong_model)
-            return True
+            return False
+        numbers = range(1, self.n_rounds + 1)
         try:
-            for number in range(1, self.n_rounds + 1):
+            for number in numbers:
                 for candidate in self.candidates:
                     self._visit(candidate, number)
         except BudgetSpent:
             self.listener.say("the time given is over: run place verify again to measure the rest")
-            return False
-        return True
+        return all(self._is_over(candidate, number) for number in numbers for candidate in self.candidates)
 
     def _keeping(self, write: Any) -> Any:
         def keep(record: Record) -> None:
@@ -310,22 +311,24 @@ class _Work:
     def _rounds(self, candidate: Candidate) -> dict[int, Round]:
         return rounds_of([record for record in self.records if record.run_id == candidate.run_id])
 
-    def _visit(self, candidate: Candidate, number: int) -> None:
+    def _is_over(self, candidate: Candidate, number: int) -> bool:
+        """Whether a round has nothing left to run: all is measured, or the candidate has lost already."""
         rounds = self._rounds(candidate)
         known = rounds.get(number)
-        visit = Visit(self.bench, candidate, number)
-        done = set(known.done) if known is not None else set()
-        is_over = (
-            known is not None and known.is_over and (known.status != records.OK or done >= set(visit.steps()))
-        )
-        is_out = any(each.status in _FATAL for each in rounds.values())
+        if any(each.status in _FATAL for each in rounds.values()):
+            return True
+        has_all = known is not None and known.done >= set(Visit(self.bench, candidate, number).steps())
+        return known is not None and known.is_over and (known.status != records.OK or has_all)
+
+    def _visit(self, candidate: Candidate, number: int) -> None:
+        known = self._rounds(candidate).get(number)
         self._n_done += 1
-        if is_over or is_out:
+        if self._is_over(candidate, number):
             return
         if self.bench.deadline_s is not None and time.monotonic() > self.bench.deadline_s:
             raise BudgetSpent
         began_s = time.monotonic()
-        visit.run(done)
+        Visit(self.bench, candidate, number).run(set(known.done) if known is not None else set())
         self._durations_s.append(time.monotonic() - began_s)
         after = self._rounds(candidate)[number]
         if after.status != records.OK:
