@@ -128,8 +128,8 @@ def is_settled(
 ) -> bool:
     """Whether the best measured turn is within the noise of the best predicted of those not measured.
 
-    What is predicted with a spread counts as one spread, the model's own error included, better: a chance worth taking is taken. Before
-    LEAST_RUNS the spreads themselves are guesses.
+    What is predicted with a spread, the model's own error included, counts as one spread better: a chance worth
+    taking is taken. Before LEAST_RUNS the spreads themselves are guesses.
     """
     open_ = [i for i, each in enumerate(proposals) if each.key not in measured]
     if len(measured) < LEAST_RUNS or not open_:

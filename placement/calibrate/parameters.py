@@ -38,7 +38,7 @@ SPREADS = {
     "pipeline_overlap": 0.4,
     "cpu_tflops_per_thread": 0.6,
 }
-RPC_SPREAD = 1.0  # nobody knows a worker's bandwidth before it is measured
+RPC_SPREAD = 1.5  # nobody knows a worker, or the network, before they are measured
 ALIKE = 0.5  # correlation between the devices of one machine: they share a build and a driver
 LEAST_SPREAD = 0.05
 
@@ -55,6 +55,8 @@ _DECODE_ONCE = ("cpu_read_efficiency", "split_us", "boundary_us", "node_us", "to
 _PROMPT_EACH = ("dense_compute_efficiency", "expert_compute_efficiency", "attention_compute_efficiency")
 _PROMPT_CUDA = ("pinned_link_efficiency", "pageable_link_efficiency")
 _PROMPT_ONCE = ("compute_half_tokens", "pipeline_overlap", "cpu_tflops_per_thread")
+_RPC_RATES = ("read_efficiency", "kv_read_efficiency", *_PROMPT_EACH)
+_RPC_WAITS = ("split_us", "boundary_us", "rpc_split_us")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +100,9 @@ def _parameter(machine: Machine, name: str, device: Device | None) -> Parameter:
     prior = prior_of(machine, name)
     is_log = prior.value > 0
     spread = SPREADS[base]
-    is_bandwidth = base == "read_efficiency" or base in _PROMPT_EACH
-    if device is not None and device.is_rpc and is_bandwidth:
+    has_rpc = any(each.is_rpc for each in machine.devices)
+    is_rpc_rate = device is not None and device.is_rpc and base in _RPC_RATES
+    if is_rpc_rate or (has_rpc and base in _RPC_WAITS):
         spread = RPC_SPREAD
     if is_log and base in ("layer_us", "token_us"):
         spread = 1.0  # a probe found some: its own uncertainty says how much to believe it

@@ -213,6 +213,7 @@ class _Value:
     n_tokens: int
     seconds: float
     doubt: str
+    noise: float = LEAST_NOISE
 
 
 def _rows(run_id: str, run: Run, records: Sequence[Record]) -> Iterable[Row]:
@@ -268,16 +269,24 @@ def _phase_rows(run_id: str, run: Run, phase: str, values: list[_Value], is_prom
 
 
 def _median(values: Sequence[_Value]) -> _Value:
-    seconds = statistics.median(value.seconds for value in values)
+    every = [value.seconds for value in values]
+    seconds = statistics.median(every)
+    noise = max(LEAST_NOISE, _spread(every))
     doubt = next((value.doubt for value in values if value.doubt), "")
-    return replace(values[0], seconds=seconds, doubt=doubt)
+    return replace(values[0], seconds=seconds, doubt=doubt, noise=noise)
+
+
+def _spread(seconds: Sequence[float]) -> float:
+    """Standard error of the middle of some times, as a share."""
+    if len(seconds) < 2:
+        return LEAST_NOISE
+    return statistics.stdev(seconds) / statistics.median(seconds) / len(seconds) ** 0.5
 
 
 def _row(run_id: str, run: Run, phase: str, values: Sequence[_Value], is_prompt: bool, doubt: str) -> Row:
     seconds = [value.seconds for value in values]
     middle, n_tokens = statistics.median(seconds), values[0].n_tokens
-    spread = statistics.stdev(seconds) / middle / len(seconds) ** 0.5 if len(seconds) > 1 else 2 * LEAST_NOISE
-    noise = max(LEAST_NOISE, spread)
+    noise = max(_spread(seconds), *(value.noise / len(values) ** 0.5 for value in values))
     if is_prompt and phase == SHORT:
         noise = max(noise, SHORT_PROMPT_NOISE)
     workload = Workload(n_tokens, 1, 0) if is_prompt else Workload(1, 1, n_tokens)

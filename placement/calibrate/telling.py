@@ -14,10 +14,12 @@ from placement.calibrate.features import Row, decode_row, prompt_row
 from placement.calibrate.fit import MODEL_NOISE, UNIDENTIFIED, Calibration
 from placement.check import device_use
 from placement.compute import plan_compute
+from placement.cost import GraphCounts
 from placement.emit import emit_arguments
 from placement.groups import movable_groups
 from placement.memory import context_size
 from placement.problem import CPU, Assignment, Problem, Settings, Workload
+from placement.solution import DeviceUse
 
 MAX_ORDERED_DEVICES = 3
 LEAST_SHARE = 0.03  # of a coefficient's variance: below, no placement tells anything
@@ -32,6 +34,8 @@ class Trial:
     problem: Problem
     assignment: Assignment
     rows: tuple[Row, ...]
+    counts: GraphCounts
+    devices: dict[str, DeviceUse]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +56,15 @@ def trials(problem: Problem) -> list[Trial]:
         plan = plan_compute(problem.model, problem.machine, assignment, problem.program)
         uses = device_use(problem, assignment, plan)
         if all(use.headroom_mib >= 0 for use in uses.values()):
-            found.append(make_trial(name, problem, assignment))
+            found.append(_trial(name, problem, assignment, graph_counts(plan), uses))
     return found
 
 
-def make_trial(name: str, problem: Problem, assignment: Assignment) -> Trial:
+def _trial(
+    name: str, problem: Problem, assignment: Assignment, counts: GraphCounts, devices: dict[str, DeviceUse]
+) -> Trial:
     """A trial of an assignment: its token at little and at much depth, and its prompt."""
-    plan = plan_compute(problem.model, problem.machine, assignment, problem.program)
-    counts, slot = graph_counts(plan), context_size(problem.model, assignment.settings).cells
+    slot = context_size(problem.model, assignment.settings).cells
 
     def at(depth: int, n_prompt: int = 1) -> Problem:
         return replace(problem, workload=Workload(n_prompt, 1, depth))
@@ -71,7 +76,7 @@ def make_trial(name: str, problem: Problem, assignment: Assignment) -> Trial:
         prompt_row(at(0, prompt), assignment, counts, run=name, label="long prompt"),
     )
     arguments = emit_arguments(problem.model, problem.machine, assignment, problem.program)
-    return Trial(name, tuple(arguments), problem, assignment, rows)
+    return Trial(name, tuple(arguments), problem, assignment, rows, counts, devices)
 
 
 def _assignments(problem: Problem) -> Iterator[tuple[str, Assignment]]:

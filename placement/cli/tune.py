@@ -1,0 +1,127 @@
+"""`place tune`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from placement.cli import options
+
+if TYPE_CHECKING:
+    from placement.tune import Tuned
+
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]
+    """20m, 90s, 1h; a bare number is minutes."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """Seconds."""
+        match = _TIME.fullmatch(str(value))
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r} is no time: 20m, 90s or 1h", param, ctx)
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "": 60}[match[2]]
+
+
+@click.command()
+@options.model_argument
+@click.option("--model-file", metavar="X.gguf", help="The weights to run [MODEL, where that is a .gguf].")
+@options.machine_option
+@click.option("--budget", "budget_s", type=Duration(), default="20m", show_default=True, metavar="TIME")
+@click.option("--ctx", "ctx_tokens", type=click.IntRange(min=1), help="Context tokens over all slots.")
+@click.option("--parallel", "n_slots", type=click.IntRange(min=1), help="Slots (-np).")
+@click.option("--kv", "kv_type", metavar="TYPE", help="KV cache type, K and V alike: f16, q8_0, q4_0, …")
+@click.option("--ubatch", metavar="N|auto", default="auto", show_default=True, help="Physical batch (-ub).")
+@click.option("--prompt", "prompt_tokens", type=click.IntRange(min=1), default=2000, show_default=True)
+@click.option("--generate", "generate_tokens", type=click.IntRange(min=1), default=500, show_default=True)
+@click.option(
+    "--depth", "depth_tokens", type=click.IntRange(min=0), help="Tokens there [a quarter of --ctx]."
+)
+@options.reserve_option
+@click.option("--dry-run", "is_dry", is_flag=True, help="Leave the machine file as it is.")
+@options.engine_option
+@click.option("--out", "out_folder", metavar="DIR", help="Where solutions/ lies [./solutions].")
+@options.json_option
+def command(model_name: str, machine_name: str | None, is_json: bool, **asked: Any) -> None:
+    """Find the best placement of MODEL by measuring few: solve, run, refit the machine, solve again.
+
+    Ends when the best measured placement is within its noise of the best predicted one, or with the budget.
+    Everything measured is kept: the same command goes on where it ended. The choice was run beside llama.cpp's
+    own --fit and did not measure slower.
+
+    \b
+    Example:
+      place tune qwen3-coder-q5 --model-file Qwen3-Coder-Next-Q5.gguf --budget 20m
+    """
+    from placement.cli.verify import print_report
+    from placement.machine_files import own_machine_path, save_machine
+
+    model = options.load(model_name)
+    machine = options.load_machine(machine_name)
+    model_path = Path(asked["model_file"] or (model.files[0] if model.files else f"{model.name}.gguf"))
+    tuned = _tune(model, machine, model_path, asked, is_json)
+    path = own_machine_path(machine_name, machine)
+    if tuned.changes and not asked["is_dry"]:
+        save_machine(tuned.machine, path)
+    if is_json:
+        options.echo_json(_row(tuned, model.name, str(model_path)))
+    else:
+        if tuned.report is not None:
+            print_report(tuned.report, str(model_path))
+        click.echo(f"- ended: {tuned.why}")
+        if tuned.changes:
+            click.echo(
+                f"- {path}: {len(tuned.changes)} values {'would change' if asked['is_dry'] else 'written'}"
+            )
+    if tuned.report is None or tuned.report.verdict.recommended is None:
+        raise click.exceptions.Exit(1)
+
+
+def _tune(model: Any, machine: Any, model_path: Path, asked: dict[str, Any], is_quiet: bool) -> Tuned:
+    from placement.cli.verify import progress_listener, running_engine
+    from placement.errors import InputError
+    from placement.tune import tune
+    from placement.verify.run import Options
+
+    if not model_path.is_file():
+        raise InputError(
+            "--model-file", "running needs the weights: there is no such file", value=str(model_path)
+        )
+    engine = running_engine(asked["engine_name"])
+    wanted = Options(budget_s=asked["budget_s"])
+    root = Path(asked["out_folder"] or "solutions")
+    with progress_listener(is_quiet) as listener:
+        return tune(model, machine, model_path, engine, asked, root, wanted, listener, options.warn)
+
+
+def _row(tuned: Tuned, model: str, model_path: str) -> dict[str, Any]:
+    from placement.verify.table import report_row
+
+    report = tuned.report
+    return {
+        "model": model,
+        "machine": tuned.machine.name,
+        "is_settled": tuned.is_settled,
+        "why": tuned.why,
+        "steps": [
+            {
+                "step": each.step,
+                "candidate": each.candidate,
+                "predicted_tps": round(each.predicted_tps, 3),
+                "measured_tps": None if each.measured_tps is None else round(each.measured_tps, 3),
+                "error": None if each.error is None else round(each.error, 5),
+                "predicted_turn_s": round(each.predicted_turn_s, 4),
+                "measured_turn_s": None if each.measured_turn_s is None else round(each.measured_turn_s, 4),
+                "status": each.status,
+                "learned": list(each.learned),
+            }
+            for each in tuned.lines
+        ],
+        "report": None if report is None else report_row(report, model, tuned.machine.name, model_path),
+    }
