@@ -45,7 +45,9 @@ class BufferType:
 
 HOST_BUFFER = BufferType(32, lambda tensor: tensor.n_bytes, is_host=True)
 CUDA_BUFFER = BufferType(cuda.ALIGNMENT, cuda.alloc_bytes, is_host=False)
-RPC_BUFFER = BufferType(32, lambda tensor: tensor.n_bytes, is_host=False)  # a worker on a CPU; others need the engine
+RPC_BUFFER = BufferType(
+    32, lambda tensor: tensor.n_bytes, is_host=False
+)  # a worker on a CPU; others need the engine
 
 
 class Pool:

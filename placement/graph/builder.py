@@ -36,6 +36,7 @@ class Builder(Graph):
         self.unread = ""  # tensors that the engine loads and does not use, see `Row.unread`
         self.is_down_scaled = False
         self.has_rope_factors = False
+        self.is_window_unfactored = False  # layers with a window are roped without factors
         self.homes: Sequence[int] = ()  # of layers, as far as leafs are shared between them
         self.token_input: Tensor | None = None
 

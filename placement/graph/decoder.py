@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from placement.architecture import Architecture
-from placement.graph.compressed import CompressedBuilder
 from placement.graph.context import Batch, Context
+from placement.graph.gemma import SPARSE_LAYERS, GemmaBuilder
 from placement.graph.rows import Row
 from placement.graph.tensor import Tensor
 from placement.model import Model
@@ -19,7 +19,7 @@ ROPED_BAICHUAN_LAYERS = 32
 UNNORMED_LLAMA4_EXPERTS = 128
 
 
-class Decoder(CompressedBuilder):
+class Decoder(GemmaBuilder):
     """Builds the graph of one batch; `layers` may leave out layers that repeat others."""
 
     def __init__(self, model: Model, facts: Architecture, row: Row, context: Context, batch: Batch) -> None:
@@ -31,6 +31,7 @@ class Decoder(CompressedBuilder):
         self.n_pos_per_token = row.n_pos_per_token or self._n_pos()
         self.unread = row.unread
         self.has_rope_factors = row.has_rope_factors
+        self.is_window_unfactored = row.is_window_unfactored
         self.is_down_scaled = "d" in row.scaled
         self.layer_starts: list[int] = []
         self.leaf_starts: list[int] = []
@@ -56,6 +57,8 @@ class Decoder(CompressedBuilder):
         """What the layer's number decides beyond its facts and tensors."""
         if self.row.structure == "cycles":
             return (il,)
+        if self.row.structure == "altup":
+            return (il < SPARSE_LAYERS,)
         step = self.checkpoint_step
         checkpoint = (il // step, self.is_checkpoint(il)) if step else ()
         return self.has_rope(il), self._deepstack_part(il), checkpoint
@@ -92,6 +95,10 @@ class Decoder(CompressedBuilder):
             bias = self.weight("token_embd_norm.bias")
             cur = self.build_norm(cur, weight, bias, row.norm, row.embedding_norm_pin)
         self.skip = cur
+        if row.structure in ("gemma4", "altup"):
+            self.per_layer_inputs(cur)
+        if row.structure == "altup":
+            return self.altup_widened(cur)
         if row.structure == "gated_streams":
             return self.gated_widened(cur)
         return self.widened(cur) if row.structure.startswith("hyper") else cur
@@ -102,6 +109,8 @@ class Decoder(CompressedBuilder):
         if row.structure.startswith("hyper"):
             cur = self.hyper_rows(cur)
             cur = self.hyper_mean(cur) if row.structure == "hyper_mean" else self.hyper_head(cur)
+        if row.structure == "altup":
+            cur = self.altup_head(cur)
         if row.structure == "gated_streams":
             cur = self.gated_head(cur)
         if row.structure == "stack":
@@ -152,6 +161,10 @@ class Decoder(CompressedBuilder):
             return self.hyper_layer(il, residual)
         if row.structure == "gated_streams":
             return self.gated_layer(il, residual, is_last=is_last)
+        if row.structure == "gemma4":
+            return self.gemma4_layer(il, residual)
+        if row.structure == "altup":
+            return self.altup_layer(il, residual)
         if row.structure == "stack":
             return self.stack_layer(il, residual)
         if row.structure == "cycles":

@@ -9,6 +9,8 @@ from placement.graph.pools import PoolBuilder
 from placement.graph.rows import Row
 from placement.graph.tensor import Tensor
 
+NO_LIMIT = 1e-6  # limits up to this are none
+
 
 class FeedBuilder(PoolBuilder):
     """Adds the feed-forward block of a row."""
@@ -47,7 +49,8 @@ class FeedBuilder(PoolBuilder):
         """The feed-forward block of the layer: dense, or experts with or without a shared one."""
         row = self.row
         if self.w(il, "ffn_gate_inp") is None or row.feed == "dense":
-            return self.ffn(cur, il, row.activation, is_scaled="f" in row.scaled)
+            clamp = self.clamp_of(il, "swiglu_clamp_shexp")
+            return self.ffn(cur, il, row.activation, clamp=clamp, is_scaled="f" in row.scaled)
         if row.feed == "shared_first":
             shared = self.shared_expert(il, cur)
             return self.add(self.moe(cur, il, self.routing(il)), shared)
@@ -95,7 +98,10 @@ class FeedBuilder(PoolBuilder):
             return ""
         limits = self.model.get(key, 0.0)
         limit = limits[il] if isinstance(limits, (tuple, list)) else limits
-        return self.row.clamp if float(limit) > 1e-6 else ""
+        if float(limit) <= NO_LIMIT:
+            return ""
+        is_fused = self.row.clamp == "fused" or (self.row.clamp == "fused_experts" and key.endswith("_exp"))
+        return "fused" if is_fused else "split"
 
     def routing(self, il: int) -> Routing:
         """How the row's architecture routes."""

@@ -63,7 +63,9 @@ class LatentBuilder(BlockSparseBuilder):
 
     def rope_factors(self, il: int) -> Tensor | None:
         """The layer's copy of the rope factors for the context in use (get_rope_factors)."""
-        if not self.has_rope_factors:
+        if not self.has_rope_factors or (
+            self.is_window_unfactored and self.layer(il).window_tokens is not None
+        ):
             return None
         home = self.homes[il] if self.homes else 0
         original = self.integer("rope.scaling.original_context_length", self.facts.n_ctx_train)

@@ -42,6 +42,7 @@ class Row:
     has_plain_qk_norm: bool = False  # a norm without weights on roped Q and K
     rope: str = "all"  # none, swa, swa_if_any, swa_or_dense, step, step_from_0, by_size, pattern, finetuned
     has_rope_factors: bool = False  # rope_freqs, or the long and short factors, are used
+    is_window_unfactored: bool = False  # but not in layers with a window
     has_alibi: bool = False
     has_q_scale: bool = False
     temperature: str = ""  # Q times a scale input: meta, or no_rope (layers without rope)
@@ -82,7 +83,9 @@ class Row:
     is_sum_scaled: bool = False
     scaled: str = ""  # whose `.scale` tensors are used: f feed-forward, d its last part, e experts, s shared
     has_exact_down: bool = False  # the experts' last projection asks for f32, which CUDA has not
-    clamp: str = ""  # how swiglu_clamp_exp and _shexp limit SiLU: split or fused
+    clamp: str = (
+        ""  # how swiglu_clamp_exp and _shexp limit SiLU: split, fused, or fused_experts (others split)
+    )
     # recurrence and structure
     has_pools: bool = False  # an indexer scores pools of cells
     recurrent: str = ""  # gdn, mamba, mamba2, shortconv, ...
@@ -166,6 +169,18 @@ ROWS: dict[str, Row] = {
     "gemma": Row(embedding_scale="graph", **_GEMMA),
     "gemma2": Row(embedding_scale="graph", softcap="always", is_capped=True, **_GEMMA, **_POST_NORMS),
     "gemma3": Row(embedding_scale="rows", softcap="meta", **_GEMMA, **_POST_NORMS),
+    "gemma3n": Row(embedding_scale="rows", softcap="always", structure="altup", rows_at="end_plain"),
+    "gemma4": Row(
+        scaled="e",
+        embedding_scale="rows",
+        has_rope_factors=True,
+        is_window_unfactored=True,
+        expert_activation="gelu",
+        is_expert_scaled=False,
+        softcap="meta",
+        structure="gemma4",
+        rows_at="end_normed",
+    ),
     "gemma-embedding": Row(
         attention="no_cache", embedding_scale="rows", structure="embedding", **_GEMMA, **_POST_NORMS
     ),
@@ -206,11 +221,19 @@ ROWS: dict[str, Row] = {
     "hunyuan-dense": Row(has_rope_factors=True, qk_norm="after"),
     "hunyuan-moe": Row(has_rope_factors=True, qk_norm="after", feed="shared_first"),
     "hunyuan_vl": Row(has_rope_factors=True, qk_norm="after", n_pos_per_token=0),
+    "step35": Row(
+        has_rope_factors=True,
+        is_window_unfactored=True,
+        gate="sigmoid",
+        clamp="split",
+        rows_at="end",
+        **_META,
+    ),
     "hy_v4": Row(
         unread="s",
         attention="dsa",
         gate="sigmoid",
-        clamp="fused",
+        clamp="fused_experts",
         structure="hyper_cast",
         rows_at="never",
         **_META,
@@ -233,7 +256,7 @@ ROWS: dict[str, Row] = {
         selects_by="logits",
     ),
     "maincoder": Row(qk_norm="after"),
-    "maple": Row(rope="swa", clamp="fused", is_expert_scaled=False),
+    "maple": Row(rope="swa", clamp="fused_experts", is_expert_scaled=False),
     "mimo2": Row(unread="qs", value_scale="meta", gating="sigmoid"),
     "minicpm": Row(
         has_rope_factors=True, embedding_scale="always", residual_scale="always", logit_scale="always"
@@ -341,6 +364,7 @@ ROWS: dict[str, Row] = {
     "glm5-next": Row(
         unread="s",
         attention="pools_latent",
+        clamp="fused",
         has_pools=True,
         recurrent="kda_bounded_low",
         is_norm_expanded=True,
