@@ -22,6 +22,8 @@ COMMANDS = {
     "apply": ("placement.cli.apply", "Write the choice into a models.conf, with the reasons."),
     "export-as": ("placement.cli.export_as", "The choice as a command, preset, YAML, unit or JSON."),
     "verify": ("placement.cli.verify", "Run the best solutions beside llama.cpp's own --fit."),
+    "calibrate": ("placement.cli.calibrate", "Refit the machine's coefficients from what was measured."),
+    "tune": ("placement.cli.tune", "Solve, run, refit and solve again until nothing better is predicted."),
     "import": ("placement.cli.import_", "Describe a GGUF file: its header as models/NAME.toml."),
     "export": ("placement.cli.export", "Write a header-only GGUF that llama.cpp can plan."),
     "models": ("placement.cli.models", "List the model descriptions that have names."),

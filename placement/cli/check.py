@@ -50,7 +50,7 @@ def command(
     environment = {name: value for name, value in os.environ.items() if name.startswith("LLAMA_ARG_")}
     parsed = parse(arguments, environment)
     asked = {"engine_name": engine_name, "rpc": parsed.rpc}
-    machine, judge = with_engine(asked, options.load_machine(machine_name), options.warn)
+    machine, judge = with_engine(asked, options.load_machine(machine_name, parsed.rpc), options.warn)
     result = check(
         model, machine, parsed, program,
         reserve_mib=reserve_mib, judge=judge, rival=rival if is_compared else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -90,8 +90,11 @@ def load(model_name: str) -> Model:
     return resolve_model(model_name)
 
 
-def load_machine(name: str | None) -> Machine:
-    """The machine of a --machine option; without one the GPUs here, or the reference machine and a line."""
+def load_machine(name: str | None, rpc: Sequence[str] = ()) -> Machine:
+    """The machine of a --machine option; without one the GPUs here, or the reference machine and a line.
+
+    With RPC servers and no GPU it is this host alone: its devices are the servers'.
+    """
     from placement.machine_files import REFERENCE_MACHINE, resolve_machine
 
     if name is not None:
@@ -101,6 +104,11 @@ def load_machine(name: str | None) -> Machine:
     found, reason = detect_machine()
     if found is not None:
         return found
+    if rpc:
+        from placement.detect import detect_cpu
+        from placement.machine import Machine
+
+        return Machine("rpc", (), detect_cpu())
     click.echo(
         f"place: {reason}: using the reference machine {REFERENCE_MACHINE} (choose with --machine)", err=True
     )

@@ -82,7 +82,7 @@ def command(
     from placement.solving import run_compare, run_solve
 
     model = options.load(model_name)
-    machine = options.load_machine(machine_name)
+    machine = options.load_machine(machine_name, asked["rpc"])
     if asked["rivals"]:
         models = [model, *map(options.load, asked["rivals"])]
         rows, rated = run_compare(models, machine, asked)
