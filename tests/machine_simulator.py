@@ -11,19 +11,28 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from placement.buffers import graph_counts
 from placement.calibrate.features import Row, decode_row, predict_s, prompt_row
 from placement.calibrate.parameters import DECODE, PROMPT, parameters
+from placement.check import device_use
 from placement.compute import plan_compute
 from placement.cost import GraphCounts
+from placement.emit import emit_arguments
 from placement.groups import movable_groups
 from placement.machine import Coefficient, Cpu, Device, Machine
 from placement.model import Model
 from placement.model_files import resolve_model
 from placement.problem import CPU, Assignment, Problem, Settings, Workload
+from placement.verify.records import RunLog
+from placement.verify.run import machine_key
+from placement.verify.schema import DevicePeak, Key, Record, Timing
 
 TRUE_SPREAD = 0.22  # how far true coefficients lie from the defaults
+RUNTIME_MIB, GROWTH_MIB = 430.0, 60.0
+KEY: dict[str, Any] = {"engine_build": "b1", "engine_fingerprint": "f", "plan": "p", "driver": "570"}
 ZEROS = {"layer_us": 2.0, "token_us": 120.0}  # mean of what the defaults say is nothing
 
 
@@ -138,3 +147,64 @@ class Simulated:
     def runs(self, rows: Sequence[Row]) -> list[Row]:
         """All rows as measured."""
         return [self.run(row) for row in rows]
+
+    def records(
+        self,
+        problem: Problem,
+        assignment: Assignment,
+        name: str,
+        arguments: Sequence[str],
+        round_: int = 1,
+        throttle: float = 1.0,
+        role: str = "solution",
+        **key: str | None,
+    ) -> list[Record]:
+        """The records of one round of a placement: all its phases, `throttle` times slower."""
+        plan = plan_compute(problem.model, problem.machine, assignment, "llama-server")
+        counts = graph_counts(plan)
+
+        def timing(n_prompt: int, n_generated: int) -> Timing:
+            deep = replace(problem, workload=Workload(1, 1, n_prompt + n_generated // 2))
+            read = replace(problem, workload=Workload(n_prompt, 1, 0))
+            token = self.run(decode_row(deep, assignment, counts, run=name), throttle).measured_s
+            prompt = self.run(prompt_row(read, assignment, counts, run=name), throttle).measured_s
+            return Timing(
+                n_prompt=n_prompt, prompt_s=prompt, n_generated=n_generated, generate_s=token * n_generated
+            )
+
+        uses = device_use(problem, assignment, plan)
+        planned = {device: use.self_mib for device, use in uses.items()}
+        common = {
+            "campaign": "simulated", "at": f"2026-01-01T00:00:{round_:02d}+00:00", "round": round_, "role": role,
+            "key": Key(**{**KEY, "machine": machine_key(problem.machine), "model_digest": problem.model.digest, **key}),
+            "candidate": name, "run_id": name, "arguments": tuple(arguments), "outcome": "ok", "wall_s": 1.0,
+        }  # fmt: skip
+
+        def taken(more_mib: float) -> dict[str, DevicePeak]:
+            more = {device: more_mib + self.rng.gauss(0.0, 10.0) for device in assignment.devices}
+            return {d: DevicePeak(peak_mib=planned[d] + m, own_mib=planned[d] + m) for d, m in more.items()}
+
+        return [
+            Record(**common, phase="plan"),
+            Record(**common, phase="start", splits_prompt=counts.splits_prompt, splits_decode=counts.splits_decode,
+                   buffers_mib=planned, devices=taken(RUNTIME_MIB)),
+            Record(**common, phase="short prompt", timing=timing(64, 128), devices=taken(RUNTIME_MIB + GROWTH_MIB)),
+            Record(**common, phase="long prompt", timing=timing(2000, 16), devices=taken(RUNTIME_MIB + GROWTH_MIB)),
+            Record(**common, phase="canary", timing=timing(8000, 64), devices=taken(RUNTIME_MIB + GROWTH_MIB)),
+            Record(**common, phase="stop"),
+        ]  # fmt: skip
+
+    def keep(self, folder: Path, placed: Placed, **more: Any) -> None:
+        """Append a placement's records to a folder's runs.jsonl."""
+        problem = replace(placed.problem, machine=more.pop("machine", placed.problem.machine))
+        arguments = emit_arguments(problem.model, problem.machine, placed.assignment, "llama-server")
+        log = RunLog(folder)
+        for record in self.records(problem, placed.assignment, placed.name, arguments, **more):
+            log.append(record)
+
+
+def solution_file(folder: Path, model: Model) -> None:
+    """The least solution.toml that names a folder's model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f'model = "{model.name}"\nmodel_digest = "{model.digest}"\nmachine = "simulated"\nsolutions = []\n'
+    (folder / "solution.toml").write_text(text + "[workload]\nctx_tokens = 32768\n")

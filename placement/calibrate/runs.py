@@ -280,7 +280,7 @@ def _spread(seconds: Sequence[float]) -> float:
     """Standard error of the middle of some times, as a share."""
     if len(seconds) < 2:
         return LEAST_NOISE
-    return statistics.stdev(seconds) / statistics.median(seconds) / len(seconds) ** 0.5
+    return float(statistics.stdev(seconds) / statistics.median(seconds) / len(seconds) ** 0.5)
 
 
 def _row(run_id: str, run: Run, phase: str, values: Sequence[_Value], is_prompt: bool, doubt: str) -> Row:

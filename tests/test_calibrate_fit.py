@@ -1,0 +1,175 @@
+"""Coefficients from timings of machines whose truth is known."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from machine_simulator import Simulated, bare_machine, placements, pool
+
+from placement.calibrate.features import Row, predict_s
+from placement.calibrate.fit import Calibration, calibrate, with_values
+from placement.calibrate.parameters import DECODE, PROMPT
+from placement.cost import evaluate
+
+DENSE = "gemma-3-27b-q4"
+
+
+@pytest.fixture(scope="module")
+def decode() -> tuple[Row, ...]:
+    return pool()[0]
+
+
+def learn(simulated: Simulated, rows: list[Row], with_errors: bool = False) -> Calibration:
+    return calibrate(bare_machine(), rows, with_errors=with_errors)
+
+
+@pytest.mark.parametrize("kind", [DECODE, PROMPT])
+def test_terms_sum_to_the_speed_model(kind: str) -> None:
+    """The terms of a placement give exactly what `cost.evaluate` says, whatever the coefficients."""
+    simulated = Simulated(5)
+    for placed, *rows in zip(placements(), *pool(), strict=True):
+        speed = evaluate(replace(placed.problem, machine=simulated.machine), placed.assignment, placed.counts)
+        expected = speed.decode_s if kind == DECODE else speed.prompt_s
+        assert predict_s(rows[kind == PROMPT], simulated.machine) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", [DECODE, PROMPT])
+def test_the_fit_predicts_what_the_speed_model_says(kind: str) -> None:
+    """A fit's matrices and `cost.evaluate`'s arithmetic are the same, pipelined prompts included."""
+    simulated, rows = Simulated(6), pool()[kind == PROMPT]
+    fit = calibrate(bare_machine(), simulated.runs(rows[:12]), kind, with_errors=False)
+    seconds, _ = fit.predict(rows)
+    machine = with_values(bare_machine(), fit)
+    assert seconds == pytest.approx([predict_s(row, machine) for row in rows], rel=1e-9)
+
+
+def median_error(n_runs: int, noise: float, seeds: range, name: str = "qwen3-30b-a3b-q4") -> float:
+    """Median error of decode speeds of placements not run, over machines."""
+    rows, errors = pool(name)[0], []
+    for seed in seeds:
+        simulated = Simulated(seed, noise=noise)
+        order = random.Random(seed).sample(range(len(rows)), len(rows))
+        fit = learn(simulated, simulated.runs([rows[i] for i in order[:n_runs]]))
+        rest = [rows[i] for i in order[n_runs:]]
+        errors += [abs(simulated.true_s(r) / p - 1) for r, p in zip(rest, fit.predict(rest)[0], strict=True)]
+    return statistics.median(errors)
+
+
+@pytest.mark.parametrize(("n_runs", "most"), [(0, 0.25), (4, 0.08), (8, 0.05), (16, 0.03)])
+@pytest.mark.parametrize("noise", [0.01, 0.03])
+def test_speeds_of_placements_not_run(n_runs: int, most: float, noise: float) -> None:
+    """The median error falls below 25 % without a run, 8 % after 4, 5 % after 8 and 3 % after 16."""
+    assert median_error(n_runs, noise, range(100, 115)) <= most
+
+
+def test_speeds_of_a_dense_model() -> None:
+    """A model without experts is learned as well."""
+    assert median_error(8, 0.01, range(10), DENSE) <= 0.05
+
+
+def test_coefficients_are_recovered_within_their_uncertainty(decode: tuple[Row, ...]) -> None:
+    """Of the identified coefficients, nine in ten lie within 2.5 standard deviations of the truth."""
+    inside = []
+    for seed in range(12):
+        simulated = Simulated(seed, misfit=0.01)
+        fit = learn(simulated, simulated.runs(decode[:16]))
+        for each in fit.parameters:
+            if each.name not in fit.unidentified:
+                off = fit.values[each.name] - simulated.machine.coefficients[each.name].value
+                inside.append(abs(off) <= 2.5 * fit.uncertainties[each.name])
+    assert np.mean(inside) >= 0.9
+
+
+def test_without_runs_every_coefficient_keeps_its_prior() -> None:
+    """No rows: all priors, all unidentified."""
+    fit = calibrate(bare_machine(), [])
+    assert fit.unidentified == tuple(each.name for each in fit.parameters)
+    assert fit.values == pytest.approx({each.name: each.prior for each in fit.parameters})
+
+
+def test_what_no_run_touches_is_unidentified_and_at_its_prior(decode: tuple[Row, ...]) -> None:
+    """Runs on CUDA0 alone say nothing about a boundary between GPUs."""
+    mine = [row for row in decode if not any("boundary_us" in dict(term.powers) for term in row.terms)]
+    fit = learn(Simulated(1), Simulated(1).runs(mine[:8]))
+    assert "boundary_us" in fit.unidentified
+    assert fit.values["boundary_us"] == pytest.approx(45.0)
+
+
+def test_a_fit_does_not_depend_on_what_was_fitted_before(decode: tuple[Row, ...]) -> None:
+    """The same runs give the same values on the machine that they have already changed."""
+    from placement.calibrate.applied import apply_fit
+
+    rows = Simulated(3).runs(decode[:8])
+    first = calibrate(bare_machine(), rows, with_errors=False)
+    changed, _ = apply_fit(bare_machine(), [first], (), "2026-01-01")
+    second = calibrate(changed, rows, with_errors=False)
+    assert second.values == pytest.approx(first.values, rel=1e-6)
+
+
+def test_no_coefficient_is_negative(decode: tuple[Row, ...]) -> None:
+    """Times that are too short for the model push nothing below zero."""
+    rows = [replace(row, measured_s=predict_s(row, bare_machine()) * 0.3) for row in decode[:10]]
+    assert min(calibrate(bare_machine(), rows, with_errors=False).values.values()) >= 0.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_throttled_run_is_flagged_and_does_not_count(decode: tuple[Row, ...], seed: int) -> None:
+    """Of ten runs one is 45 % slow: it is named, and the fit is what the nine others say."""
+    simulated = Simulated(seed)
+    rows = simulated.runs(decode[:9])
+    hot = simulated.run(decode[9], throttle=1.45)
+    fit = learn(simulated, [*rows, hot])
+    assert [each.run for each in fit.outliers] == [hot.run]
+    assert fit.values == pytest.approx(learn(simulated, rows).values, rel=1e-3)
+
+
+def test_a_run_that_says_itself_that_it_was_disturbed_is_not_fitted(decode: tuple[Row, ...]) -> None:
+    """A run that swapped is listed with its reason, however well it fits."""
+    simulated = Simulated(2)
+    rows = simulated.runs(decode[:6])
+    swapped = replace(simulated.run(decode[6]), doubt="the host swapped 900 MiB meanwhile")
+    fit = learn(simulated, [*rows, swapped])
+    assert [(each.run, each.reason) for each in fit.outliers] == [(swapped.run, swapped.doubt)]
+    assert fit.n_rows == 6
+
+
+def test_calm_runs_are_not_flagged(decode: tuple[Row, ...]) -> None:
+    """Noise alone makes no outlier: at most one in twenty machines of eight runs."""
+    flagged = [
+        bool(learn(s, s.runs(decode[8:16])).outliers)
+        for s in (Simulated(seed, noise=0.03) for seed in range(20))
+    ]
+    assert sum(flagged) <= 1
+
+
+def test_every_run_has_an_error_before_and_without_it(decode: tuple[Row, ...]) -> None:
+    """The leave-one-out error of a run is what a fit to all others predicts of it."""
+    simulated = Simulated(4)
+    rows = simulated.runs(decode[:6])
+    fit = learn(simulated, rows, with_errors=True)
+    others = learn(simulated, rows[1:])
+    expected = others.predict(rows[:1])[0][0] / (rows[0].measured_s or math.nan) - 1
+    assert [each.run for each in fit.errors] == [row.run for row in rows]
+    assert fit.errors[0].after == pytest.approx(expected, abs=2e-3)
+    assert fit.errors[0].before == pytest.approx(predict_s(rows[0], bare_machine()) / rows[0].measured_s - 1)
+
+
+def test_prompts_are_learned_apart() -> None:
+    """Prompt rows do not move decode's coefficients; their own error falls."""
+    decode_rows, prompt_rows = pool()
+    simulated = Simulated(7)
+    runs = simulated.runs(decode_rows[:10]) + simulated.runs(prompt_rows[:10])
+    decode_fit = calibrate(bare_machine(), runs, DECODE, with_errors=False)
+    alone = calibrate(bare_machine(), [row for row in runs if row.kind == DECODE], DECODE, with_errors=False)
+    prompt_fit = calibrate(bare_machine(), runs, PROMPT, decode_fit.values, with_errors=False)
+    rest = prompt_rows[10:]
+    errors = [
+        abs(simulated.true_s(r) / p - 1) for r, p in zip(rest, prompt_fit.predict(rest)[0], strict=True)
+    ]
+    assert decode_fit.values == alone.values
+    assert statistics.median(errors) <= 0.08
