@@ -85,10 +85,11 @@ def _random(model: Model, rng: random.Random, number: int) -> Placed:
     homes = tuple(order[0] if i < cut else order[-1] for i in range(n_layers + 1))
     moved: list[tuple[str, str]] = []
     target = rng.choice([CPU, CPU, CPU, *(["CUDA1"] if order == ("CUDA0", "CUDA1") else []), ""])
-    n_moved = rng.randint(1, n_layers)
+    n_moved, kinds = rng.randint(1, n_layers), rng.choice([(), (), ("down",), ("gate_up",)])
     for layer in sorted(rng.sample(range(n_layers), n_moved)) if target else ():
         if homes[layer] != target:
-            moved += [(t.name, target) for group in groups[layer] for t in group.tensors]
+            kept = [group for group in groups[layer] if not kinds or group.kind in (*kinds, "ffn")]
+            moved += [(t.name, target) for group in kept for t in group.tensors]
     settings = replace(settings, has_overrides=bool(moved) or rng.random() < 0.5)
     problem = Problem(model, machine, settings, Workload(2000, 500, depth))
     assignment = Assignment(order, homes, tuple(moved), settings)

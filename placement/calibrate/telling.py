@@ -16,7 +16,7 @@ from placement.check import device_use
 from placement.compute import plan_compute
 from placement.cost import GraphCounts
 from placement.emit import emit_arguments
-from placement.groups import movable_groups
+from placement.groups import EXPERTS_DOWN, movable_groups
 from placement.memory import context_size
 from placement.problem import CPU, Assignment, Problem, Settings, Workload
 from placement.solution import DeviceUse
@@ -93,17 +93,21 @@ def _assignments(problem: Problem) -> Iterator[tuple[str, Assignment]]:
     for order, load_mode in itertools.product(orders, ("auto", "none")):
         settings = replace(problem.settings, load_mode=load_mode, flash_attention="on")
         homes = _homes(problem, order, n_layers)
-        for share, target in _moves(order):
+        for share, target, kinds in _moves(order):
             wanted = {round(i / share) for i in range(round(n_layers * share))} if share else set()
             moved = tuple(
                 (tensor.name, target)
                 for layer in sorted(wanted & set(range(n_layers)))
                 for group in groups[layer]
+                if not kinds or group.kind in kinds
                 for tensor in group.tensors
                 if homes[layer] != target
             )
             if (moved or not share) and (load_mode == "auto" or target == CPU):
-                yield _named(order, share, target, load_mode), _assignment(order, homes, moved, settings)
+                yield (
+                    _named(order, share, target, kinds, load_mode),
+                    _assignment(order, homes, moved, settings),
+                )
 
 
 def _homes(problem: Problem, order: Sequence[str], n_layers: int) -> tuple[str, ...]:
@@ -114,12 +118,16 @@ def _homes(problem: Problem, order: Sequence[str], n_layers: int) -> tuple[str, 
     return tuple(order[next(k for k, cut in enumerate(cuts) if i < cut)] for i in range(n_layers + 1))
 
 
-def _moves(order: Sequence[str]) -> list[tuple[float, str]]:
-    """(share of the layers whose groups move, where to)."""
+def _moves(order: Sequence[str]) -> list[tuple[float, str, tuple[str, ...]]]:
+    """(share of the layers whose groups move, where to, which groups; none named: all).
+
+    Half of the experts cost as many splits as all of them, so a few such runs tell splits from bytes.
+    """
     if not order:
-        return [(0.0, CPU)]
-    others = [(0.5, order[-1])] if len(order) > 1 else []
-    return [(0.0, ""), (0.25, CPU), (0.5, CPU), (1.0, CPU), *others]
+        return [(0.0, CPU, ())]
+    others = [(0.5, order[-1], ())] if len(order) > 1 else []
+    some = (EXPERTS_DOWN,)
+    return [(0.0, "", ()), (0.25, CPU, ()), (0.5, CPU, ()), (1.0, CPU, ()), (1.0, CPU, some), *others]
 
 
 def _assignment(
@@ -128,11 +136,11 @@ def _assignment(
     return Assignment(order, homes, moved, replace(settings, has_overrides=bool(moved)))
 
 
-def _named(order: Sequence[str], share: float, target: str, load_mode: str) -> str:
+def _named(order: Sequence[str], share: float, target: str, kinds: tuple[str, ...], load_mode: str) -> str:
     words = ["+".join(order) or "all on the CPU"]
     if share and target:
-        what = "every layer's experts or FFN" if share == 1 else f"those of {share:.0%} of the layers"
-        words.append(f"{what} on {target}")
+        what = "the down experts" if kinds else "the experts or FFN"
+        words.append(f"{what} of {'every layer' if share == 1 else f'{share:.0%} of the layers'} on {target}")
     if load_mode != "auto":
         words.append(f"-lm {load_mode}")
     return ", ".join(words)

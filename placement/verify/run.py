@@ -120,7 +120,7 @@ def ended_by_signals() -> Iterator[None]:
 
 def machine_key(machine: Machine) -> str:
     """Return the machine's name and a digest of its hardware; caps and addresses stand in the arguments."""
-    facts = [[each.name, each.description, each.total_mib, each.uuid] for each in machine.devices]
+    facts = [[each.name, each.description, float(each.total_mib), each.uuid] for each in machine.devices]
     digest = hashlib.sha256(json.dumps([facts, machine.cpu.description]).encode()).hexdigest()[:8]
     return f"{machine.name}/{digest}"
 
