@@ -14,40 +14,22 @@ from placement.graph.tensor import Tensor
 from placement.scheduler import Scheduler
 
 ENDLESS = 1 << 62
-IN_PLACE = frozenset(
-    {
-        *(
-            "FILL",
-            "SCALE",
-            "DIAG_MASK_ZERO",
-            "DIAG_MASK_INF",
-            "ADD",
-            "ADD_ID",
-            "ADD1",
-            "SUB",
-            "MUL",
-            "DIV",
-            "SQR",
-        ),
-        *("SQRT", "LOG", "UNARY", "ROPE", "ROPE_BACK", "RMS_NORM", "CLAMP", "SOFT_MAX"),
-    }
-)
+_IN_PLACE = """FILL SCALE DIAG_MASK_ZERO DIAG_MASK_INF ADD ADD_ID ADD1 SUB MUL DIV SQR SQRT LOG UNARY ROPE ROPE_BACK
+RMS_NORM CLAMP SOFT_MAX"""
+IN_PLACE = frozenset(_IN_PLACE.split())  # ggml_op_can_inplace
 
 
 @dataclass(frozen=True, slots=True)
 class BufferType:
     """Alignment in bytes, and the bytes that a tensor takes before it."""
 
+    name: str
     alignment: int
     alloc_bytes: Callable[[Tensor], int]
-    is_host: bool
 
 
-HOST_BUFFER = BufferType(32, lambda tensor: tensor.n_bytes, is_host=True)
-CUDA_BUFFER = BufferType(cuda.ALIGNMENT, cuda.alloc_bytes, is_host=False)
-RPC_BUFFER = BufferType(
-    32, lambda tensor: tensor.n_bytes, is_host=False
-)  # a worker on a CPU; others need the engine
+CPU_BUFFER = BufferType("CPU", 32, lambda tensor: tensor.n_bytes)  # pinned host memory has the same sizes
+CUDA_BUFFER = BufferType("CUDA", cuda.ALIGNMENT, cuda.alloc_bytes)
 
 
 class Pool:
@@ -118,7 +100,7 @@ class Allocator:
         self.is_owned = [False] * n
         self.offset = [0] * n
         self.pool = [0] * n
-        self.own_bytes: dict[tuple[int, bool], int] = {}  # where copies decide, not the graph alone
+        self.own_bytes: dict[tuple[int, str], int] = {}  # where copies decide, not the graph alone
 
     def sizes(self) -> list[int]:
         """Reserve the graph and return the bytes of every backend's buffer."""
@@ -165,7 +147,7 @@ class Allocator:
     def _bytes(self, i: int, backend: int) -> int:
         """Allocated bytes of a tensor on a backend, aligned; a copy is as large as its source, no more."""
         buffer = self.buffers[backend]
-        key = (i, buffer.is_host)
+        key = (i, buffer.name)
         size = self.flat.n_bytes.get(key)
         if size is None:
             size = self.own_bytes.get(key)

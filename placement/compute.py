@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from placement import coarse
-from placement.allocator import CUDA_BUFFER, HOST_BUFFER, RPC_BUFFER, Allocator
+from placement.allocator import CPU_BUFFER, CUDA_BUFFER, Allocator, BufferType
 from placement.architecture import INPUT, OUTPUT, REPEATING, Architecture, describe
 from placement.graph.builder import UnknownGraph
 from placement.graph.context import Batch, Context, make_context
@@ -238,8 +238,8 @@ class _Planner:
             left_out = (0, 0)
         sizes: list[int] = []
         if needs_sizes:
-            devices = [CUDA_BUFFER if is_cuda else RPC_BUFFER for is_cuda in self.backends.is_cuda[:-1]]
-            sizes = Allocator(scheduler, [*devices, HOST_BUFFER]).sizes()
+            devices = [self._buffer_type(name) for name in self.assignment.devices]
+            sizes = Allocator(scheduler, [*devices, CPU_BUFFER]).sizes()
         astray = frozenset(
             op for op, node, il in template.fused_nodes if scheduler.assigned[node] != self.homes[layers[il]]
         )
@@ -251,6 +251,11 @@ class _Planner:
         graph, last = self.templates.decoder(context, batch), self.facts.n_layer - 1
         shapes = layer_shapes(self.model, self.facts)
         return [(shape, graph.layer_traits(il), il == last) for il, shape in enumerate(shapes)]
+
+    def _buffer_type(self, name: str) -> BufferType:
+        """A remote worker's sizes are asked of it: a GPU's, which are never less, unless it is known as a CPU."""
+        device = self.machine.device(name)
+        return CPU_BUFFER if device.is_rpc and "CPU" in device.description else CUDA_BUFFER
 
     def _template(
         self, context: Context, batch: Batch, makes: Sequence[Hashable], layers: Sequence[int]

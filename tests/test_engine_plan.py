@@ -77,7 +77,7 @@ def any_model(name: str) -> Model:
 
 def machine_of(workers: Workers) -> Machine:
     devices = tuple(
-        Device(f"RPC{i}", 200_000, 200_000, 0, 50, 10, address=worker.endpoint)
+        Device(f"RPC{i}", 200_000, 200_000, 0, 50, 10, "CPU", address=worker.endpoint)
         for i, worker in enumerate(workers)
     )
     return Machine("two-workers", devices, Cpu(200_000, 50, 2))

@@ -36,7 +36,7 @@ class FlatGraph:
         self.is_output = [tensor.is_output for tensor in tensors]
         self.real_nodes = [i for i in range(self.n_leafs, n) if tensors[i].op not in VIEW_OPS]
         self.cuda_support: list[bool | None] = [None] * n
-        self.n_bytes: dict[tuple[int, bool], int] = {}
+        self.n_bytes: dict[tuple[int, str], int] = {}  # by tensor and buffer type
         n_uses = [0] * n
         for sources in self.src:
             for source in sources:
