@@ -143,6 +143,11 @@ class Tuning:
 
         return run_solve(self.model, self.machine, self.asked, str(self.root), self.tell)
 
+    def _folder(self, outcome: Outcome) -> Path:
+        """Where the solve was kept: its runs lie beside it."""
+        assert outcome.path is not None, "a solve with solutions is kept"
+        return outcome.path.parent
+
     def _refit(self) -> tuple[Calibration, Calibration]:
         """Learn from all records of this machine, those of other models too."""
         found = find_runs(self.root, self.base)
@@ -179,11 +184,10 @@ class Tuning:
 
     def _results(self, outcome: Outcome) -> tuple[Result, ...]:
         """What the newest campaign measured of solutions; all that ran or failed for good."""
-        from placement.store import solution_folder
         from placement.verify.run import show
 
         try:
-            self.report = show(solution_folder(self.root, outcome.problem), outcome.problem.workload)
+            self.report = show(self._folder(outcome), outcome.problem.workload)
         except InputError:
             return ()  # nothing was run yet
         over = ("not run", "not finished")
@@ -197,7 +201,6 @@ class Tuning:
         self, outcome: Outcome, solutions: list[Solution], rounds: int = 1, has_fit: bool = False
     ) -> bool:
         """Run these solutions; whether the budget was enough."""
-        from placement.store import solution_folder
         from placement.verify.run import verify
 
         left_s = None if self.deadline_s is None else max(1.0, self.deadline_s - time.monotonic())
@@ -206,7 +209,7 @@ class Tuning:
         )
         found = replace(outcome.found, solutions=tuple(map(self._with_own_name, solutions)))
         problem = replace(outcome.problem, machine=self.base)
-        folder = solution_folder(self.root, outcome.problem)
+        folder = self._folder(outcome)
         self.report = verify(problem, found, self.model_file, self.engine, folder, options, self.listener)
         return self.report.is_complete
 
