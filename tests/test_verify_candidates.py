@@ -43,8 +43,18 @@ def test_fit_follows_the_named() -> None:
 
 def test_fit_keeps_context_and_batches_only() -> None:
     """--fit decides all that places: -ngl, -ts, -dev, -ot, --cpu-moe go, context and cache types stay."""
-    given = "-ngl 9 -ts 1,2 -dev CUDA0 -ot a=CPU --cpu-moe -c 4096 -ub 512 -ctk q8_0 -fa on -fit off --jinja".split()
-    assert without_placement(given) == ("-c", "4096", "-ub", "512", "-ctk", "q8_0", "-fa", "on", "--jinja")
+    text = "-ngl 9 -ts 1,2 -dev CUDA0 -ot a=CPU --cpu-moe -c 4096 -ub 512 -ctk q8_0 -fa on -fit off --jinja"
+    assert without_placement(text.split()) == (
+        "-c",
+        "4096",
+        "-ub",
+        "512",
+        "-ctk",
+        "q8_0",
+        "-fa",
+        "on",
+        "--jinja",
+    )
 
 
 def test_moderate_cap_leaves_its_reserve() -> None:

@@ -106,7 +106,7 @@ def test_unwritable_file_is_named(tmp_path: Path) -> None:
     """A runs.jsonl that cannot be opened is an input error with its path."""
     log = RunLog(tmp_path)
     log.path.mkdir()
-    with pytest.raises(InputError, match="runs.jsonl"):
+    with pytest.raises(InputError, match=r"runs\.jsonl"):
         log.append(record("plan"))
 
 

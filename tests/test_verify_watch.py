@@ -105,7 +105,10 @@ def test_cpu_machine_has_the_host_only() -> None:
 
 def test_local_worker_is_found_by_its_port() -> None:
     """The process that listens on a worker's port is the worker; a port where none listens is nobody's."""
-    code = "import socket, time; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); time.sleep(30)"
+    code = (
+        "import socket, time; s = socket.create_server(('127.0.0.1', 0)); "
+        "print(s.getsockname()[1], flush=True); time.sleep(30)"
+    )
     with socket.create_server(("127.0.0.1", 0)) as closed:
         unused = closed.getsockname()[1]
     worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

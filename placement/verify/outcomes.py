@@ -53,7 +53,7 @@ def outcome_of(error: Exception, phase: str, n_killed_before: int | None) -> str
         is_killed = outcome == records.CRASH and "SIGKILL" in str(error)
         if is_killed and n_killed_before is not None and oom_kills() != n_killed_before:
             outcome = records.OOM_START if phase == "start" else records.OOM_INFERENCE
-        return records.CRASH if outcome in ("abort", "error") else outcome
+        return records.CRASH if outcome in ("abort", "error", "gpu-error") else outcome
     if isinstance(error, EngineMissing):
         return records.WRONG_BUILD
     if isinstance(error, InputError):
