@@ -130,8 +130,8 @@ def random_answer(frame: Frame, random: Random) -> Answer:
 
 
 def table_of(asked: Problem, way: Way) -> Table:
-    """The frame of a way with its estimated buffers."""
-    return TableBuilder(Pieces(asked), way, Search(asked).buffers.table(way)).build()
+    """The frame of a way with the buffers of a typical placement."""
+    return TableBuilder(Pieces(asked), way).build(Search(asked).buffers.exact(way))
 
 
 def way(asked: Problem, *devices: str, **settings: Any) -> Way:

@@ -5,7 +5,7 @@ import dataclasses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from solving_support import expert_model, problem, table_of, two_cards, way
-from test_solver import best_by_brute_force, frames
+from test_solver import answers, best_by_brute_force, frames
 
 from placement.solver.frame import Answer, Choice, Frame, LayerTable, is_valid, times_us
 from placement.solver.placing import Placing
@@ -30,7 +30,7 @@ def test_bound_below_optimum(frame: Frame, weights: tuple[int, int]) -> None:
 def test_greedy_answer_is_an_answer(frame: Frame, weights: tuple[int, int]) -> None:
     """A greedy answer keeps every rule, and its objective is no better than the optimum."""
     relaxation = Relaxation(frame, *weights)
-    answer = relaxation.answer(relaxation.bound())
+    answer = relaxation.answer()
     if answer is None:
         return
     assert is_valid(frame, answer)
@@ -39,11 +39,26 @@ def test_greedy_answer_is_an_answer(frame: Frame, weights: tuple[int, int]) -> N
     assert best <= relaxation.objective(answer)
 
 
+@given(frame=frames(), weights=WEIGHTS, more=st.integers(0, 3))
+@settings(deadline=None, max_examples=100)
+def test_homes_hold_all_that_is_good(frame: Frame, weights: tuple[int, int], more: int) -> None:
+    """Every answer of at most some objective lives where the bound says that such answers may live."""
+    relaxation = Relaxation(frame, *weights)
+    relaxed = relaxation.bound()
+    best = best_by_brute_force(frame, *weights)
+    if relaxed.bound is None or best is None:
+        return
+    homes = relaxation.homes(relaxed, best + more)
+    for answer in answers(frame):
+        if is_valid(frame, answer) and relaxation.objective(answer) <= best + more:
+            assert all(home in allowed for home, allowed in zip(answer.homes, homes, strict=True))
+
+
 @given(frame=frames(), prices=st.lists(st.floats(0, 10), min_size=3, max_size=3))
 @settings(deadline=None, max_examples=100)
 def test_any_prices_give_a_bound(frame: Frame, prices: list[float]) -> None:
-    """Started from whatever prices and stopped after any round, the bound holds."""
-    relaxed = Relaxation(frame).bound(prices[: len(frame.positions)], rounds=2)
+    """Under whatever prices, the bound holds."""
+    relaxed = Relaxation(frame).bound(tuple(prices[: len(frame.positions)]))
     best = best_by_brute_force(frame, 1, 1)
     if best is not None:
         assert relaxed.bound is not None
@@ -64,14 +79,14 @@ def test_bound_without_caps_is_the_optimum() -> None:
 def test_greedy_moves_as_few_as_needed() -> None:
     """One layer of two goes to the host when one has room, the last one."""
     relaxation = Relaxation(two_layer_frame(10))
-    assert relaxation.answer(relaxation.bound()) == Answer((1, 1), (0, 1))
+    assert relaxation.answer() == Answer((1, 1), (0, 1))
 
 
 def test_impossible_caps_are_noticed() -> None:
     """A card that cannot hold what cannot move has no bound."""
     rows = ((), (Choice((1,), 1, 1, ((1, 10),)),))
     frame = Frame(("CPU", "CUDA0"), (LayerTable(0, 0, rows),), (100, 9))
-    assert Relaxation(frame).bound(rounds=2000).bound is None
+    assert Relaxation(frame).bound().bound is None
 
 
 def test_close_on_a_real_frame() -> None:
@@ -80,7 +95,7 @@ def test_close_on_a_real_frame() -> None:
     frame = table_of(asked, way(asked, "CUDA0", "CUDA1")).frame
     relaxation = Relaxation(frame)
     relaxed = relaxation.bound()
-    answer = relaxation.answer(relaxed)
+    answer = relaxation.answer()
     result = Placing(frame).program.solve(20.0, 0.0, seed=1)
     assert answer is not None
     assert relaxed.bound is not None

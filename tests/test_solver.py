@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.solver.frame import Answer, Choice, Extra, Frame, LayerTable, is_valid, times_us
 from placement.solver.placing import Placing
-
 
 small = st.integers(0, 9)
 
@@ -47,7 +47,9 @@ def frames(draw: st.DrawFn) -> Frame:
                 for target in range(n_positions):
                     if target != home:
                         kib = ((home, draw(small)), (target, draw(small)))
-                        choices.append(Choice((target,), draw(small), draw(small), kib, target == 0, target == 0))
+                        choices.append(
+                            Choice((target,), draw(small), draw(small), kib, target == 0, target == 0)
+                        )
             if home == 0 and n_positions > 1 and draw(st.booleans()):
                 choices = []
             if home > 0 and len(choices) > 1 and draw(st.integers(0, 3)) == 0:
@@ -58,7 +60,9 @@ def frames(draw: st.DrawFn) -> Frame:
         kinds.append(dearer(draw, kinds[0], n_kinds))
     layers = tuple(kinds[k] for k in draw(st.lists(st.integers(0, len(kinds) - 1), min_size=1, max_size=5)))
     taken = [(k, p, 1) for k in range(n_kinds) for p in range(1, n_positions) if len(kinds[k].choices[p]) > 1]
-    extras = [Extra(frozenset(taken), tuple(draw(st.integers(0, 5)) for _ in range(n_positions)))] if taken else []
+    extras = (
+        [Extra(frozenset(taken), tuple(draw(st.integers(0, 5)) for _ in range(n_positions)))] if taken else []
+    )
     is_pipelined = draw(st.booleans())
     return Frame(
         positions=tuple(str(p) for p in range(n_positions)),
@@ -73,16 +77,22 @@ def frames(draw: st.DrawFn) -> Frame:
     )
 
 
-def best_by_brute_force(frame: Frame, decode_weight: int, prompt_weight: int) -> int | None:
-    best = None
+def answers(frame: Frame) -> Iterator[Answer]:
+    """Every answer of a frame, valid or not."""
     for homes in itertools.combinations_with_replacement(range(len(frame.positions)), len(frame.layers)):
         counts = [range(len(table.choices[home])) for table, home in zip(frame.layers, homes, strict=True)]
         for picks in itertools.product(*counts):
-            answer = Answer(homes, picks)
-            if is_valid(frame, answer):
-                decode, prompt = times_us(frame, answer)
-                value = decode_weight * decode + prompt_weight * prompt
-                best = value if best is None else min(best, value)
+            yield Answer(homes, picks)
+
+
+def best_by_brute_force(frame: Frame, decode_weight: int, prompt_weight: int) -> int | None:
+    """The least objective of all valid answers."""
+    best = None
+    for answer in answers(frame):
+        if is_valid(frame, answer):
+            decode, prompt = times_us(frame, answer)
+            value = decode_weight * decode + prompt_weight * prompt
+            best = value if best is None else min(best, value)
     return best
 
 

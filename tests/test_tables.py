@@ -44,12 +44,13 @@ PROBLEMS = {
 }
 
 
-def differences(asked: Problem, table: Table, answer: Answer) -> tuple[float, float, float, float]:
+def differences(
+    asked: Problem, table: Table, answer: Answer, assumed: GraphCounts
+) -> tuple[float, float, float, float]:
     """The frame's time minus `evaluate`'s, decode and prompt: whole splits, and microseconds beside them."""
     assignment = table.assignment(answer)
     plan = plan_compute(asked.model, asked.machine, assignment, asked.program)
     counts = graph_counts(plan)
-    assumed = Search(asked).buffers.table(table.way).counts
     counts = dataclasses.replace(
         counts, n_nodes_decode=assumed.n_nodes_decode, n_nodes_prompt=assumed.n_nodes_prompt
     )
@@ -70,10 +71,11 @@ def test_times_of_random_answers(name: str) -> None:
     asked = PROBLEMS[name]
     names = tuple(device.name for device in asked.machine.devices)
     table, random = table_of(asked, way(asked, *names)), Random(7)
+    assumed = Search(asked).buffers.exact(table.way).counts
     n_layers = len(table.frame.layers)
     for _ in range(4):
         answer = random_answer(table.frame, random)
-        *splits, decode_us, prompt_us = differences(asked, table, answer)
+        *splits, decode_us, prompt_us = differences(asked, table, answer, assumed)
         assert max(abs(decode_us), abs(prompt_us)) <= 2 * n_layers
         n_cpu = answer.homes.count(0)
         assert -2 * n_cpu <= splits[0] <= 2 * len(names)
@@ -87,7 +89,7 @@ def test_memory_of_random_answers(name: str) -> None:
     names = tuple(device.name for device in asked.machine.devices)
     frame_way, random = way(asked, *names), Random(3)
     empty = dataclasses.replace(NO_BUFFERS, n_bytes=(0,) * (len(names) + 1))
-    table = TableBuilder(Pieces(asked), frame_way, empty).build()
+    table = TableBuilder(Pieces(asked), frame_way).build(empty)
     for _ in range(10):
         answer = random_answer(table.frame, random)
         memory = static_memory(asked.model, asked.machine, table.assignment(answer))
@@ -112,10 +114,10 @@ def test_times_of_good_answers(name: str) -> None:
     leads = Search(asked).leads(Freedom(ubatches=(512, 2048), load_modes=("none",)))
     assert len(leads) >= 8
     for lead in leads[:8]:
-        answer = lead.relaxation.answer(lead.relaxed)
+        answer = lead.relaxation.answer()
         if answer is None:
             continue
-        *splits, decode_us, prompt_us = differences(asked, lead.table, answer)
+        *splits, decode_us, prompt_us = differences(asked, lead.table, answer, lead.compute.counts)
         assert splits[0] == 0
         assert abs(splits[1]) <= 1
         assert max(abs(decode_us), abs(prompt_us)) <= len(lead.table.frame.layers)
@@ -193,7 +195,7 @@ def test_equal_moves_have_equal_differences(name: str) -> None:
 def choices_of(asked: Problem, layer: int, home: int, pins: Pins) -> set[tuple[int, ...]]:
     """Where the groups of a layer may go."""
     frame_way = way(asked, "CUDA0", "CUDA1")
-    frame = TableBuilder(Pieces(asked, pins), frame_way, NO_BUFFERS).build().frame
+    frame = TableBuilder(Pieces(asked, pins), frame_way).build(NO_BUFFERS).frame
     return {choice.groups for choice in frame.layers[layer].choices[home]}
 
 
@@ -237,7 +239,7 @@ def test_reserve_lowers_every_card() -> None:
     """A reserve is taken off each GPU's cap, a fraction of its total off too; the host keeps its own."""
     asked = dataclasses.replace(PROBLEMS["experts on two cards"], reserve_mib=100.0)
     plain, reserved = (
-        TableBuilder(Pieces(each), way(asked, "CUDA0", "CUDA1"), NO_BUFFERS, fraction).build().frame.cap_kib
+        TableBuilder(Pieces(each), way(asked, "CUDA0", "CUDA1")).build(NO_BUFFERS, fraction).frame.cap_kib
         for each, fraction in ((PROBLEMS["experts on two cards"], 0.0), (asked, 0.05))
     )
     less_mib = [(a - b) / KIB for a, b in zip(plain, reserved, strict=True)]
