@@ -5,7 +5,7 @@ import dataclasses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from solving_support import expert_model, problem, table_of, two_cards, way
-from test_solver import answers, best_by_brute_force, frames
+from test_solver import answers, best_by_brute_force, crossing_frame, frames
 
 from placement.solver.frame import Answer, Choice, Frame, LayerTable, is_valid, times_us
 from placement.solver.placing import Placing
@@ -111,3 +111,11 @@ def test_objective_is_the_frames() -> None:
     answer = Answer((1, 1), (0, 1))
     assert times_us(frame, answer) == (105, 11)
     assert Relaxation(frame, 3, 2).objective(answer) == 3 * 105 + 2 * 11
+
+
+def test_hidden_boundary_is_in_the_bound() -> None:
+    """Where one layer has to leave the first card, bound and answer count its boundary once."""
+    relaxation = Relaxation(crossing_frame(10))
+    relaxed = relaxation.bound()
+    assert relaxed.bound == 107 + 57
+    assert relaxation.answer() == Answer((1, 1, 2, 2), (0, 1, 0, 0))

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,7 +69,9 @@ def frames(draw: st.DrawFn) -> Frame:
         positions=tuple(str(p) for p in range(n_positions)),
         layers=layers,
         cap_kib=tuple(draw(st.lists(st.integers(0, 30), min_size=n_positions, max_size=n_positions))),
-        hidden_us=draw(st.sampled_from([(0, 0), (1, 2)])) if n_positions > 2 and not is_pipelined else (0, 0),
+        hidden_us=draw(st.sampled_from([(3, 2), (0, 0), (1, 2)]))
+        if n_positions > 2 and not is_pipelined
+        else (0, 0),
         fixed_us=(3, 5),
         extras=tuple(extras),
         max_host_layers=draw(st.one_of(st.none(), st.integers(0, 5))),
@@ -119,3 +122,35 @@ def test_same_answer_twice(frame: Frame) -> None:
     """The same frame and seed give the same values twice."""
     first, second = (Placing(frame).program.solve(10.0, 0.0, seed=1) for _ in range(2))
     assert first.values == second.values
+
+
+def crossing_frame(cap_kib: int) -> Frame:
+    """Four layers of 10 KiB on two cards; in host memory a layer costs 9 + 4 us more and ends there."""
+
+    def rows(p: int) -> tuple[Choice, ...]:
+        return Choice((p,), 1, 1, ((p, 10),)), Choice((0,), 10, 5, ((0, 10), (p, 0)), True, True)
+
+    layers = (LayerTable(0, 0, ((), rows(1), rows(2))),) * 4
+    return Frame(("CPU", "CUDA0", "CUDA1"), layers, (100, cap_kib, 20), hidden_us=(6, 1), fixed_us=(100, 50))
+
+
+@pytest.mark.parametrize(
+    ("picks", "expected"),
+    [
+        ((0, 0, 0, 0), (104, 54)),
+        ((0, 1, 0, 0), (107, 57)),
+        ((1, 0, 0, 0), (113, 58)),
+        ((0, 0, 0, 1), (113, 58)),
+    ],
+)
+def test_hidden_boundary_by_hand(picks: tuple[int, ...], expected: tuple[int, int]) -> None:
+    """Only the last layer of a card that another follows hides its boundary."""
+    assert expected == times_us(crossing_frame(20), Answer((1, 1, 2, 2), picks))
+
+
+def test_program_hides_a_boundary() -> None:
+    """Where one layer of the first card has to go, the program sends the last and counts its boundary once."""
+    placing = Placing(crossing_frame(10))
+    result = placing.program.solve(10.0, 0.0, seed=1)
+    assert result.objective == 107 + 57
+    assert placing.answer(result.values) == Answer((1, 1, 2, 2), (0, 1, 0, 0))
