@@ -17,7 +17,7 @@ from placement.errors import InputError
 from placement.graph.rows import ROWS
 from placement.machine import Machine
 from placement.model import Model
-from placement.problem import Assignment, Problem, Settings
+from placement.problem import Assignment, Problem, Settings, Workload
 from placement.quants import KV_CACHE_TYPES
 from placement.search import GAP, UBATCHES, Found, Freedom, Search, shortfall
 from placement.solution import ESTIMATED, PLANNED, Judge, Solution, SolutionSet, Verdict
@@ -65,7 +65,8 @@ def make_problem(model: Model, machine: Machine, request: Request) -> tuple[Prob
     trained = describe(model).n_ctx_train
     ctx = request.ctx_tokens or model.profile.ctx_tokens or trained
     n_slots = request.n_slots or model.profile.n_slots
-    kv_type = (request.kv_type or model.profile.kv_type or "f16").lower()
+    given = request.kv_type if request.kv_type is not None else model.profile.kv_type or "f16"
+    kv_type = given.lower()
     if kv_type.upper() not in KV_CACHE_TYPES and kv_type not in KV_CACHE_TYPES:
         known = ", ".join(sorted(each.lower() for each in KV_CACHE_TYPES))
         raise InputError("--kv", f"unknown KV cache type; llama.cpp takes {known}", value=kv_type)
@@ -86,8 +87,26 @@ def make_problem(model: Model, machine: Machine, request: Request) -> tuple[Prob
     settings = replace(settings, **dict(request.fixed))  # type: ignore[arg-type]
     workload = default_workload(model, ctx // n_slots, request.prompt_tokens, request.generate_tokens)
     if request.depth_tokens is not None:
-        workload = replace(workload, depth_tokens=request.depth_tokens)
+        workload = _at_depth(request, ctx // n_slots, request.depth_tokens)
+    elif workload.prompt_tokens < request.prompt_tokens or workload.generate_tokens < request.generate_tokens:
+        warnings.append(
+            f"a slot of {ctx // n_slots} tokens at depth {workload.depth_tokens} holds a turn of"
+            f" {workload.prompt_tokens} + {workload.generate_tokens} tokens: taken instead of"
+            f" {request.prompt_tokens} + {request.generate_tokens}"
+        )
     return Problem(model, machine, settings, workload, request.program, request.reserve_mib), warnings
+
+
+def _at_depth(request: Request, slot_tokens: int, depth_tokens: int) -> Workload:
+    """The turn at the depth that was asked for.
+
+    Raises:
+        InputError: depth, prompt and answer do not fit one slot.
+    """
+    if depth_tokens + request.prompt_tokens + request.generate_tokens > slot_tokens:
+        rule = f"depth + --prompt + --generate must be at most {slot_tokens}, the tokens of a slot"
+        raise InputError("--depth", rule, value=depth_tokens)
+    return Workload(request.prompt_tokens, request.generate_tokens, depth_tokens)
 
 
 def solve(
@@ -210,6 +229,9 @@ def _points(search: Search, freedom: Freedom, tell: Callable[[str], None]) -> li
     tell("aggressive")
     leads = search.leads(freedom)
     aggressive = search.best(freedom, leads)
+    if aggressive is None and freedom.orders is None and search.problem.machine.devices:
+        # no card can hold even a layer: the CPU alone
+        return _points(search, replace(freedom, orders=((),)), tell)
     if aggressive is None:
         return []
     points = [(AGGRESSIVE, aggressive)]

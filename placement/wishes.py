@@ -57,8 +57,11 @@ def pin_wish(model: Model, machine: Machine, text: str) -> Wish:
     pattern, equals, target = text.rpartition("=")
     if not equals or not pattern:
         raise InputError("--pin", "must be REGEX=DEVICE", value=text)
-    device = buffer_target(engine_devices(machine, rpc_servers(machine)), target)
-    return Wish(f"--pin {text!r}", _pinned(model, pattern, device, "--pin", text))
+    try:
+        device = buffer_target(engine_devices(machine, rpc_servers(machine)), target)
+        return Wish(f"--pin {text!r}", _pinned(model, pattern, device, "--pin", text))
+    except InputError as exc:
+        raise InputError("--pin", exc.rule, value=exc.value) from exc
 
 
 def _pinned(model: Model, pattern: str, device: str, option: str, text: str) -> Callable[[Freedom], Freedom]:

@@ -196,7 +196,6 @@ def test_infeasible_names_the_caps(card_mib: int, host_mib: int) -> None:
     assert re.search(r"(CPU|CUDA0) lacks [\d,]+ MiB", found.message)
 
 
-@pytest.mark.xfail(strict=True, reason="search.device_orders never tries the CPU alone beside a GPU")
 def test_useless_card_is_left_out() -> None:
     """A card too small for any layer leaves everything to a host that has room."""
     best = solved(EXPERTS, one_card(40)).solutions[0]
