@@ -9,9 +9,9 @@ from placement.architecture import describe
 from placement.compute import ComputePlan
 from placement.cost import GraphCounts
 from placement.groups import movable_groups
-from placement.memory import context_size
 from placement.problem import CPU, Assignment, Problem
-from placement.tables import N_EARLY_LAYERS, ComputeTable, Way, host_pattern
+from placement.tables import ComputeTable, Way
+from placement.units import MIB
 
 Planner = Callable[[Assignment], ComputePlan]
 
@@ -30,42 +30,29 @@ def compute_table(way: Way, plan: ComputePlan) -> ComputeTable:
 
 
 class Buffers:
-    """Estimates compute buffers for ways of one problem; between two planned ubatches it interpolates.
+    """Estimates compute buffers for ways of one problem.
 
     The buffers of a placement depend on it little: on a device's place in the order, and on whether weights in
     host memory are streamed; not on which card it is. What is found for a typical placement is corrected once the solver's is known.
     """
 
-    _PLANNED_UBATCHES = (512, 2048)
-
     def __init__(self, problem: Problem, planner: Planner) -> None:
         self.problem, self.planner = problem, planner
         self._tables: dict[tuple[object, ...], ComputeTable] = {}
-
-    def table(self, way: Way) -> ComputeTable:
-        """The estimate for a way."""
-        low, high = (self._planned(_with_ubatch(way, tokens)) for tokens in self._PLANNED_UBATCHES)
-        tokens = context_size(self.problem.model, way.settings).ubatch_tokens
-        a, b = self._PLANNED_UBATCHES
-        sizes = tuple(
-            max(0, round(x + (y - x) * (tokens - a) / (b - a)))
-            for x, y in zip(low.n_bytes, high.n_bytes, strict=True)
-        )
-        return ComputeTable(sizes, low.counts)
+        self._counts: GraphCounts | None = None
 
     def exact(self, way: Way) -> ComputeTable:
-        """The buffers of the typical placement at the way's own ubatch, with what early layers in host memory add."""
-        plain = self._planned(way)
-        early = typical_assignment(self.problem, way, has_early=True) if way.uses_host else None
-        if early is None or early == typical_assignment(self.problem, way):
-            return plain
-        more = compute_table(way, self.planner(early)).n_bytes
-        lacking = tuple(max(0, a - b) for a, b in zip(more, plain.n_bytes, strict=True))
-        if not any(lacking):
-            return plain
-        n_groups = len(movable_groups(self.problem.model, describe(self.problem.model).n_layer_all)[-1])
-        pattern = host_pattern(1, True, (0,) * n_groups)
-        return replace(plain, extras=((pattern, lacking),)) if pattern is not None else plain
+        """The buffers of the typical placement."""
+        return self._planned(way)
+
+    def nothing(self, way: Way) -> ComputeTable:
+        """No buffers at all, less than any way can do with, and the nodes of some placement."""
+        if self._counts is None:
+            names = tuple(device.name for device in self.problem.machine.devices)
+            room_mib = sum(device.usable_mib for device in self.problem.machine.devices)
+            some = Way(names, way.settings, uses_host=not names or self.problem.model.n_bytes > room_mib * MIB)
+            self._counts = self._planned(some).counts
+        return ComputeTable((0,) * (1 + len(way.devices)), self._counts)
 
     def _planned(self, way: Way) -> ComputeTable:
         key = (
@@ -80,15 +67,9 @@ class Buffers:
         return self._tables[key]
 
 
-def _with_ubatch(way: Way, ubatch_tokens: int) -> Way:
-    batch_tokens = max(way.settings.batch_tokens, ubatch_tokens)
-    return replace(way, settings=replace(way.settings, ubatch_tokens=ubatch_tokens, batch_tokens=batch_tokens))
-
-
-def typical_assignment(problem: Problem, way: Way, *, has_early: bool = False) -> Assignment:
+def typical_assignment(problem: Problem, way: Way) -> Assignment:
     """Layers over the GPUs in proportion to their memory; with host use, each GPU's last half-layers' groups on
-    the CPU (with `has_early` also the model's first layers'), or the first layers themselves where nothing
-    smaller moves."""
+    the CPU, or the first layers themselves where nothing smaller moves."""
     n_layers = describe(problem.model).n_layer_all
     if not way.devices:
         return Assignment((), (CPU,) * (n_layers + 1), (), way.settings)
@@ -107,8 +88,7 @@ def typical_assignment(problem: Problem, way: Way, *, has_early: bool = False) -
     if way.uses_host and has_experts:
         for name in way.devices:
             mine = [i for i in range(n_layers) if homes[i] == name and groups[i]]
-            first = mine[:N_EARLY_LAYERS] if has_early and name == way.devices[0] else []
-            for i in dict.fromkeys([*first, *mine[len(mine) // 2 :]]):
+            for i in mine[len(mine) // 2 :]:
                 moved += [(tensor.name, CPU) for group in groups[i] for tensor in group.tensors]
     has_overrides = bool(moved) or (len(way.devices) > 1 and not way.is_pipelined and CPU not in homes)
     settings = replace(way.settings, has_overrides=has_overrides)

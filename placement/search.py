@@ -8,7 +8,7 @@ exactly, and where it does not fit its frame is built again with what was found.
 
 from __future__ import annotations
 
-import functools
+import heapq
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -16,22 +16,21 @@ from dataclasses import dataclass, replace
 
 from placement.buffers import Buffers, Planner, compute_table, graph_counts
 from placement.compute import ComputePlan, plan_compute
-from placement.cost import Speed, evaluate
-from placement.problem import Assignment, Problem
+from placement.cost import Speed, evaluate, rates
+from placement.problem import Assignment, Problem, Settings
 from placement.solver.frame import Answer, is_taken, used_kib
 from placement.solver.placing import Placing
 from placement.solver.relaxation import Relaxation, Relaxed
 from placement.tables import N_EARLY_LAYERS, NO_PINS, ComputeTable, Pieces, Pins, Table, TableBuilder, Way, host_pattern
-from placement.units import KIB
+from placement.units import KIB, MIB
 
 UBATCHES = (256, 512, 1024, 2048, 4096)
 DEFAULT_UBATCH = 512
 MAX_ORDERED_DEVICES = 3  # up to here every subset in every order is tried
 GAP = 0.002
 MAX_CORRECTIONS = 5
-QUICK_ROUNDS, FIRST_ROUNDS, FINE_ROUNDS = 4, 150, 60
-NEAR_LAYERS = 4
-NEAR_S = 1.0
+WORK_LIMIT = 10.0  # CP-SAT's deterministic time for one proof
+WASTE_BYTES = 24 * MIB  # buffers assumed too large by more than this are corrected
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +62,19 @@ class Found:
 
 @dataclass
 class Lead:
-    """A way with its frame and what its relaxation gave."""
+    """A way with its frame and what its relaxation gave; without its buffers known, they are taken as nothing."""
 
     way: Way
     table: Table
     compute: ComputeTable
     relaxation: Relaxation
     relaxed: Relaxed
+    is_planned: bool
 
     @property
     def bound(self) -> float:
         """Least objective in microseconds; infinite when nothing can fit."""
         return float("inf") if self.relaxed.bound is None else self.relaxed.bound
-
-    @functools.cached_property
-    def greedy(self) -> Answer | None:
-        """A quick answer near the first relaxation's homes."""
-        return self.relaxation.answer(self.relaxed)
-
-    @functools.cached_property
-    def promise(self) -> float:
-        """What the way will probably reach: its greedy objective, or somewhat more than its bound."""
-        return self.relaxation.objective(self.greedy) if self.greedy is not None else self.bound * 1.02
 
 
 def device_orders(problem: Problem) -> list[tuple[str, ...]]:
@@ -119,8 +109,13 @@ def ways(problem: Problem, freedom: Freedom) -> Iterator[Way]:
             yield Way(order, settings, uses_host=False)
         if len(order) > 1 and settings.is_kv_offloaded:
             yield Way(order, settings, uses_host=False, is_pipelined=True)
-        for load_mode in freedom.load_modes:
-            yield Way(order, replace(settings, load_mode=load_mode), uses_host=True)
+        yield Way(order, _fastest_loading(problem, order, settings, freedom.load_modes), uses_host=True)
+
+
+def _fastest_loading(problem: Problem, order: tuple[str, ...], settings: Settings, modes: tuple[str, ...]) -> Settings:
+    """The settings with the load mode that streams fastest; memory and decode time are the same in all of them."""
+    every = [replace(settings, load_mode=mode) for mode in modes]
+    return min(every, key=lambda each: rates(problem.machine, order, each).stream_s_per_byte or 0.0)
 
 
 class Search:
@@ -132,29 +127,31 @@ class Search:
         """`planner` replaces the simulated plans (an architecture without a rule asks the engine)."""
         self.problem = problem
         self.planner = planner or self._simulate
-        self.buffers = Buffers(problem, self.planner)
+        self.buffers = Buffers(problem, self.plan)
         self.seed = seed
         self.deadline_s = time.monotonic() + time_limit_s
         self._pieces: dict[Pins, Pieces] = {}
         self._plans: dict[Assignment, ComputePlan] = {}
         self._corrected: dict[Way, ComputeTable] = {}
-        self._prices: dict[tuple[object, ...], tuple[float, ...]] = {}
 
     def leads(self, freedom: Freedom) -> list[Lead]:
         """Every way with a quick bound, lowest first; ways that cannot fit are left out."""
         found = [lead for way in ways(self.problem, freedom) if (lead := self._lead(way, freedom)) is not None]
-        return sorted(self._without_needless_cards(found), key=lambda lead: lead.bound)
+        return sorted(self._without_needless_cards(found, freedom), key=lambda lead: lead.bound)
 
     def _lead(self, way: Way, freedom: Freedom) -> Lead | None:
-        compute = self._corrected.get(way) or self.buffers.table(way)
+        """The way with the buffers that are known of it; None when it cannot fit."""
         if freedom.pins not in self._pieces:
             self._pieces[freedom.pins] = Pieces(self.problem, freedom.pins)
-        table = TableBuilder(self._pieces[freedom.pins], way, compute, freedom.reserve_fraction).build()
+        known = self._corrected.get(way)
+        compute = known or self.buffers.nothing(way)
+        table = TableBuilder(self._pieces[freedom.pins], way).build(compute, freedom.reserve_fraction)
         table = replace(table, frame=replace(table.frame, **self._limits(freedom)))
         relaxation = Relaxation(table.frame, freedom.decode_weight, freedom.prompt_weight)
-        lead = Lead(way, table, compute, relaxation, Relaxed(0.0, None, ()))
-        is_known = self._kin(lead) in self._prices
-        return self._refine(lead, QUICK_ROUNDS if is_known else FIRST_ROUNDS, float("inf"))
+        relaxed = relaxation.bound()
+        if relaxed.bound is None:
+            return None
+        return Lead(way, table, compute, relaxation, relaxed, known is not None)
 
     def _limits(self, freedom: Freedom) -> dict[str, int | None]:
         slowest = None
@@ -162,43 +159,51 @@ class Search:
             slowest = int(freedom.max_decode_s * 1e6 * max(self.problem.workload.generate_tokens, 1))
         return {"max_host_layers": freedom.max_host_layers, "max_decode_us": slowest}
 
-    def _kin(self, lead: Lead) -> tuple[object, ...]:
-        return lead.way.devices, lead.way.uses_host, lead.way.is_pipelined, lead.relaxation.weights
+    def _planned(self, lead: Lead, freedom: Freedom) -> Lead | None:
+        """The way with the buffers of a typical placement; None when it then cannot fit."""
+        if lead.is_planned:
+            return lead
+        if lead.way not in self._corrected:
+            self._corrected[lead.way] = self.buffers.exact(lead.way)
+        return self._lead(lead.way, freedom)
 
-    def _refine(self, lead: Lead, rounds: int, limit: float) -> Lead | None:
-        """The way with a better bound, from the prices of its kin; None when it cannot fit."""
-        prices = lead.relaxed.prices or self._prices.get(self._kin(lead), ())
-        lead.relaxed = lead.relaxation.bound(list(prices), rounds, limit)
-        if lead.relaxed.bound is None:
-            return None
-        self._prices[self._kin(lead)] = lead.relaxed.prices
-        return lead
-
-    def _without_needless_cards(self, leads: list[Lead]) -> list[Lead]:
+    def _without_needless_cards(self, leads: list[Lead], freedom: Freedom) -> list[Lead]:
         """Where the fast cards hold the whole model at the engine's own ubatch, slower cards are left out."""
         speed = {device.name: device.bandwidth_gb_per_s for device in self.problem.machine.devices}
-        enough: float | None = None
-        for lead in leads:
-            slowest = min((speed[name] for name in lead.way.devices), default=0.0)
-            is_roomy = lead.way.settings.ubatch_tokens >= DEFAULT_UBATCH
-            if lead.way.uses_host or not is_roomy or (enough is not None and slowest <= enough):
-                continue
-            if lead.relaxation.answer(lead.relaxed) is not None:
-                enough = slowest
-        if enough is None:
+        roomy = [tokens for tokens in freedom.ubatches if tokens >= DEFAULT_UBATCH]
+        slowest = {lead.way: min((speed[name] for name in lead.way.devices), default=0.0) for lead in leads}
+        if not roomy:
             return leads
-        return [lead for lead in leads if all(speed[name] >= enough for name in lead.way.devices)]
+        plain = [
+            lead
+            for lead in leads
+            if not (lead.way.uses_host or lead.way.is_pipelined)
+            and lead.way.settings.ubatch_tokens == min(roomy)
+            and slowest[lead.way] > min(speed.values())
+        ]
+        for lead in sorted(plain, key=lambda lead: (-slowest[lead.way], len(lead.way.devices))):
+            planned = self._planned(lead, freedom)
+            if planned is not None and planned.relaxation.answer() is not None:
+                enough = slowest[lead.way]
+                return [each for each in leads if all(speed[name] >= enough for name in each.way.devices)]
+        return leads
 
     def best(self, freedom: Freedom, leads: list[Lead], gap: float = GAP) -> Found | None:
         """The best placement over the leads, its bound that of all of them together."""
         best: Found | None = None
         open_bound, is_proven = float("inf"), True
-        for lead in _most_promising(leads):
+        queue = [(lead.bound, number, lead) for number, lead in enumerate(leads)]
+        heapq.heapify(queue)
+        while queue:
+            _, number, lead = heapq.heappop(queue)
             limit = best.objective * (1 - gap) if best else float("inf")
-            if lead.bound < limit:
-                self._refine(lead, FINE_ROUNDS, limit)
             if lead.bound >= limit:
                 open_bound = min(open_bound, lead.bound)
+                continue
+            if not lead.is_planned:
+                planned = self._planned(lead, freedom)
+                if planned is not None:
+                    heapq.heappush(queue, (planned.bound, number, planned))
                 continue
             found, bound, is_done = self.settle(lead, freedom, limit, gap)
             open_bound, is_proven = min(open_bound, bound), is_proven and is_done
@@ -210,27 +215,46 @@ class Search:
 
     def settle(self, lead: Lead, freedom: Freedom, limit: float, gap: float) -> tuple[Found | None, float, bool]:
         """Solve one way below a limit: a placement that fits or None, the way's bound, whether it is proven."""
-        if lead.way not in self._corrected:
-            self._corrected[lead.way] = self.buffers.exact(lead.way)
-            sharper = self._lead(lead.way, freedom)
-            if sharper is None:
-                return None, float("inf"), True
-            lead = sharper
+        planned = self._planned(lead, freedom)
+        best: tuple[Found | None, float, bool] = None, float("inf"), True
+        is_tightened = False
         for _ in range(MAX_CORRECTIONS):
+            if planned is None:
+                return best
+            lead = planned
             answer, bound, is_proven = self._prove(lead, limit, gap)
             if answer is None:
-                return None, bound, is_proven
+                return best if best[0] is not None else (None, bound, is_proven)
             assignment = lead.table.assignment(answer)
             plan = self.plan(assignment)
-            if self._fits(lead, answer, compute_table(lead.way, plan)):
-                speed = evaluate(self.problem, assignment, graph_counts(plan))
-                objective = lead.relaxation.objective(answer)
-                return Found(assignment, plan, speed, objective, bound, is_proven), bound, is_proven
-            again = self._correct(lead, answer, compute_table(lead.way, plan), freedom)
-            if again is None:
-                return None, float("inf"), True
-            lead = again
-        return None, lead.bound, False
+            real = compute_table(lead.way, plan)
+            if not self._fits(lead, answer, real):
+                planned = self._correct(lead, answer, real, freedom)
+                continue
+            speed = evaluate(self.problem, assignment, graph_counts(plan))
+            objective = lead.relaxation.objective(answer)
+            if best[0] is None or objective < best[0].objective:
+                best = Found(assignment, plan, speed, objective, bound, is_proven), bound, is_proven
+            if is_tightened or not self._wastes(lead, answer, real):
+                return best
+            is_tightened = True
+            n_bytes = tuple(map(min, lead.compute.n_bytes, real.n_bytes))
+            self._corrected[lead.way] = replace(lead.compute, n_bytes=n_bytes)
+            planned = self._lead(lead.way, freedom)
+        return best if best[0] is not None else (None, lead.bound, False)
+
+    def _wastes(self, lead: Lead, answer: Answer, real: ComputeTable) -> bool:
+        """Whether a card that something was moved off has much more room than its buffers were thought to leave."""
+        layers = lead.table.frame.layers
+        lacking = {
+            home
+            for table, home, pick in zip(layers, answer.homes, answer.picks, strict=True)
+            if home == 0 or pick
+        }
+        if not lacking:
+            return False
+        over = [a - r for a, r in zip(lead.compute.n_bytes, real.n_bytes, strict=True)]
+        return any(over[p] > WASTE_BYTES for p in range(1, len(over)) if p in lacking or 0 in answer.homes)
 
     def _fits(self, lead: Lead, answer: Answer, real: ComputeTable) -> bool:
         """Whether the placement keeps within the caps with its own compute buffers."""
@@ -271,38 +295,37 @@ class Search:
     def _prove(self, lead: Lead, limit: float, gap: float) -> tuple[Answer | None, float, bool]:
         """An answer below the limit within the gap, or none; the bound; whether that is proven.
 
-        CP-SAT proves quickly that nothing is below a cutoff, and finds slowly: so the cuts near the relaxed ones
-        are searched first, and the whole frame is then asked for anything better.
+        The segments give an answer and a bound. Where these are further apart than the gap, CP-SAT is asked for
+        anything better than the answer, in the homes that the bound leaves open: it proves quickly that nothing
+        is below a cutoff.
         """
         relaxation, bound = lead.relaxation, lead.bound
-        answer = lead.greedy
+        if bound >= limit:
+            return None, bound, True
+        answer = relaxation.answer(gap / 4, limit)
         value = float("inf") if answer is None else relaxation.objective(answer)
-        near = answer.homes if answer is not None else lead.relaxed.homes
-        if limit < value < float("inf"):
-            near = None  # the question is only whether anything here is below the limit
         while bound < (target := self._target(limit, value, gap)):
             left_s = self.deadline_s - time.monotonic()
+            homes = relaxation.homes(lead.relaxed, target)
+            if not all(homes):
+                bound = target
+                break
             if left_s <= 0:
                 return (answer if value < limit else None), bound, False
-            placing = Placing(lead.table.frame, *relaxation.weights)
-            if near is not None:
-                placing.stay_near(near, NEAR_LAYERS)
-                target = min(limit, value * (1 - gap / 4))
+            placing = Placing(lead.table.frame, *relaxation.weights, homes=homes)
             if target < float("inf"):
                 placing.cut_off(int(target))
-            result = placing.program.solve(min(left_s, NEAR_S) if near is not None else left_s, gap / 4, self.seed)
+            result = placing.program.solve(left_s, gap / 2, self.seed, work_limit=WORK_LIMIT)
             if result.values:
                 answer = placing.answer(result.values)
                 value = relaxation.objective(answer)
-            if near is not None:
-                near = None
-            elif result.status == "INFEASIBLE":
+            if result.status == "INFEASIBLE":
                 bound = max(bound, target)
             elif result.status == "OPTIMAL":
-                bound = max(bound, result.bound or bound)
+                bound = max(bound, min(result.bound or bound, target))
                 break
             else:
-                return (answer if value < limit else None), max(bound, result.bound or bound), False
+                return (answer if value < limit else None), max(bound, min(result.bound or bound, target)), False
         return (answer if value < limit else None), bound, True
 
     def _target(self, limit: float, value: float, gap: float) -> float:
@@ -323,30 +346,15 @@ class Search:
         """Believe this plan of an assignment (the engine's own) from now on."""
         self._plans[assignment] = plan
 
-    def front(self, freedom: Freedom, leads: list[Lead], n_per_ubatch: int = 1) -> list[Found]:
-        """Greedy placements for each ubatch that the leads allow, the best ways of each by their bound."""
+    def front(self, freedom: Freedom, leads: list[Lead]) -> list[Found]:
+        """The best placement of each ubatch that the leads allow, within 2 %."""
         found = []
         for ubatch in freedom.ubatches:
-            mine = [lead for lead in leads if lead.way.settings.ubatch_tokens == ubatch][:n_per_ubatch]
-            for lead in mine:
-                each, _, _ = self.settle(lead, freedom, float("inf"), gap=0.02)
-                if each is not None:
-                    found.append(each)
+            mine = [lead for lead in leads if lead.way.settings.ubatch_tokens == ubatch]
+            each = self.best(freedom, mine, gap=0.02) if mine else None
+            if each is not None:
+                found.append(each)
         return found
-
-
-def _most_promising(leads: list[Lead]) -> list[Lead]:
-    """The leads (lowest bound first) by what they promise; those whose bound is above a promise come last."""
-    best = float("inf")
-    promising: list[Lead] = []
-    others: list[Lead] = []
-    for lead in leads:
-        if lead.bound < best:
-            best = min(best, lead.promise)
-            promising.append(lead)
-        else:
-            others.append(lead)
-    return sorted(promising, key=lambda lead: lead.promise) + others
 
 
 def shortfall(search: Search, freedom: Freedom) -> str:
@@ -357,7 +365,7 @@ def shortfall(search: Search, freedom: Freedom) -> str:
         if way.is_pipelined:
             continue
         pieces = Pieces(search.problem, freedom.pins)
-        frame = TableBuilder(pieces, way, search.buffers.table(way), freedom.reserve_fraction).build().frame
+        frame = TableBuilder(pieces, way).build(search.buffers.exact(way), freedom.reserve_fraction).frame
         placing = Placing(frame, has_caps=False)
         extra = placing.minimise_overflow()
         result = placing.program.solve(5.0, 0.01, search.seed)

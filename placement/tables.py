@@ -43,6 +43,8 @@ HostPattern = tuple[int, bool, tuple[bool, ...]]
 # of MiB more on the first card than streaming any others.
 N_EARLY_LAYERS = 3
 
+MAX_CROSSING_DEVICES = 3  # up to here a layer's groups may go to any other GPU
+
 # Splits of a prompt's graph in a layer that lives on the CPU, beside one for each weight that is streamed.
 _CPU_LAYER_SPLITS = 2
 
@@ -150,6 +152,8 @@ class Pieces:
             (),
         )
         self._bytes: dict[tuple[int, int, bool], int] = {}
+        self.costs: dict[Way, CostModel] = {}
+        self.tables: dict[Way, dict[int, LayerTable]] = {}
 
     def _signature(self, i: int) -> Hashable:
         shapes = tuple(
@@ -198,28 +202,31 @@ class Pieces:
 
 
 class TableBuilder:
-    """Builds the frame of one way from a problem's pieces."""
+    """Builds frames of one way from a problem's pieces, which keep what neither buffers nor reserve change."""
 
-    def __init__(self, pieces: Pieces, way: Way, compute: ComputeTable, reserve_fraction: float = 0.0) -> None:
-        self.pieces, self.way, self.compute = pieces, way, compute
+    def __init__(self, pieces: Pieces, way: Way) -> None:
+        self.pieces, self.way = pieces, way
         self.problem = pieces.problem
-        self.reserve_fraction = reserve_fraction
-        self.cost = CostModel(self.problem, way.settings, way.devices)
+        self.cost = pieces.costs.get(way) or CostModel(self.problem, way.settings, way.devices)
+        pieces.costs[way] = self.cost
         self.positions = (CPU, *way.devices)
         self.devices: tuple[Device | None, ...] = (None, *map(self.problem.machine.device, way.devices))
         self.context_bytes = layer_context_bytes(self.problem.model, way.settings)
 
-    def build(self) -> Table:
+    def build(self, compute: ComputeTable, reserve_fraction: float = 0.0) -> Table:
         """The frame, with caps after compute buffers, runtime and reserve."""
-        tables = {kind: LayerTable(kind, self.pieces.moves[kind], self._choices(kind)) for kind in self.pieces.example}
+        if self.way not in self.pieces.tables:
+            moves, kinds = self.pieces.moves, self.pieces.example
+            self.pieces.tables[self.way] = {kind: LayerTable(kind, moves[kind], self._choices(kind)) for kind in kinds}
+        tables = self.pieces.tables[self.way]
         frame = Frame(
             positions=self.positions,
             layers=tuple(tables[kind] for kind in self.pieces.kinds),
-            cap_kib=self._caps(),
+            cap_kib=self._caps(compute, reserve_fraction),
             hidden_us=self._hidden_us(),
-            fixed_us=self._fixed_us(),
+            fixed_us=self._fixed_us(compute.counts),
             longest_permille=self._longest_permille(),
-            extras=tuple(self._extra(tables, *each) for each in self.compute.extras),
+            extras=tuple(self._extra(tables, *each) for each in compute.extras),
         )
         return Table(self.way, frame, self.pieces.group_names)
 
@@ -234,16 +241,16 @@ class TableBuilder:
         )
         return Extra(taken, tuple(-(-each // KIB) for each in n_bytes))
 
-    def _caps(self) -> tuple[int, ...]:
+    def _caps(self, compute: ComputeTable, reserve_fraction: float) -> tuple[int, ...]:
         caps = []
         for p, device in enumerate(self.devices):
             if device is None:
                 cap = self.problem.machine.cpu.usable_mib * MIB - sum(weight_bytes(each.tensor, None) for each in self.pieces.inputs)
             else:
-                reserve = self.problem.reserve_mib + self.reserve_fraction * device.total_mib
+                reserve = self.problem.reserve_mib + reserve_fraction * device.total_mib
                 cap = (device.usable_mib - device.runtime_mib - reserve) * MIB
                 cap -= sum(weight_bytes(each.tensor, device) for each in self.pieces.shared)
-            caps.append(int(cap - self.compute.n_bytes[p]) // KIB)
+            caps.append(int(cap - compute.n_bytes[p]) // KIB)
         return tuple(caps)
 
     def _is_rpc(self, position: int) -> bool:
@@ -275,8 +282,8 @@ class TableBuilder:
         n_prompt = 1 if self.cost.rates.stream_s_per_byte is None else 0
         return self._turn_us(*self.cost.splits_s(1, n_prompt, n_between=1))
 
-    def _fixed_us(self) -> tuple[int, int]:
-        counts, n_devices = self.compute.counts, len(self.way.devices)
+    def _fixed_us(self, counts: GraphCounts) -> tuple[int, int]:
+        n_devices = len(self.way.devices)
         decode_s, prompt_s = self.cost.fixed_s(counts.n_nodes_decode, counts.n_nodes_prompt)
         base, n_rpc = 1 + n_devices, sum(map(self._is_rpc, range(len(self.devices))))
         for seconds in (self.cost.splits_s(base, base, max(n_devices - 1, 0)), self.cost.rpc_s(n_rpc)):
@@ -317,20 +324,33 @@ class TableBuilder:
             return []
         if home == 0 and not self.way.uses_host:
             return []
+        pinned = [self.pieces.pinned_groups.get((i, group.kind)) for group in self.pieces.groups[i]] if n_groups else []
         found = [(home,) * n_groups]
         if n_groups and home > 0 and not self.way.is_pipelined:
-            for other in range(len(self.positions)):
+            others = range(len(self.positions)) if any(pinned) else self._others(home)
+            for other in others:
                 if other == home or (other == 0 and not self.way.uses_host):
                     continue
                 found.append((other,) * n_groups)
                 if n_groups == 2:
                     found += [(other, home), (home, other)]
-        pinned = [self.pieces.pinned_groups.get((i, group.kind)) for group in self.pieces.groups[i]] if n_groups else []
         return [
             targets
             for targets in found
             if all(pin is None or self.positions[at] == pin for pin, at in zip(pinned, targets, strict=True))
         ]
+
+    def _others(self, home: int) -> tuple[int, ...]:
+        """Where a layer's groups may go from a home.
+
+        A group never pays on a GPU that keeps a like group of its own in host memory: exchanging the two saves
+        the splits. With many GPUs and the host in use all of them do that, or the cuts move; so the host is then
+        the only other place, and without the host the neighbours are.
+        """
+        n_gpus = len(self.positions) - 1
+        if n_gpus <= MAX_CROSSING_DEVICES:
+            return tuple(range(n_gpus + 1))
+        return (0,) if self.way.uses_host else tuple(p for p in (home - 1, home + 1) if 1 <= p <= n_gpus)
 
     def _choice(
         self, i: int, home: int, targets: tuple[int, ...], parts: list[_Part], context: Load, context_bytes: int

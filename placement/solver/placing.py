@@ -7,6 +7,7 @@ nothing to permute. Measured on Qwen3-Coder-Next and two cards: one boolean per 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -25,13 +26,26 @@ class Placing:
     `counts[p, moves, c]` is how many layers of those moves at home p take choice c (c ≥ 1)."""
 
     def __init__(
-        self, frame: Frame, decode_weight: int = 1, prompt_weight: int = 1, *, has_caps: bool = True
+        self,
+        frame: Frame,
+        decode_weight: int = 1,
+        prompt_weight: int = 1,
+        *,
+        has_caps: bool = True,
+        homes: list[set[int]] | None = None,
     ) -> None:
+        """`homes` says where each layer may live, where more than the tables is known; no set may be empty."""
         self.frame = frame
         self.program = Program()
         self.n_positions = len(frame.positions)
         self.n_layers = len(frame.layers)
-        self.one = self.program.integer(1, 1)
+        self.zero, self.one = self.program.integer(0, 0), self.program.integer(1, 1)
+        everywhere = set(range(self.n_positions))
+        windows = [each or everywhere for each in homes] if homes else [everywhere] * self.n_layers
+        # layers take non-decreasing positions, so what rules a home out for one rules it out for others too
+        self.lows = list(itertools.accumulate(map(min, windows), max))
+        highs = itertools.accumulate((max(each) for each in reversed(windows)), min)
+        self.highs = list(highs)[::-1]
         self.members: dict[int, list[int]] = {}
         for i, table in enumerate(frame.layers):
             self.members.setdefault(table.moves, []).append(i)
@@ -55,33 +69,42 @@ class Placing:
         self._keep_within_limits()
 
     def _add_homes(self) -> None:
-        last = self.n_positions - 1
         self.before = [
-            [self.program.boolean() if p < last else self.one for p in range(self.n_positions)]
-            for _ in range(self.n_layers)
+            [
+                self.zero if p < low else self.one if p >= high else self.program.boolean()
+                for p in range(self.n_positions)
+            ]
+            for low, high in zip(self.lows, self.highs, strict=True)
         ]
 
     def _add_counts(self) -> None:
         self.counts: dict[tuple[int, int, int], int] = {}
         for moves, rows in self.rows.items():
             for p, row in enumerate(rows):
+                most = sum(self.lows[i] <= p <= self.highs[i] for i in self.members[moves])
                 for c in range(1, len(row)):
-                    self.counts[p, moves, c] = self.program.integer(0, len(self.members[moves]))
+                    self.counts[p, moves, c] = self.program.integer(0, most) if most else self.zero
 
     def at_home(self, layer: int, position: int, factor: int = 1) -> Terms:
         """Terms that sum to `factor` when the layer's home is that position, else to 0."""
+        if not self.lows[layer] <= position <= self.highs[layer]:
+            return []
         terms = [(self.before[layer][position], factor)]
         if position > 0:
             terms.append((self.before[layer][position - 1], -factor))
         return terms
 
     def _order_homes(self) -> None:
+        fixed = self.zero, self.one
         for i in range(self.n_layers):
             for p in range(self.n_positions - 1):
-                if p + 1 < self.n_positions - 1:
-                    self.program.at_most([(self.before[i][p], 1), (self.before[i][p + 1], -1)], 0)
+                here, later = self.before[i][p], self.before[i][p + 1]
+                if here not in fixed and later not in fixed:
+                    self.program.at_most([(here, 1), (later, -1)], 0)
                 if i + 1 < self.n_layers:
-                    self.program.at_most([(self.before[i + 1][p], 1), (self.before[i][p], -1)], 0)
+                    below = self.before[i + 1][p]
+                    if below != self.zero and here != self.one:
+                        self.program.at_most([(below, 1), (here, -1)], 0)
 
     def _use_every_device(self) -> None:
         for p in range(1, self.n_positions):
@@ -203,12 +226,6 @@ class Placing:
         self.program.minimise([(variable, 1) for variable in extra])
         return extra
 
-    def stay_near(self, homes: tuple[int, ...], reach: int) -> None:
-        """Fix the home of every layer that is more than `reach` layers from a cut of these homes."""
-        for i, home in enumerate(homes):
-            if homes[max(0, i - reach)] == home == homes[min(len(homes) - 1, i + reach)]:
-                self.program.at_least(self.at_home(i, home), 1)
-
     def cut_off(self, most: int) -> None:
         """Require an objective of at most `most`."""
         self.program.at_most(self.objective, most - self.offset)
@@ -221,17 +238,17 @@ class Placing:
             for p, row in enumerate(rows):
                 here = [i for i in self.members[moves] if homes[i] == p]
                 wanted = [c for c in range(1, len(row)) for _ in range(values[self.counts[p, moves, c]])]
+                wanted += [0] * (len(here) - len(wanted))
                 # host choices go to the last layers, where a device's very last one hides the boundary
-                wanted.sort(
-                    key=lambda c, row=row: (
-                        row[c].hides_boundary,
-                        row[c].is_host,
-                        len(set(row[c].groups)) == 1,
-                    )
-                )  # type: ignore[misc]
-                for i, c in zip(reversed(here), reversed(wanted), strict=False):
+                wanted.sort(key=lambda c, row=row: _lateness(row, c))  # type: ignore[misc]
+                for i, c in zip(here, wanted, strict=True):
                     picks[i] = c
         return Answer(homes, tuple(picks))
+
+
+def _lateness(row: tuple[Choice, ...], c: int) -> tuple[bool, bool, bool, bool]:
+    choice = row[c]
+    return choice.hides_boundary, choice.is_host, c > 0, len(set(choice.groups)) == 1
 
 
 def _most_prompt_us(table: LayerTable) -> int:

@@ -98,8 +98,14 @@ class Program:
             )
         return "\n".join(parts)
 
-    def solve(self, time_limit_s: float, relative_gap: float, seed: int, n_workers: int = 1) -> ProgramResult:
-        """Run CP-SAT; the same program, seed and version give the same answer with one worker."""
+    def solve(
+        self, time_limit_s: float, relative_gap: float, seed: int, n_workers: int = 1, work_limit: float = 1e9
+    ) -> ProgramResult:
+        """Run CP-SAT; with one worker the same program, seed and version give the same answer.
+
+        `work_limit` is CP-SAT's deterministic time, which no load of the machine changes; a second of wall time is
+        about a third of a unit. Only the time limit may make two answers differ.
+        """
         from ortools.sat.python import cp_model_helper as helper
 
         proto = helper.CpModelProto()
@@ -110,6 +116,7 @@ class Program:
         parameters.relative_gap_limit = relative_gap
         parameters.random_seed = seed
         parameters.num_workers = n_workers
+        parameters.max_deterministic_time = work_limit
         solver = helper.SolveWrapper()
         solver.set_parameters(parameters)
         return _result(solver.solve(proto))

@@ -1,254 +1,224 @@
-"""A lower bound and a good answer of a frame in milliseconds, without CP-SAT.
+"""A lower bound and a good answer of a frame in milliseconds, without CP-SAT, both from its segments.
 
-The caps are priced (Lagrangian relaxation): what is left is, for every layer and home, its cheapest choice, and
-a shortest path over the cuts between devices. The best prices give the bound. Around the cuts that they suggest,
-a greedy filling of each device gives an answer, which CP-SAT then has to beat.
+The bound allows fractions of moves and pays for space on other GPUs by a price; any price gives a bound, those
+that the best cuts would pay give a good one. The answer moves nothing to another GPU and is the best of its kind
+but for rare ties. What a bound rules out, CP-SAT need not search: `homes` says where each layer may still live.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from placement.solver.frame import Answer, Choice, Frame, is_valid, times_us
+from placement.solver.frame import Answer, Frame, is_valid, times_us
+from placement.solver.segments import INFINITE, Segments, Terms, marginal
 
-N_ROUNDS = 150
-IMPOSSIBLE_US = 1e13  # a bound of four months: the caps cannot hold
+MOST_PATHS = 60
+HOST_PRICES = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Relaxed:
-    """`bound` is None when no answer can keep within the caps; `homes` and `prices` are the bound's own."""
+    """`bound` is None when no answer can keep within the caps; `prices` are the bound's, per position."""
 
     bound: float | None
-    homes: tuple[int, ...] | None
     prices: tuple[float, ...]
 
 
 class Relaxation:
-    """The frame with prices (microseconds per KiB) in place of caps."""
+    """A frame under weights, with prices (microseconds per KiB) and fractions in place of caps."""
 
     def __init__(self, frame: Frame, decode_weight: int = 1, prompt_weight: int = 1) -> None:
         self.frame = frame
         self.weights = decode_weight, prompt_weight
         self.n_positions = len(frame.positions)
-        self.kinds = [table.kind for table in frame.layers]
-        self.moves = [table.moves for table in frame.layers]
-        tables = {table.kind: table for table in frame.layers}
         # max(stages) is at least their mean, so pipelined prompt time is bounded by a sum
         n_stages = sum(any(table.choices[p] for table in frame.layers) for p in range(self.n_positions))
-        overlap = 1.0 + frame.longest_permille / 1000 / max(n_stages, 1)
-        self.choices: dict[tuple[int, int], list[tuple[float, Choice]]] = {
-            (kind, p): [
-                (decode_weight * c.decode_us + prompt_weight * overlap * c.prompt_us, c) for c in table.choices[p]
-            ]
-            for kind, table in tables.items()
-            for p in range(self.n_positions)
-        }
+        self.overlap = 1.0 + frame.longest_permille / 1000 / max(n_stages, 1)
         fixed = decode_weight * frame.fixed_us[0] + prompt_weight * frame.fixed_us[1]
-        hidden = decode_weight * frame.hidden_us[0] + prompt_weight * frame.hidden_us[1]
-        fixed -= prompt_weight if frame.longest_permille else 0  # rounding down
-        self.constant = fixed - hidden * max(self.n_positions - 2, 0)
+        self.constant = fixed - (prompt_weight if frame.longest_permille else 0)  # rounding down
+        self.charged = frame.cap_kib
+        for extra in frame.extras:
+            self.charged = tuple(cap - kib for cap, kib in zip(self.charged, extra.kib, strict=True))
 
-    def bound(
-        self, prices: list[float] | None = None, rounds: int = N_ROUNDS, enough: float = float("inf")
-    ) -> Relaxed:
-        """The best bound found by moving the prices; None when they prove that the caps cannot hold.
+    @functools.cached_property
+    def has_crossing(self) -> bool:
+        """Whether any choice moves something to another GPU."""
+        return any(
+            at not in (0, p)
+            for table in {each.kind: each for each in self.frame.layers}.values()
+            for p, row in enumerate(table.choices)
+            for choice in row
+            for at, _ in choice.kib
+        )
 
-        Stops once the bound reaches `enough`.
-        """
-        prices = list(prices) if prices else [0.0] * self.n_positions
-        best, best_homes, best_prices = float("-inf"), None, prices
-        target, scale, stalled = 0.0, 1.0, 0
-        for _ in range(rounds):
-            value, homes, used = self._price(prices)
-            if homes is None:
-                return Relaxed(None, None, ())
-            if value > best:
-                stalled = stalled if value <= best + abs(best) * 1e-4 else 0
-                best, best_homes, best_prices = value, homes, prices
-            stalled += 1
-            if best > IMPOSSIBLE_US:
-                return Relaxed(None, None, ())
-            if best >= enough:
-                break
-            over = [u - cap for u, cap in zip(used, self.frame.cap_kib, strict=True)]
-            norm = sum(o * o for o, price in zip(over, prices, strict=True) if o > 0 or price > 0)
-            if norm == 0:
-                break
-            if stalled > 4:
-                scale, stalled, prices = scale * 0.5, 0, best_prices
-                if scale < 0.001:
-                    break
-            target = max(target, abs(best) * 1.3 + 1.0)
-            step = scale * (target - value) / norm
-            prices = [max(0.0, price + step * o) for price, o in zip(prices, over, strict=True)]
-        return Relaxed(best, best_homes, tuple(best_prices))
+    @functools.cached_property
+    def is_hopeless(self) -> bool:
+        """Whether the layers' least memory is more than all caps together."""
+        tables: dict[int, int | None] = {}
+        for table in self.frame.layers:
+            if table.kind not in tables:
+                sums = [sum(kib for _, kib in choice.kib) for row in table.choices for choice in row]
+                tables[table.kind] = min(sums, default=None)
+        least = [tables[table.kind] for table in self.frame.layers]
+        return None in least or sum(filter(None, least)) > sum(max(cap, 0) for cap in self.frame.cap_kib)
 
-    def answer(self, relaxed: Relaxed) -> Answer | None:
-        """A good answer near the homes of a relaxed solution, or None when the greedy finds none."""
-        return self._climb(relaxed.homes) if relaxed.homes is not None else None
+    def segments(self, prices: tuple[float, ...]) -> Segments:
+        """The frame's segments at those prices, extras not charged."""
+        terms = Terms(self.weights[0], self.weights[1] * self.overlap, prices)
+        return Segments(self.frame, terms, self.frame.cap_kib)
 
-    def _climb(self, start: tuple[int, ...]) -> Answer | None:
-        """Shift one cut at a time while the greedy answer gets better."""
-        best, best_value = self.fill(start), float("inf")
-        if best is not None:
-            best_value = self.objective(best)
-        cuts, seen = _cuts(start, self.n_positions), {start}
-        shift = max(len(start) // 4, 1)
-        while shift:
-            improved = False
-            for at in range(len(cuts)):
-                for moved in (cuts[at] - shift, cuts[at] + shift):
-                    trial = (*cuts[:at], moved, *cuts[at + 1 :])
-                    homes = _homes(trial, len(start))
-                    if homes is None or homes in seen:
-                        continue
-                    seen.add(homes)
-                    answer = self.fill(homes)
-                    if answer is not None and (value := self.objective(answer)) < best_value:
-                        best, best_value, cuts, improved = answer, value, trial, True
-            if not improved:
-                shift //= 2
+    def bound(self, prices: Sequence[float] | None = None) -> Relaxed:
+        """The bound at those prices, or at what the best cuts without moves between GPUs would pay."""
+        if self.is_hopeless or self.n_positions - 1 > len(self.frame.layers):
+            return Relaxed(None, ())
+        if prices is None:
+            prices = self._marginals() if self.has_crossing else (0.0,) * self.n_positions
+        prices = tuple(prices)
+        self.priced = self.segments(prices)
+        value = self.priced.bound()
+        if value == INFINITE:
+            return Relaxed(None, ())
+        paid = prices[0] * self.frame.cap_kib[0]
+        return Relaxed(value + self.constant - paid, prices)
+
+    def _marginals(self) -> tuple[float, ...]:
+        """What each position's last KiB is worth on the best relaxed cuts without moves between GPUs."""
+        plain = self._plain(self.frame.cap_kib, frozenset(), 0.0)
+        if plain.bound() == INFINITE or (cuts := plain.cuts()) is None:
+            return (0.0,) * self.n_positions
+        edges = (0, *cuts, len(self.frame.layers))
+        found = [0.0] + [marginal(plain, p, edges[p], edges[p + 1]) for p in range(1, self.n_positions)]
+        # equal cards take one price: they then share their segments
+        for card in plain.cards[1:]:
+            alike = [p for p in range(1, self.n_positions) if plain.cards[p] is card]
+            mean = sum(found[p] for p in alike) / max(len(alike), 1)
+            found = [mean if p in alike else each for p, each in enumerate(found)]
+        return tuple(found)
+
+    def _plain(self, caps: tuple[int, ...], left_out: frozenset[tuple[int, int, int]], host_price: float) -> Segments:
+        """Segments in which nothing moves to another GPU."""
+        terms = Terms(self.weights[0], self.weights[1] * self.overlap, (host_price, *[0.0] * (self.n_positions - 1)))
+        crossing = {
+            (table.moves, p, index)
+            for table in {each.moves: each for each in self.frame.layers}.values()
+            for p, row in enumerate(self._longest_rows(table.moves))
+            for index, choice in enumerate(row)
+            if index and any(at not in (0, p) for at, _ in choice.kib)
+        }
+        return Segments(self.frame, terms, caps, left_out | frozenset(crossing))
+
+    def _longest_rows(self, moves: int) -> list[tuple]:  # type: ignore[type-arg]
+        tables = [table for table in self.frame.layers if table.moves == moves]
+        return [max((table.choices[p] for table in tables), key=len) for p in range(self.n_positions)]
+
+    def answer(self, gap: float = 0.0005, limit: float = INFINITE) -> Answer | None:
+        """The best answer without moves between GPUs, within the gap; None where there is none below the limit."""
+        if self.is_hopeless or self.n_positions - 1 > len(self.frame.layers):
+            return None
+        taken = frozenset().union(*(extra.choices for extra in self.frame.extras))
+        best: Answer | None = None
+        for caps, left_out in ((self.frame.cap_kib, taken), (self.charged, frozenset())) if taken else ((self.frame.cap_kib, taken),):
+            found, lacks_host = self._best_cuts(self._plain(caps, left_out, 0.0), gap, limit)
+            if found is None and lacks_host:
+                found = self._with_host_price(caps, left_out, gap)
+            if found is not None and (best is None or self.objective(found) < self.objective(best)):
+                best = found
+                limit = min(limit, self.objective(best))
         return best
+
+    def _with_host_price(self, caps: tuple[int, ...], left_out: frozenset[tuple[int, int, int]], gap: float) -> Answer | None:
+        """An answer that keeps within host memory: the lowest price of it that does."""
+        low, high, best = 0.0, 16.0, None
+        for _ in range(HOST_PRICES):
+            middle = (low + high) / 2
+            found, lacks_host = self._best_cuts(self._plain(caps, left_out, middle), gap, INFINITE)
+            if found is None and lacks_host:
+                low = middle
+            else:
+                high, best = middle, found or best
+        return best
+
+    def _best_cuts(self, plain: Segments, gap: float, limit: float) -> tuple[Answer | None, bool]:
+        """The best valid answer over the cuts, and whether one failed for lack of host memory alone."""
+        value, best, best_value, lacks_host = plain.bound(), None, limit, False
+        cuts = plain.cuts()
+        if value == INFINITE or value + self.constant >= limit or cuts is None:
+            return None, False
+        slack = value * gap / 4 / self.n_positions
+        paths: Paths | None = None
+        for _ in range(MOST_PATHS):
+            answer = plain.answer(cuts, slack)
+            if answer is not None and not is_valid(self.frame, answer):
+                answer, lacks_host = None, True
+            if answer is not None and (objective := self.objective(answer)) < best_value:
+                best, best_value = answer, objective
+            if paths is None:
+                paths = Paths(plain, best_value - self.constant)
+            if not paths.settle(cuts, slack):
+                break
+            found = paths.shortest()
+            if found is None or found[0] + self.constant >= best_value * (1 - gap):
+                break
+            cuts = found[1]
+        return best, lacks_host
 
     def objective(self, answer: Answer) -> int:
         """The weighted time of an answer, exactly as the program counts it."""
         decode, prompt = times_us(self.frame, answer)
         return self.weights[0] * decode + self.weights[1] * prompt
 
-    def _price(self, prices: list[float]) -> tuple[float, tuple[int, ...] | None, list[int]]:
-        """Bound at these prices, the homes that reach it, and the KiB they would use."""
-        cheapest: dict[tuple[int, int], tuple[float, Choice | None]] = {}
-        for key, rows in self.choices.items():
-            best, pick = float("inf"), None
-            for cost, choice in rows:
-                value = cost + sum(prices[p] * kib for p, kib in choice.kib)
-                if value < best:
-                    best, pick = value, choice
-            cheapest[key] = best, pick
-        value, homes = self._shortest(cheapest)
-        if homes is None:
-            return 0.0, None, []
-        used = [0] * self.n_positions
-        for kind, home in zip(self.kinds, homes, strict=True):
-            choice = cheapest[kind, home][1]
-            assert choice is not None
-            for p, kib in choice.kib:
-                used[p] += kib
-        paid = sum(price * cap for price, cap in zip(prices, self.frame.cap_kib, strict=True))
-        return value - paid + self.constant, homes, used
+    def homes(self, relaxed: Relaxed, most: float) -> list[set[int]]:
+        """The positions where each layer may live in an answer of at most `most`."""
+        segments = self.priced
+        paid = relaxed.prices[0] * self.frame.cap_kib[0]
+        kept = segments.survivors(most - self.constant + paid)
+        homes: list[set[int]] = [set() for _ in self.frame.layers]
+        for p, rows in enumerate(kept):
+            for a, ends in rows.items():
+                for i in range(a, max(ends, default=a)):
+                    homes[i].add(p)
+        return homes
 
-    def _shortest(self, cheapest: dict[tuple[int, int], tuple[float, Choice | None]]) -> tuple[float, tuple[int, ...] | None]:
-        """The cheapest non-decreasing homes in which every GPU has a layer."""
-        infinite = float("inf")
-        last = self.n_positions - 1
-        costs = [infinite] * self.n_positions  # best path whose current layer lives at p
-        came: list[list[int]] = []
-        for i, kind in enumerate(self.kinds):
-            row, origin = [infinite] * self.n_positions, [-1] * self.n_positions
-            for p in range(self.n_positions):
-                stay = costs[p]
-                move = costs[p - 1] if p > 0 else infinite
-                if i == 0:
-                    stay, move = (0.0 if p <= 1 else infinite), infinite
-                row[p] = min(stay, move) + cheapest[kind, p][0]
-                origin[p] = p if stay <= move else p - 1
+
+class Paths:
+    """The segments that are left below a limit, with what is known of each; the shortest path through them."""
+
+    def __init__(self, segments: Segments, most: float) -> None:
+        self.segments = segments
+        self.rows = segments.survivors(most)
+
+    def settle(self, cuts: tuple[int, ...], slack: float) -> bool:
+        """Replace the bounds of a path's segments by those of whole moves; False where all were known."""
+        edges, is_new = (0, *cuts, self.segments.n_layers), False
+        for p in range(1, self.segments.n_positions):
+            a, b = edges[p], edges[p + 1]
+            ends = self.rows[p].get(a, {})
+            if b in ends and (bound := self.segments.settle(p, a, b, slack).bound) > ends[b] + 1e-6:
+                ends[b], is_new = bound, True
+        return is_new
+
+    def shortest(self) -> tuple[float, tuple[int, ...]] | None:
+        """The least cost and its cuts."""
+        costs = dict(self.rows[0].get(0, {}))
+        came: list[dict[int, int]] = []
+        for rows in self.rows[1:]:
+            found: dict[int, float] = {}
+            origin: dict[int, int] = {}
+            for a, ends in rows.items():
+                if (done := costs.get(a)) is None:
+                    continue
+                for b, more in ends.items():
+                    if done + more < found.get(b, INFINITE):
+                        found[b], origin[b] = done + more, a
+            costs = found
             came.append(origin)
-            costs = row
-        if costs[last] == infinite:
-            return infinite, None
-        homes, p = [last], last
-        for i in range(len(self.kinds) - 1, 0, -1):
-            p = came[i][p]
-            homes.append(p)
-        return costs[last], tuple(reversed(homes))
-
-    def fill(self, homes: tuple[int, ...]) -> Answer | None:
-        """A greedy answer for these homes: on each overfull GPU, move what costs least per KiB freed."""
-        picks = [0] * len(homes)
-        if any(not self.choices[kind, home] for kind, home in zip(self.kinds, homes, strict=True)):
+        end = self.segments.n_layers
+        if end not in costs:
             return None
-        for p in range(1, self.n_positions):
-            layers = [i for i, home in enumerate(homes) if home == p]
-            used = sum(dict(self.choices[self.kinds[i], p][0][1].kib).get(p, 0) for i in layers)
-            found = self._free(layers, p, used - self.frame.cap_kib[p])
-            if found is None:
-                return None
-            for i, pick in found.items():
-                picks[i] = pick
-        answer = Answer(homes, tuple(picks))
-        return answer if is_valid(self.frame, answer) else None
-
-    def _free(self, layers: list[int], p: int, need_kib: int) -> dict[int, int] | None:
-        """The cheapest found set of host moves at p that frees that many KiB; later layers first."""
-        if need_kib <= 0:
-            return {}
-        moves: dict[int, list[tuple[float, int, int]]] = {}  # moves: (cost, freed, pick)
-        for i in {self.moves[i]: i for i in layers}.values():
-            rows = self.choices[self.kinds[i], p]
-            base_cost, base = rows[0]
-            kept = dict(base.kib).get(p, 0)
-            moves[self.moves[i]] = [
-                (cost - base_cost, kept - dict(choice.kib).get(p, 0), pick)
-                for pick, (cost, choice) in enumerate(rows)
-                if choice.is_host and kept > dict(choice.kib).get(p, 0)
-            ]
-        counts = {each: sum(self.moves[i] == each for i in layers) for each in moves}
-        best: tuple[float, dict[int, list[int]]] | None = None
-        partials = [(kind, move) for kind, rows in moves.items() for move in rows]
-        for first in (None, *partials):
-            taken: dict[int, list[int]] = {}
-            cost, need = 0.0, need_kib
-            left = dict(counts)
-            if first is not None:
-                kind, move = first
-                taken[kind] = [move[2]]
-                cost, need = move[0], need - move[1]
-                left[kind] -= 1
-            done = self._take(moves, left, need, taken)
-            if done is not None and (best is None or cost + done < best[0]):
-                best = cost + done, taken
-        if best is None:
-            return None
-        found = {}
-        for kind, picks in best[1].items():
-            here = [i for i in layers if self.moves[i] == kind]
-            for i, pick in zip(reversed(here), picks[1:] + picks[:1], strict=False):
-                found[i] = pick
-        return found
-
-    def _take(
-        self,
-        moves: dict[int, list[tuple[float, int, int]]],
-        left: dict[int, int],
-        need: int,
-        taken: dict[int, list[int]],
-    ) -> float | None:
-        """Take the cheapest moves per KiB until `need` is freed, then the cheapest last one that suffices."""
-        cost = 0.0
-        while need > 0:
-            open_moves = [(c, freed, pick, kind) for kind, rows in moves.items() if left[kind] for c, freed, pick in rows]
-            if not open_moves:
-                return None
-            enough = [move for move in open_moves if move[1] >= need]
-            if enough:
-                c, freed, pick, kind = min(enough)
-            else:
-                c, freed, pick, kind = min(open_moves, key=lambda move: (move[0] / move[1], -move[1]))
-            taken.setdefault(kind, []).append(pick)
-            left[kind] -= 1
-            cost, need = cost + c, need - freed
-        return cost
-
-
-def _cuts(homes: tuple[int, ...], n_positions: int) -> tuple[int, ...]:
-    """The first layer of each position from 1 on."""
-    return tuple(sum(home < p for home in homes) for p in range(1, n_positions))
-
-
-def _homes(cuts: tuple[int, ...], n_layers: int) -> tuple[int, ...] | None:
-    """The homes of those cuts, or None when a GPU would have no layer."""
-    edges = (0, *cuts, n_layers)
-    if edges[0] > edges[1] or any(a >= b for a, b in zip(edges[1:], edges[2:], strict=False)) or edges[1] < 0:
-        return None
-    return tuple(p for p, (a, b) in enumerate(zip(edges, edges[1:], strict=False)) for _ in range(b - a))
+        value, cuts = costs[end], []
+        for origin in reversed(came):
+            end = origin[end]
+            cuts.append(end)
+        return value, tuple(reversed(cuts))
