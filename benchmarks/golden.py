@@ -55,8 +55,12 @@ class Tally:
         for name, facts in row["devices"].items():
             memory = static[name]
             compute = plan.compute_bytes.get(name, 0) // MIB - facts["compute"]
-            self.worst_weights_mib = max(self.worst_weights_mib, abs(memory.weights_bytes // MIB - facts["model"]))
-            self.worst_context_mib = max(self.worst_context_mib, abs(memory.context_bytes // MIB - facts["context"]))
+            self.worst_weights_mib = max(
+                self.worst_weights_mib, abs(memory.weights_bytes // MIB - facts["model"])
+            )
+            self.worst_context_mib = max(
+                self.worst_context_mib, abs(memory.context_bytes // MIB - facts["context"])
+            )
             self.worst_compute_mib = max(self.worst_compute_mib, abs(compute))
             share, least = COMPUTE_TOLERANCE
             self.n_compute_off += abs(compute) > max(least, share * facts["compute"])
@@ -112,7 +116,9 @@ def main() -> None:
     found = tallies(asked.folder, asked.by)
     print(f"| file | {asked.by} {HEAD}")
     print("|---" * 10 + "|")
-    for (file, key), tally in sorted(found.items(), key=lambda item: (item[0][0], item[0][1] == "all", item[0][1])):
+    for (file, key), tally in sorted(
+        found.items(), key=lambda item: (item[0][0], item[0][1] == "all", item[0][1])
+    ):
         print(f"| {file} | {key} | {tally.cells()} |")
     sys.exit(0 if found and all(tally.is_good for tally in found.values()) else 1)
 

@@ -138,7 +138,9 @@ def llama_405b() -> Model:
 
 def synthetic(n_layers: int) -> Model:
     """A mixture of experts in which no two layers are of one size."""
-    return qwen3_moe(f"synthetic-{n_layers}", 2048, 32, [512 + 256 * (i * 37 % n_layers) for i in range(n_layers)], 64)
+    return qwen3_moe(
+        f"synthetic-{n_layers}", 2048, 32, [512 + 256 * (i * 37 % n_layers) for i in range(n_layers)], 64
+    )
 
 
 def card(name: str, total_mib: float, bandwidth: float, link: float = 25.0, **fields: Any) -> Device:
@@ -169,7 +171,9 @@ def cards_and_workers() -> Machine:
 def mixed_cards(n: int) -> Machine:
     """Cards of three kinds in turn."""
     kinds = ((24576, 936), (16384, 672), (12288, 360))
-    return Machine(f"mixed-{n}", tuple(card(f"CUDA{i}", *kinds[i % 3]) for i in range(n)), Cpu(1048576, 200.0, 32))
+    return Machine(
+        f"mixed-{n}", tuple(card(f"CUDA{i}", *kinds[i % 3]) for i in range(n)), Cpu(1048576, 200.0, 32)
+    )
 
 
 CASES: dict[str, tuple[Any, Any, float]] = {
@@ -236,7 +240,9 @@ def row(name: str, problem: Problem, limit_s: float | None) -> str:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join((*CASES, "growth")))
     asked = parser.parse_args().cases or [*CASES, "growth"]
     print(

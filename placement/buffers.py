@@ -33,7 +33,8 @@ class Buffers:
     """Estimates compute buffers for ways of one problem.
 
     The buffers of a placement depend on it little: on a device's place in the order, and on whether weights in
-    host memory are streamed; not on which card it is. What is found for a typical placement is corrected once the solver's is known.
+    host memory are streamed; not on which card it is. What is found for a typical placement is corrected once the
+    solver's is known.
     """
 
     def __init__(self, problem: Problem, planner: Planner) -> None:
@@ -50,7 +51,9 @@ class Buffers:
         if self._counts is None:
             names = tuple(device.name for device in self.problem.machine.devices)
             room_mib = sum(device.usable_mib for device in self.problem.machine.devices)
-            some = Way(names, way.settings, uses_host=not names or self.problem.model.n_bytes > room_mib * MIB)
+            some = Way(
+                names, way.settings, uses_host=not names or self.problem.model.n_bytes > room_mib * MIB
+            )
             self._counts = self._planned(some).counts
         return ComputeTable((0,) * (1 + len(way.devices)), self._counts)
 

@@ -18,10 +18,20 @@ from placement.buffers import Buffers, Planner, compute_table, graph_counts
 from placement.compute import ComputePlan, plan_compute
 from placement.cost import Speed, evaluate, rates
 from placement.problem import Assignment, Problem, Settings
-from placement.solver.frame import Answer, is_taken, used_kib
+from placement.solver.frame import Answer, Frame, is_taken, used_kib
 from placement.solver.placing import Placing
 from placement.solver.relaxation import Relaxation, Relaxed
-from placement.tables import N_EARLY_LAYERS, NO_PINS, ComputeTable, Pieces, Pins, Table, TableBuilder, Way, host_pattern
+from placement.tables import (
+    N_EARLY_LAYERS,
+    NO_PINS,
+    ComputeTable,
+    Pieces,
+    Pins,
+    Table,
+    TableBuilder,
+    Way,
+    host_pattern,
+)
 from placement.units import KIB, MIB
 
 UBATCHES = (256, 512, 1024, 2048, 4096)
@@ -112,7 +122,9 @@ def ways(problem: Problem, freedom: Freedom) -> Iterator[Way]:
         yield Way(order, _fastest_loading(problem, order, settings, freedom.load_modes), uses_host=True)
 
 
-def _fastest_loading(problem: Problem, order: tuple[str, ...], settings: Settings, modes: tuple[str, ...]) -> Settings:
+def _fastest_loading(
+    problem: Problem, order: tuple[str, ...], settings: Settings, modes: tuple[str, ...]
+) -> Settings:
     """The settings with the load mode that streams fastest; memory and decode time are the same in all of them."""
     every = [replace(settings, load_mode=mode) for mode in modes]
     return min(every, key=lambda each: rates(problem.machine, order, each).stream_s_per_byte or 0.0)
@@ -136,7 +148,9 @@ class Search:
 
     def leads(self, freedom: Freedom) -> list[Lead]:
         """Every way with a quick bound, lowest first; ways that cannot fit are left out."""
-        found = [lead for way in ways(self.problem, freedom) if (lead := self._lead(way, freedom)) is not None]
+        found = [
+            lead for way in ways(self.problem, freedom) if (lead := self._lead(way, freedom)) is not None
+        ]
         return sorted(self._without_needless_cards(found, freedom), key=lambda lead: lead.bound)
 
     def _lead(self, way: Way, freedom: Freedom) -> Lead | None:
@@ -146,18 +160,19 @@ class Search:
         known = self._corrected.get(way)
         compute = known or self.buffers.nothing(way)
         table = TableBuilder(self._pieces[freedom.pins], way).build(compute, freedom.reserve_fraction)
-        table = replace(table, frame=replace(table.frame, **self._limits(freedom)))
+        table = replace(table, frame=self._limited(table.frame, freedom))
         relaxation = Relaxation(table.frame, freedom.decode_weight, freedom.prompt_weight)
         relaxed = relaxation.bound()
         if relaxed.bound is None:
             return None
         return Lead(way, table, compute, relaxation, relaxed, known is not None)
 
-    def _limits(self, freedom: Freedom) -> dict[str, int | None]:
+    def _limited(self, frame: Frame, freedom: Freedom) -> Frame:
+        """The frame with the freedom's limits on host layers and decode time."""
         slowest = None
         if freedom.max_decode_s is not None:
             slowest = int(freedom.max_decode_s * 1e6 * max(self.problem.workload.generate_tokens, 1))
-        return {"max_host_layers": freedom.max_host_layers, "max_decode_us": slowest}
+        return replace(frame, max_host_layers=freedom.max_host_layers, max_decode_us=slowest)
 
     def _planned(self, lead: Lead, freedom: Freedom) -> Lead | None:
         """The way with the buffers of a typical placement; None when it then cannot fit."""
@@ -213,7 +228,9 @@ class Search:
             return None
         return replace(best, bound=min(open_bound, best.objective), is_proven=is_proven)
 
-    def settle(self, lead: Lead, freedom: Freedom, limit: float, gap: float) -> tuple[Found | None, float, bool]:
+    def settle(
+        self, lead: Lead, freedom: Freedom, limit: float, gap: float
+    ) -> tuple[Found | None, float, bool]:
         """Solve one way below a limit: a placement that fits or None, the way's bound, whether it is proven."""
         planned = self._planned(lead, freedom)
         best: tuple[Found | None, float, bool] = None, float("inf"), True
@@ -285,7 +302,10 @@ class Search:
         new = patterns - known.keys()
         if new:
             early = {pattern for pattern in new if pattern[1]}
-            compute = replace(lead.compute, extras=(*lead.compute.extras, *((each, lacking) for each in sorted(early or new))))
+            compute = replace(
+                lead.compute,
+                extras=(*lead.compute.extras, *((each, lacking) for each in sorted(early or new))),
+            )
         else:
             merged = tuple(a + b for a, b in zip(lead.compute.n_bytes, lacking, strict=True))
             compute = replace(lead.compute, n_bytes=merged)
@@ -325,7 +345,11 @@ class Search:
                 bound = max(bound, min(result.bound or bound, target))
                 break
             else:
-                return (answer if value < limit else None), max(bound, min(result.bound or bound, target)), False
+                return (
+                    (answer if value < limit else None),
+                    max(bound, min(result.bound or bound, target)),
+                    False,
+                )
         return (answer if value < limit else None), bound, True
 
     def _target(self, limit: float, value: float, gap: float) -> float:
@@ -371,7 +395,9 @@ def shortfall(search: Search, freedom: Freedom) -> str:
         result = placing.program.solve(5.0, 0.01, search.seed)
         if not result.values:
             continue
-        over = {name: result.values[v] for name, v in zip(frame.positions, extra, strict=True) if result.values[v]}
+        over = {
+            name: result.values[v] for name, v in zip(frame.positions, extra, strict=True) if result.values[v]
+        }
         total_kib = sum(over.values())
         if over and (best is None or total_kib < best[0]):
             parts = (f"{name} lacks {-(-kib // KIB):,} MiB" for name, kib in over.items())

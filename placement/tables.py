@@ -217,7 +217,9 @@ class TableBuilder:
         """The frame, with caps after compute buffers, runtime and reserve."""
         if self.way not in self.pieces.tables:
             moves, kinds = self.pieces.moves, self.pieces.example
-            self.pieces.tables[self.way] = {kind: LayerTable(kind, moves[kind], self._choices(kind)) for kind in kinds}
+            self.pieces.tables[self.way] = {
+                kind: LayerTable(kind, moves[kind], self._choices(kind)) for kind in kinds
+            }
         tables = self.pieces.tables[self.way]
         frame = Frame(
             positions=self.positions,
@@ -245,7 +247,9 @@ class TableBuilder:
         caps = []
         for p, device in enumerate(self.devices):
             if device is None:
-                cap = self.problem.machine.cpu.usable_mib * MIB - sum(weight_bytes(each.tensor, None) for each in self.pieces.inputs)
+                cap = self.problem.machine.cpu.usable_mib * MIB - sum(
+                    weight_bytes(each.tensor, None) for each in self.pieces.inputs
+                )
             else:
                 reserve = self.problem.reserve_mib + reserve_fraction * device.total_mib
                 cap = (device.usable_mib - device.runtime_mib - reserve) * MIB
@@ -324,7 +328,11 @@ class TableBuilder:
             return []
         if home == 0 and not self.way.uses_host:
             return []
-        pinned = [self.pieces.pinned_groups.get((i, group.kind)) for group in self.pieces.groups[i]] if n_groups else []
+        pinned = (
+            [self.pieces.pinned_groups.get((i, group.kind)) for group in self.pieces.groups[i]]
+            if n_groups
+            else []
+        )
         found = [(home,) * n_groups]
         if n_groups and home > 0 and not self.way.is_pipelined:
             others = range(len(self.positions)) if any(pinned) else self._others(home)
@@ -353,13 +361,23 @@ class TableBuilder:
         return (0,) if self.way.uses_host else tuple(p for p in (home - 1, home + 1) if 1 <= p <= n_gpus)
 
     def _choice(
-        self, i: int, home: int, targets: tuple[int, ...], parts: list[_Part], context: Load, context_bytes: int
+        self,
+        i: int,
+        home: int,
+        targets: tuple[int, ...],
+        parts: list[_Part],
+        context: Load,
+        context_bytes: int,
     ) -> Choice:
         """A choice as the layer all at home plus the difference, each rounded by itself: layers whose groups are
         alike then have equal differences, whatever else they are made of."""
         kv_at = home if self.way.settings.is_kv_offloaded else 0
-        decode_s = self.cost.decode_s(context, self.positions[kv_at]) + sum(part.decode_s[home] for part in parts)
-        prompt_s = self.cost.prompt_s(context, self.positions[home]) + sum(part.prompt_s[home] for part in parts)
+        decode_s = self.cost.decode_s(context, self.positions[kv_at]) + sum(
+            part.decode_s[home] for part in parts
+        )
+        prompt_s = self.cost.prompt_s(context, self.positions[home]) + sum(
+            part.prompt_s[home] for part in parts
+        )
         if home == 0 and i < self.pieces.n_layers:
             prompt_s += self._cpu_layer_splits_s(parts)
         decode_us, prompt_us = self._turn_us(decode_s, prompt_s)

@@ -9,7 +9,9 @@ import click
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("-o", "--out", "out", type=click.Path(path_type=Path), help="Description to write [models/NAME.toml].")
+@click.option(
+    "-o", "--out", "out", type=click.Path(path_type=Path), help="Description to write [models/NAME.toml]."
+)
 def command(file: Path, out: Path | None) -> None:
     """Describe a GGUF FILE (any part of a split set) without reading its weights.
 
@@ -23,4 +25,6 @@ def command(file: Path, out: Path | None) -> None:
     model = load_model(file)
     path = out if out is not None else Path("models") / f"{slug(model.name)}.toml"
     save_model(model, path)
-    click.echo(f"{path}: {model.architecture}, {len(model.tensors)} tensors, {model.n_bytes / 1e9:.2f} GB of weights")
+    click.echo(
+        f"{path}: {model.architecture}, {len(model.tensors)} tensors, {model.n_bytes / 1e9:.2f} GB of weights"
+    )

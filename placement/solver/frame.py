@@ -6,6 +6,7 @@ the GPUs in the engine's order. Layers (the output counts as the last one) take 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -112,7 +113,7 @@ def times_us(frame: Frame, answer: Answer) -> tuple[int, int]:
 def is_valid(frame: Frame, answer: Answer) -> bool:
     """Whether positions never decrease, every GPU has a layer, homes are allowed and every cap holds."""
     homes = answer.homes
-    if any(a > b for a, b in zip(homes, homes[1:], strict=False)):
+    if any(a > b for a, b in itertools.pairwise(homes)):
         return False
     if not set(range(1, len(frame.positions))) <= set(homes):
         return False

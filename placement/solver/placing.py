@@ -160,7 +160,7 @@ class Placing:
 
     def _keep_within_caps(self, extra: list[int] | None = None) -> None:
         for position, cap in enumerate(self.frame.cap_kib):
-            terms = self._sum(lambda choice, at=position: sum(kib for p, kib in choice.kib if p == at))  # type: ignore[misc]
+            terms = self._sum(lambda choice, at=position: sum(kib for p, kib in choice.kib if p == at))
             terms += [
                 (paid, each.kib[position]) for paid, each in zip(self.paid, self.frame.extras, strict=True)
             ]

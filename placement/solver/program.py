@@ -71,7 +71,9 @@ class Program:
         merged = {variable: coefficient for variable, coefficient in merged.items() if coefficient}
         names = ",".join(map(str, merged))
         factors = ",".join(map(str, merged.values()))
-        self._constraints.append(f"constraints{{linear{{vars:[{names}] coeffs:[{factors}] domain:[{least},{most}]}}}}")
+        self._constraints.append(
+            f"constraints{{linear{{vars:[{names}] coeffs:[{factors}] domain:[{least},{most}]}}}}"
+        )
 
     def minimise(self, terms: Terms, offset: int = 0) -> None:
         """Set the objective Σ coefficient·variable + offset."""
@@ -117,7 +119,7 @@ class Program:
         parameters.random_seed = seed
         parameters.num_workers = n_workers
         parameters.max_deterministic_time = work_limit
-        solver = helper.SolveWrapper()
+        solver: Any = helper.SolveWrapper()
         solver.set_parameters(parameters)
         return _result(solver.solve(proto))
 

@@ -97,9 +97,13 @@ class Relaxation:
             found = [mean if p in alike else each for p, each in enumerate(found)]
         return tuple(found)
 
-    def _plain(self, caps: tuple[int, ...], left_out: frozenset[tuple[int, int, int]], host_price: float) -> Segments:
+    def _plain(
+        self, caps: tuple[int, ...], left_out: frozenset[tuple[int, int, int]], host_price: float
+    ) -> Segments:
         """Segments in which nothing moves to another GPU."""
-        terms = Terms(self.weights[0], self.weights[1] * self.overlap, (host_price, *[0.0] * (self.n_positions - 1)))
+        terms = Terms(
+            self.weights[0], self.weights[1] * self.overlap, (host_price, *[0.0] * (self.n_positions - 1))
+        )
         crossing = {
             (table.moves, p, index)
             for table in {each.moves: each for each in self.frame.layers}.values()
@@ -119,7 +123,11 @@ class Relaxation:
             return None
         taken = frozenset().union(*(extra.choices for extra in self.frame.extras))
         best: Answer | None = None
-        for caps, left_out in ((self.frame.cap_kib, taken), (self.charged, frozenset())) if taken else ((self.frame.cap_kib, taken),):
+        for caps, left_out in (
+            ((self.frame.cap_kib, taken), (self.charged, frozenset()))
+            if taken
+            else ((self.frame.cap_kib, taken),)
+        ):
             found, lacks_host = self._best_cuts(self._plain(caps, left_out, 0.0), gap, limit)
             if found is None and lacks_host:
                 found = self._with_host_price(caps, left_out, gap)
@@ -128,7 +136,9 @@ class Relaxation:
                 limit = min(limit, self.objective(best))
         return best
 
-    def _with_host_price(self, caps: tuple[int, ...], left_out: frozenset[tuple[int, int, int]], gap: float) -> Answer | None:
+    def _with_host_price(
+        self, caps: tuple[int, ...], left_out: frozenset[tuple[int, int, int]], gap: float
+    ) -> Answer | None:
         """An answer that keeps within host memory: the lowest price of it that does."""
         low, high, best = 0.0, 16.0, None
         for _ in range(HOST_PRICES):

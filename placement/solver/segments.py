@@ -62,7 +62,11 @@ class Segments:
     `caps` replace the frame's. Values are in weighted microseconds, without the frame's fixed time."""
 
     def __init__(
-        self, frame: Frame, terms: Terms, caps: tuple[int, ...], left_out: frozenset[tuple[int, int, int]] = frozenset()
+        self,
+        frame: Frame,
+        terms: Terms,
+        caps: tuple[int, ...],
+        left_out: frozenset[tuple[int, int, int]] = frozenset(),
     ) -> None:
         self.frame, self.terms, self.caps, self.left_out = frame, terms, caps, left_out
         self.n_layers, self.n_positions = len(frame.layers), len(frame.positions)
@@ -95,7 +99,11 @@ class Segments:
     def _cost(self, choice: Choice, p: int) -> float:
         """Weighted time, and what the choice takes elsewhere at the prices there."""
         elsewhere = sum(self.terms.prices[at] * kib for at, kib in choice.kib if at != p or p == 0)
-        return self.terms.decode_weight * choice.decode_us + self.terms.prompt_weight * choice.prompt_us + elsewhere
+        return (
+            self.terms.decode_weight * choice.decode_us
+            + self.terms.prompt_weight * choice.prompt_us
+            + elsewhere
+        )
 
     def _card(self, p: int, facts: dict[int, _Facts | None]) -> _Card:
         card = _Card(cap_kib=self.caps[p], price=self.terms.prices[p] if p else 0.0)
@@ -140,7 +148,9 @@ class Segments:
             after, found = costs[-1], [INFINITE] * (self.n_layers + 1)
             rows = self.cards[p].rows
             for a, row in rows.items():
-                found[a] = min((more + left for more, left in zip(row, after[a + 1 :], strict=False)), default=INFINITE)
+                found[a] = min(
+                    (more + left for more, left in zip(row, after[a + 1 :], strict=False)), default=INFINITE
+                )
             costs.append(found)
         return costs[::-1]
 
@@ -192,7 +202,9 @@ class Segments:
             knapsack = Knapsack(self._moves(p, a, b), slack)
             more, bound, taken = knapsack.solve(need) if need > 0 else (0.0, 0.0, {})
             hidden = card.hidden if taken else 0.0
-            card.settled[a, b] = Settled(cost + more - hidden, max(cost + bound - hidden, self.row(p, a)[b - a - 1]), taken)
+            card.settled[a, b] = Settled(
+                cost + more - hidden, max(cost + bound - hidden, self.row(p, a)[b - a - 1]), taken
+            )
         return card.settled[a, b]
 
     def _moves(self, p: int, a: int, b: int) -> list[Move]:
@@ -208,7 +220,9 @@ class Segments:
             for pick, choice in enumerate(row):
                 freed = kib - _kib_at(choice, p)
                 if pick and choice.is_host and freed > 0 and (number, p, pick) not in self.left_out:
-                    moves.append(Move(number, pick, max(self._cost(choice, p) - cost, 0.0), freed, counts[number]))
+                    moves.append(
+                        Move(number, pick, max(self._cost(choice, p) - cost, 0.0), freed, counts[number])
+                    )
         return sorted(moves, key=lambda move: (move.cost / move.freed_kib, -move.freed_kib))
 
     def answer(self, cuts: tuple[int, ...], slack: float) -> Answer | None:
@@ -277,7 +291,13 @@ def _relax(card: _Card, a: int, n_layers: int) -> Iterator[float]:
             heapq.heappush(left, (-ratio, cost, kib, pick))
             paid, freed = paid - cost, freed - kib
         worth = max(price, -taken[0][0]) if taken else price
-        yield card.cost[b] - card.cost[a] + paid - (freed - need) * worth - (card.hidden if taken or card.is_always_hidden else 0.0)
+        yield (
+            card.cost[b]
+            - card.cost[a]
+            + paid
+            - (freed - need) * worth
+            - (card.hidden if taken or card.is_always_hidden else 0.0)
+        )
 
 
 def marginal(segments: Segments, p: int, a: int, b: int) -> float:
@@ -285,10 +305,10 @@ def marginal(segments: Segments, p: int, a: int, b: int) -> float:
     card = segments.cards[p]
     need = card.kib[b] - card.kib[a] - card.cap_kib
     ratio = 0.0
-    for ratio, _, kib, _ in sorted(step for steps in card.steps[a:b] for step in steps):
+    for step in sorted(step for steps in card.steps[a:b] for step in steps):
         if need <= 0:
             break
-        need -= kib
+        ratio, need = step[0], need - step[2]
     return ratio if card.kib[b] - card.kib[a] > card.cap_kib else 0.0
 
 
@@ -311,7 +331,8 @@ class Knapsack:
     def __init__(self, moves: list[Move], slack: float) -> None:
         self.moves, self.slack = moves, slack
         self.left = {move.moves: move.n_layers for move in moves}
-        self.best, self.best_taken = INFINITE, None
+        self.best: float = INFINITE
+        self.best_taken: Taken | None = None
         self.n_nodes = 0
 
     def solve(self, need: int) -> tuple[float, float, Taken | None]:
