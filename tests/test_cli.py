@@ -329,7 +329,7 @@ def test_import_and_export(place: Place) -> None:
 
 def test_models_lists_the_shipped_ones(place: Place) -> None:
     """Every shipped description is listed with a size."""
-    names = [each["name"] for each in place("models --json").row]
+    names = [each["name"] for each in place("models --json").row["models"]]
     assert {"qwen3-coder-q5", "glm-flash", "gpt-oss-120b"} <= set(names)
     assert "GiB" in place("models").out
 

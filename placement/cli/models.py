@@ -20,9 +20,8 @@ def command(is_json: bool) -> None:
 
     rows = [(name, resolve_model(name)) for name in model_names()]
     if is_json:
-        options.echo_json(
-            [{"name": name, "description": model.description, "bytes": model.n_bytes} for name, model in rows]
-        )
+        listed = [{"name": n, "description": each.description, "bytes": each.n_bytes} for n, each in rows]
+        options.echo_json({"models": listed})
         return
     width = max((len(name) for name, _ in rows), default=0)
     for name, model in rows:

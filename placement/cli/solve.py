@@ -87,7 +87,7 @@ def command(
         models = [model, *map(options.load, asked["rivals"])]
         rows, rated = run_compare(models, machine, asked)
         if is_json:
-            options.echo_json(rows)
+            options.echo_json({"machine": machine.name, "models": rows})
         else:
             from placement.report import comparison_text
 
