@@ -33,13 +33,35 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
 @options.model_argument
 @click.option("--model-file", metavar="X.gguf", help="The weights to run [MODEL, where that is a .gguf].")
 @options.machine_option
-@click.option("--budget", "budget_s", type=Duration(), default="20m", show_default=True, metavar="TIME")
+@click.option(
+    "--budget",
+    "budget_s",
+    type=Duration(),
+    default="20m",
+    show_default=True,
+    metavar="TIME",
+    help="Stop then.",
+)
 @click.option("--ctx", "ctx_tokens", type=click.IntRange(min=1), help="Context tokens over all slots.")
 @click.option("--parallel", "n_slots", type=click.IntRange(min=1), help="Slots (-np).")
 @click.option("--kv", "kv_type", metavar="TYPE", help="KV cache type, K and V alike: f16, q8_0, q4_0, …")
 @click.option("--ubatch", metavar="N|auto", default="auto", show_default=True, help="Physical batch (-ub).")
-@click.option("--prompt", "prompt_tokens", type=click.IntRange(min=1), default=2000, show_default=True)
-@click.option("--generate", "generate_tokens", type=click.IntRange(min=1), default=500, show_default=True)
+@click.option(
+    "--prompt",
+    "prompt_tokens",
+    type=click.IntRange(min=1),
+    default=2000,
+    show_default=True,
+    help="Tokens read.",
+)
+@click.option(
+    "--generate",
+    "generate_tokens",
+    type=click.IntRange(min=1),
+    default=500,
+    show_default=True,
+    help="Tokens written.",
+)
 @click.option(
     "--depth", "depth_tokens", type=click.IntRange(min=0), help="Tokens there [a quarter of --ctx]."
 )
