@@ -6,7 +6,9 @@ we got wrong anywhere counts against the caps; what is shown are the engine's fi
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,6 +16,7 @@ from placement.check import device_use
 from placement.compute import ComputePlan
 from placement.emit import emit_arguments
 from placement.engine import Engine, EnginePlan, PlanCache, find_engine, list_devices, plan_many
+from placement.engine.plan import measuring_program, program_flags
 from placement.errors import EngineError, EngineMissing, InputError
 from placement.machine import Device, Machine
 from placement.machine_files import DEFAULT_RPC_BANDWIDTH_GB_PER_S
@@ -28,9 +31,20 @@ N_SIDE_BY_SIDE = 4
 PLAN_TIMEOUT_S = 60.0
 
 
-def engine_judge(engine: Engine) -> Judge:
-    """A judge for `solve`: the engine's plans, side by side, remembered in the user's cache."""
+def engine_judge(engine: Engine, machine: Machine, program: str) -> Judge:
+    """A judge for `solve`: the engine's plans, side by side, remembered in the user's cache.
+
+    What the engine must be asked once (its flags and devices) is asked while the search runs.
+    """
     cache = PlanCache(engine)
+    servers = tuple(dict.fromkeys(device.address for device in machine.devices if device.address))
+
+    def prepare() -> None:
+        with contextlib.suppress(EngineError):
+            program_flags(engine, measuring_program(engine, program))
+        cache.warm(servers)
+
+    threading.Thread(target=prepare, daemon=True).start()
 
     def judge(problem: Problem, assignments: list[Assignment]) -> list[Verdict]:
         arguments = [

@@ -245,7 +245,8 @@ def with_engine(
     engine, reason = choose_engine(spec, machine)
     if reason:
         tell(f"place: {reason}")
-    return machine, engine_judge(engine) if engine is not None else None
+    program = asked.get("program") or "llama-server"
+    return machine, engine_judge(engine, machine, program) if engine is not None else None
 
 
 def rival(problem: Problem) -> Solution | None:

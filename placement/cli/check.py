@@ -49,7 +49,7 @@ def command(
     model = options.load(model_name)
     environment = {name: value for name, value in os.environ.items() if name.startswith("LLAMA_ARG_")}
     parsed = parse(arguments, environment)
-    asked = {"engine_name": engine_name, "rpc": parsed.rpc}
+    asked = {"engine_name": engine_name, "rpc": parsed.rpc, "program": program}
     machine, judge = with_engine(asked, options.load_machine(machine_name, parsed.rpc), options.warn)
     result = check(
         model, machine, parsed, program,

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ _VARIABLES = (
     "HIP_VISIBLE_DEVICES",
 )
 _DEVICES_S = 30.0
+_ASKING = threading.Lock()  # plans side by side ask once
 _COUNTS = ("splits_prompt", "splits_decode", "nodes_prompt", "nodes_decode", "n_copies")
 
 
@@ -107,7 +109,16 @@ class PlanCache:
     def _known_devices(self) -> dict[tuple[str, ...], tuple[tuple[str, str, float, float], ...]]:
         return {}
 
+    def warm(self, endpoints: tuple[str, ...] = ()) -> None:
+        """Ask the engine for its devices now, so that a later look-up need not wait; failures show there."""
+        with contextlib.suppress(EngineError, OSError):
+            self._devices(endpoints)
+
     def _devices(self, endpoints: tuple[str, ...]) -> tuple[tuple[str, str, float, float], ...]:
+        with _ASKING:
+            return self._asked_devices(endpoints)
+
+    def _asked_devices(self, endpoints: tuple[str, ...]) -> tuple[tuple[str, str, float, float], ...]:
         if endpoints not in self._known_devices:
             with exclusive(endpoints, _DEVICES_S):
                 rows = list_devices(self.engine, endpoints, timeout_s=_DEVICES_S)
