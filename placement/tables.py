@@ -11,7 +11,7 @@ from placement.architecture import Architecture, PlacedTensor, describe
 from placement.cost import CostModel, GraphCounts, Load, total
 from placement.crossings import AFTER_FFN
 from placement.groups import movable_groups
-from placement.machine import Device
+from placement.machine import Device, margin_mib
 from placement.memory import layer_context_bytes, weight_bytes
 from placement.problem import CPU, Assignment, Problem, Settings
 from placement.solver.frame import Answer, Choice, Extra, Frame, LayerTable
@@ -243,6 +243,11 @@ class TableBuilder:
         )
         return Extra(taken, tuple(-(-each // KIB) for each in n_bytes))
 
+    def _kept_free_mib(self, device: Device, reserve_fraction: float) -> float:
+        """A share of the card, or what runs have taught to keep free instead."""
+        learned = margin_mib(self.problem.machine, device.name) if reserve_fraction else None
+        return reserve_fraction * device.total_mib if learned is None else learned
+
     def _caps(self, compute: ComputeTable, reserve_fraction: float) -> tuple[int, ...]:
         caps = []
         for p, device in enumerate(self.devices):
@@ -251,7 +256,7 @@ class TableBuilder:
                     weight_bytes(each.tensor, None) for each in self.pieces.inputs
                 )
             else:
-                reserve = self.problem.reserve_mib + reserve_fraction * device.total_mib
+                reserve = self.problem.reserve_mib + self._kept_free_mib(device, reserve_fraction)
                 cap = (device.usable_mib - device.runtime_mib - reserve) * MIB
                 cap -= sum(weight_bytes(each.tensor, device) for each in self.pieces.shared)
             caps.append(int(cap - compute.n_bytes[p]) // KIB)

@@ -18,7 +18,7 @@ from placement.compute import plan_compute
 from placement.cost import evaluate
 from placement.emit import resolve
 from placement.errors import InputError
-from placement.machine import Machine
+from placement.machine import Coefficient, Machine
 from placement.model import Model, Profile
 from placement.problem import CPU
 from placement.solution import SolutionSet
@@ -248,3 +248,15 @@ def test_broken_request(asked: dict[str, object]) -> None:
     """A number below 1 or an unknown KV type is an input error that names the option."""
     with pytest.raises(InputError, match=r"^--"):
         make_problem(EXPERTS, one_card(2000), dataclasses.replace(ASKED, **asked))  # type: ignore[arg-type]
+
+
+def test_moderate_keeps_what_runs_have_taught() -> None:
+    """A learned margin replaces the 5 % of the card that moderate keeps free otherwise."""
+    card = one_card(600)
+    taught = dataclasses.replace(card, coefficients={"margin_mib.CUDA0": Coefficient(100.0, "MiB", "calibrated")})
+    plain, learned = (
+        next(each for each in solved(EXPERTS, machine).solutions if each.name == "moderate")
+        for machine in (card, taught)
+    )
+    assert plain.headroom_mib >= 0.05 * 600
+    assert learned.headroom_mib >= 100
