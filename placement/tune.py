@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from placement.buffers import graph_counts
 from placement.calibrate.applied import Change, apply_fit
-from placement.calibrate.choosing import Proposal, choose_runs, is_settled, outlook
+from placement.calibrate.choosing import Proposal, choose_runs, is_settled, outlook, worth_again
 from placement.calibrate.features import decode_row, prompt_row
 from placement.calibrate.fit import Calibration
 from placement.calibrate.memory import fit_memory
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 PER_STEP = 2
 MAX_STEPS = 12
 FINAL_ROUNDS = 2
-NEAR_BEST = 1.03  # what measured so much slower than the best is run again beside it
 STEPS_SHARE = 0.7  # of the budget; the rest is for running the best again beside --fit
 LEARNED = 0.03  # a smaller change of a coefficient is not told
 
@@ -129,7 +128,7 @@ class Tuning:
             if not is_whole or self._is_late():
                 why = "the budget ended"
                 break
-        self._finals()
+        self._finals(fits)
         return self._ended(why, settled)
 
     def _ended(self, why: str, settled: bool) -> Tuned:
@@ -256,18 +255,21 @@ class Tuning:
         generating_s = result.turn_s - turn.prompt_tokens / result.prompt_tps
         return turn.generate_tokens / generating_s if generating_s > 0 else None
 
-    def _finals(self) -> None:
-        """Run what is nearly the best again, `--fit` beside it, so that the choice stands on more than one round."""
+    def _finals(self, fits: tuple[Calibration, Calibration]) -> None:
+        """Run what is nearly the best again, `--fit` beside it, so that the choice stands on more than one round.
+
+        A run that the others contradict gets a third round: of two, one disturbed would count half.
+        """
         outcome = self._solve()
-        turns = self._measured(outcome)
-        if not turns or min(turns.values()) == float("inf"):
+        results = {each.run_id: each for each in self._results(outcome) if each.turn_s is not None}
+        again = worth_again(fits, {run: each.turn_s or 0.0 for run, each in results.items()})[:PER_STEP]
+        if not again or not outcome.found.solutions:
             return
+        is_doubted = any(each.run in again for fit in fits for each in fit.outliers)
         proposals = self._proposals(outcome)
-        best_s = min(turns.values())
-        near = sorted((turn_s, key) for key, turn_s in turns.items() if turn_s <= best_s * NEAR_BEST)
-        kept = [proposals[key].solution for _, key in near if key in proposals][:PER_STEP]
-        kept = kept or [self._again(outcome, near[0][1])]
-        self._verify(outcome, kept, rounds=FINAL_ROUNDS, has_fit=True)
+        keys = [" ".join(_placing(results[run], outcome.found)) for run in again]
+        kept = [proposals[k].solution if k in proposals else self._again(outcome, k) for k in keys]
+        self._verify(outcome, kept, rounds=FINAL_ROUNDS + is_doubted, has_fit=True)
         self._refit()
         self._results(outcome)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from placement.buffers import graph_counts
-from placement.calibrate.choosing import Proposal, choose_runs, is_settled
+from placement.calibrate.choosing import Proposal, choose_runs, is_settled, worth_again
 from placement.calibrate.features import Row, decode_row, predict_s, prompt_row
 from placement.calibrate.fit import calibrate
 from placement.calibrate.parameters import DECODE, PROMPT, parameters
@@ -243,8 +243,8 @@ def tuned_choice(
             token, read, seconds = turn(each)
             rows += [token, read]
             turns[each.key] = seconds
-    n_runs, best_s = len(turns), min(turns.values())
-    for key in [key for key, seconds in turns.items() if seconds <= best_s * 1.03]:
+    n_runs = len(turns)
+    for key in worth_again(fits, turns):
         turns[key] = statistics.median([turns[key], *(turn(by_key[key])[2] for _ in range(2))])
     true = {
         k: simulated.true_s(e.prompt) + e.generate_tokens * simulated.true_s(e.decode)

@@ -7,7 +7,7 @@ may still be best: the expected fall of their turns' variance, those near the be
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from placement.calibrate.fit import MODEL_NOISE, Calibration
 from placement.calibrate.parameters import DECODE
 
 NEAR = 0.1  # a turn so much slower than the best predicted counts less by a factor e
+NEAR_BEST = 1.03  # what takes at most so many times the best turn is run again beside it
 LEAST_RUNS = 4  # before anything is settled
 SLOWEST = 3.0  # a run that takes so many times the best turn is not worth its time
 
@@ -140,3 +141,15 @@ def is_settled(
         for i in open_
     )
     return min(measured.values()) <= hoped_s * (1.0 + noise)
+
+
+def worth_again(fits: Iterable[Calibration], turns_s: Mapping[str, float]) -> list[str]:
+    """Runs to repeat before choosing, the fastest first: those nearly the best, and those that would be by what
+    all other runs say of them, had they not been disturbed."""
+    if not turns_s:
+        return []
+    ratios = {each.run: each.ratio for fit in fits for each in fit.outliers if each.ratio > 1.0}
+    best_s = min(turns_s.values())
+    hoped_s = {run: seconds / ratios.get(run, 1.0) for run, seconds in turns_s.items()}
+    near = [run for run in turns_s if min(turns_s[run], hoped_s[run]) <= best_s * NEAR_BEST]
+    return sorted(near, key=lambda run: min(turns_s[run], hoped_s[run]))
