@@ -144,6 +144,8 @@ class Search:
         self.deadline_s = time.monotonic() + time_limit_s
         self._pieces: dict[Pins, Pieces] = {}
         self._plans: dict[Assignment, ComputePlan] = {}
+        self._learned: set[Assignment] = set()
+        self._lacking: dict[str, int] = {}  # bytes by device that the engine plans beyond our estimates
         self._corrected: dict[Way, ComputeTable] = {}
 
     def leads(self, freedom: Freedom) -> list[Lead]:
@@ -359,15 +361,29 @@ class Search:
     def plan(self, assignment: Assignment) -> ComputePlan:
         """The plan of a placement: simulated, or the engine's once it is known."""
         if assignment not in self._plans:
-            self._plans[assignment] = self.planner(assignment)
+            self._plans[assignment] = self._with_lacking(self.planner(assignment))
         return self._plans[assignment]
+
+    def _with_lacking(self, plan: ComputePlan) -> ComputePlan:
+        """A plan with what the engine's plans have shown estimates to lack on each device."""
+        if not self._lacking:
+            return plan
+        sizes = {name: size + self._lacking.get(name, 0) for name, size in plan.compute_bytes.items()}
+        return replace(plan, compute_bytes=sizes)
 
     def _simulate(self, assignment: Assignment) -> ComputePlan:
         problem = self.problem
         return plan_compute(problem.model, problem.machine, assignment, problem.program)
 
     def learn(self, assignment: Assignment, plan: ComputePlan) -> None:
-        """Believe this plan of an assignment (the engine's own) from now on."""
+        """Believe this plan of an assignment (the engine's own), and that others lack as much as its estimate did."""
+        estimate = self._plans.get(assignment)
+        if estimate is not None and assignment not in self._learned:
+            for name, n_bytes in plan.compute_bytes.items():
+                lacking = n_bytes - estimate.compute_bytes.get(name, 0) + self._lacking.get(name, 0)
+                self._lacking[name] = max(self._lacking.get(name, 0), lacking)
+        self._learned.add(assignment)
+        self._plans = {each: kept for each, kept in self._plans.items() if each in self._learned}
         self._plans[assignment] = plan
 
     def front(self, freedom: Freedom, leads: list[Lead]) -> list[Found]:

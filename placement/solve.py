@@ -148,8 +148,15 @@ def solve(
         for each, verdict in zip(shown, judged, strict=True):
             search.learn(each.assignment, verdict.plan)
         shown = [_with_verdict(problem, *pair) for pair in zip(shown, judged, strict=True)]
-        if all(use.headroom_mib >= 0 for each in shown for use in each.devices.values()):
+        fitting = [each for each in shown if all(use.headroom_mib >= 0 for use in each.devices.values())]
+        if len(fitting) == len(shown):
             break
+    else:
+        shown = fitting  # nothing over a cap is ever shown
+    if not shown:
+        return replace(
+            result, message="the engine plans every placement found over a cap: keep more free (--reserve)"
+        )
     if probes is not None:
         result = replace(result, warnings=(*warnings, probes.words()))
     status = "OPTIMAL" if all(each.status == "OPTIMAL" for each in shown[:1]) else "FEASIBLE"
