@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from placement import errors
 from placement.cli import cli
@@ -102,3 +103,30 @@ def test_every_exit_code_is_explained() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     explained = set(map(int, re.findall(r"^\| (\d+) \|", section("Exit codes"), re.MULTILINE)))
     assert {kind.exit_code for kind in kinds} <= explained
+
+
+NEEDS_FILES_OF_THE_USER = (
+    "calibrate",
+    "engine",
+    "import",
+    "tune",
+    "verify",
+)  # weights, runs, a llama.cpp of theirs
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in sorted(set(examples())) if line.split()[1] not in NEEDS_FILES_OF_THE_USER]
+)
+def test_an_example_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a help text shows can be typed: it runs in an empty folder (with a models.conf) and ends well."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("PLACE_ENGINE", "off")
+    section = "CTX_SIZE=131072\nN_GPU_LAYERS=99\nFIT=on\nEXTRA_ARGS=--jinja -np 1\n"
+    (tmp_path / "models.conf").write_text(
+        f"[glm-flash-q4]\n{section}\n[gpt-oss-120b]\n{section}", encoding="utf-8"
+    )
+    result = CliRunner().invoke(cli, shlex.split(line)[1:])
+    over_a_cap = "-ot blk" in line or line.startswith("place check glm-flash ")
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    assert result.exit_code == 0 or (over_a_cap and result.exit_code == 1), result.output
