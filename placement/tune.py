@@ -29,6 +29,7 @@ from placement.machine import Machine
 from placement.model import Model
 from placement.problem import Problem
 from placement.solution import Solution, SolutionSet
+from placement.verify.candidates import FIT
 from placement.verify.decide import LEAST_NOISE, Result
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class Tuning:
 
     def __post_init__(self) -> None:
         self.lines: list[Line] = []
+        self.n_steps = 0
         self.report: Report | None = None
         self.machine = self.base
         self.changes: tuple[Change, ...] = ()
@@ -106,30 +108,50 @@ class Tuning:
         self.steps_until_s = None if budget_s is None else time.monotonic() + budget_s * STEPS_SHARE
 
     def run(self) -> Tuned:
-        """Step until settled, out of time or out of placements; then run the best again beside `--fit`."""
-        why, settled, fits = "all steps are made", False, self._refit()
-        for step in range(1, MAX_STEPS + 1):
+        """Step until settled, out of time or out of placements; then run the best again beside `--fit`.
+
+        Where `--fit` is the faster one, its run teaches too: the search goes on once more.
+        """
+        fits, why, settled = self._refit(), "", False
+        for _ in range(2):
+            fits, why, settled = self._steps(fits)
+            if not self._finals(fits) or self._is_late() or not self._is_fit_faster():
+                break
+            fits = self._refit()
+        return self._ended(why, settled)
+
+    def _steps(
+        self, fits: tuple[Calibration, Calibration]
+    ) -> tuple[tuple[Calibration, Calibration], str, bool]:
+        """Run what tells most until nothing better is likely: the last fits, why it ended, whether settled."""
+        while self.n_steps < MAX_STEPS:
             outcome = self._solve()
             if not outcome.found.solutions:
-                return self._ended(f"nothing fits: {outcome.found.message}", False)
+                return fits, f"nothing fits: {outcome.found.message}", False
             proposals = self._proposals(outcome)
             known = [each.proposal for each in proposals.values()]
             measured = self._measured(outcome)
-            if is_settled(fits, known, measured, self._noise()):
-                why, settled = "the best measured is within its noise of the best predicted", True
-                break
+            if is_settled(fits, known, measured | self._measured_fits(), self._noise()):
+                return fits, "the best measured is within its noise of the best predicted", True
             chosen = choose_runs(fits, known, measured, PER_STEP)
             if not chosen:
-                why = "every proposed placement has been run"
-                break
+                return fits, "every proposed placement has been run", False
+            self.n_steps += 1
             is_whole = self._verify(outcome, [proposals[each.key].solution for each in chosen])
             before, fits = fits, self._refit()
-            self._log(step, outcome, before, fits, chosen)
+            self._log(self.n_steps, outcome, before, fits, chosen)
             if not is_whole or self._is_late():
-                why = "the budget ended"
-                break
-        self._finals(fits)
-        return self._ended(why, settled)
+                return fits, "the budget ended", False
+        return fits, "all steps are made", False
+
+    def _is_fit_faster(self) -> bool:
+        chosen = None if self.report is None else self.report.verdict.recommended
+        return chosen is not None and chosen.role == FIT
+
+    def _measured_fits(self) -> dict[str, float]:
+        """Turns of llama.cpp's own `--fit` where it ran beside ours."""
+        results = () if self.report is None else self.report.verdict.results
+        return {each.run_id: each.turn_s for each in results if each.role == FIT and each.turn_s is not None}
 
     def _ended(self, why: str, settled: bool) -> Tuned:
         return Tuned(self.report, self.machine, self.changes, tuple(self.lines), settled, why)
@@ -255,8 +277,9 @@ class Tuning:
         generating_s = result.turn_s - turn.prompt_tokens / result.prompt_tps
         return turn.generate_tokens / generating_s if generating_s > 0 else None
 
-    def _finals(self, fits: tuple[Calibration, Calibration]) -> None:
-        """Run what is nearly the best again, `--fit` beside it, so that the choice stands on more than one round.
+    def _finals(self, fits: tuple[Calibration, Calibration]) -> bool:
+        """Run what is nearly the best again, `--fit` beside it, so that the choice stands on more than one round;
+        whether there was anything to run.
 
         A run that the others contradict gets a third round: of two, one disturbed would count half.
         """
@@ -264,7 +287,7 @@ class Tuning:
         results = {each.run_id: each for each in self._results(outcome) if each.turn_s is not None}
         again = worth_again(fits, {run: each.turn_s or 0.0 for run, each in results.items()})[:PER_STEP]
         if not again or not outcome.found.solutions:
-            return
+            return False
         is_doubted = any(each.run in again for fit in fits for each in fit.outliers)
         proposals = self._proposals(outcome)
         keys = [" ".join(_placing(results[run], outcome.found)) for run in again]
@@ -272,6 +295,7 @@ class Tuning:
         self._verify(outcome, kept, rounds=FINAL_ROUNDS + is_doubted, has_fit=True)
         self._refit()
         self._results(outcome)
+        return True
 
     def _again(self, outcome: Outcome, key: str) -> Solution:
         """A measured placement that is not proposed any more, to run it once more."""

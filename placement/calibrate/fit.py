@@ -124,16 +124,18 @@ def calibrate(
     kind: str = DECODE,
     known: Mapping[str, float] | None = None,
     with_errors: bool = True,
+    is_trusted: bool = False,
 ) -> Calibration:
     """Fit the coefficients of one kind to its rows; `known` are values fitted before, of other kinds.
 
     Without rows every coefficient keeps its prior. `with_errors` adds each run's error, fitted without it.
+    `is_trusted`: no run is left out because the others contradict it.
     """
     mine = [row for row in rows if row.kind == kind and row.measured_s]
     unknowns = parameters(machine, kind)
     values = _known_values(machine, mine, unknowns, known or {})
     problem = _Problem(unknowns, values, kind)
-    kept, outliers = problem.without_doubtful(mine)
+    kept, outliers = (mine, []) if is_trusted else problem.without_doubtful(mine)
     x, covariance, left = problem.solve_identified(kept)
     return Calibration(
         kind=kind,

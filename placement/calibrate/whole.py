@@ -18,10 +18,12 @@ from placement.problem import Workload
 MOST_PROBLEMS = 3  # of those run, whose simple placements are weighed
 
 
-def fit_both(machine: Machine, found: Found, with_errors: bool = True) -> tuple[Calibration, Calibration]:
+def fit_both(
+    machine: Machine, found: Found, with_errors: bool = True, is_trusted: bool = False
+) -> tuple[Calibration, Calibration]:
     """The decode fit, and the prompt fit with what the decode fit taught."""
-    decode = calibrate(machine, found.rows, DECODE, with_errors=with_errors)
-    prompt = calibrate(machine, found.rows, PROMPT, decode.values, with_errors=with_errors)
+    decode = calibrate(machine, found.rows, DECODE, None, with_errors, is_trusted)
+    prompt = calibrate(machine, found.rows, PROMPT, decode.values, with_errors, is_trusted)
     return decode, prompt
 
 

@@ -1,0 +1,81 @@
+"""`place machine probe`; attached to the group in `machine`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from placement.cli import options
+
+if TYPE_CHECKING:
+    from placement.probe import Probed
+
+
+@click.command()
+@options.machine_option
+@options.engine_option
+@click.option(
+    "--budget",
+    "budget_s",
+    type=click.FloatRange(min=5),
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Cases that do not fit in it are left out.",
+)
+@click.option("--dry-run", "is_dry", is_flag=True, help="Print what would change; write nothing.")
+@options.json_option
+def command(machine_name: str | None, engine_name: str, is_json: bool, **asked: Any) -> None:
+    """Measure this machine in two minutes with llama-bench on small models made here.
+
+    Seeds the speed coefficients of a new machine before any big model is loaded: bandwidth of every device and
+    of the CPU, the link, splits and boundaries. Values from runs (place calibrate) are not overwritten.
+
+    \b
+    Example:
+      place machine probe --machine machines/mine.toml
+    """
+    import datetime
+
+    from placement.cli.verify import running_engine
+    from placement.machine_files import own_machine_path, save_machine
+    from placement.probe import probe
+
+    machine = options.load_machine(machine_name)
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    found = probe(machine, running_engine(engine_name), date, asked["budget_s"], options.warn)
+    path = own_machine_path(machine_name, machine)
+    if found.changes and not asked["is_dry"]:
+        save_machine(found.machine, path)
+    if is_json:
+        options.echo_json(probe_row(found, str(path), bool(found.changes) and not asked["is_dry"]))
+        return
+    for each in found.changes:
+        old = "-" if each.old is None else f"{each.old.value:g}"
+        spread = "" if each.new.uncertainty is None else f" ± {each.new.uncertainty:.2g}"
+        click.echo(f"{each.name}: {old} → {each.new.value:g}{spread} {each.new.unit}")
+    click.echo(f"{path}: {len(found.changes)} values {'would change' if asked['is_dry'] else 'written'}")
+
+
+def probe_row(found: Probed, path: str, is_written: bool) -> dict[str, Any]:
+    """The probe as JSON."""
+    return {
+        "machine": found.machine.name,
+        "path": path,
+        "is_written": is_written,
+        "wall_s": round(found.wall_s, 1),
+        "timings": [{"case": row.label, "kind": row.kind, "seconds": row.measured_s} for row in found.rows],
+        "failed": list(found.failed),
+        "changes": [
+            {
+                "name": each.name,
+                "old": None if each.old is None else each.old.value,
+                "new": each.new.value,
+                "unit": each.new.unit,
+                "uncertainty": each.new.uncertainty,
+                "source": each.new.source,
+            }
+            for each in found.changes
+        ],
+    }
