@@ -41,7 +41,7 @@ def model_names() -> list[str]:
         shown = subprocess.run(
             place("models", "--json"), cwd=folder, capture_output=True, text=True, check=True
         )
-    return [row["name"] for row in json.loads(shown.stdout)]
+    return [row["name"] for row in json.loads(shown.stdout)["models"]]
 
 
 def drop_from_page_cache(folder: Path) -> None:
