@@ -166,6 +166,6 @@ def test_a_real_engine_is_probed_on_two_workers(engine: Engine) -> None:
         pytest.skip("this engine has no llama-bench")
     with rpc_workers(engine, 2) as workers:
         machine = cluster(*(each.endpoint for each in workers), usable_mib=300)
-        found = probe(machine, engine, "2026-01-02", budget_s=90)
+        found = probe(machine, engine, "2026-01-02", budget_s=20)
     assert {row.kind for row in found.rows} == {"decode", "prompt"}
     assert found.machine.coefficients["read_efficiency.RPC0"].source == "detected"
