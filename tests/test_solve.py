@@ -253,7 +253,9 @@ def test_broken_request(asked: dict[str, object]) -> None:
 def test_moderate_keeps_what_runs_have_taught() -> None:
     """A learned margin replaces the 5 % of the card that moderate keeps free otherwise."""
     card = one_card(600)
-    taught = dataclasses.replace(card, coefficients={"margin_mib.CUDA0": Coefficient(100.0, "MiB", "calibrated")})
+    taught = dataclasses.replace(
+        card, coefficients={"margin_mib.CUDA0": Coefficient(100.0, "MiB", "calibrated")}
+    )
     plain, learned = (
         next(each for each in solved(EXPERTS, machine).solutions if each.name == "moderate")
         for machine in (card, taught)

@@ -27,7 +27,7 @@ COMMANDS = {
     "import": ("placement.cli.import_", "Describe a GGUF file: its header as models/NAME.toml."),
     "export": ("placement.cli.export", "Write a header-only GGUF that llama.cpp can plan."),
     "models": ("placement.cli.models", "List the model descriptions that have names."),
-    "machine": ("placement.cli.machine", "Show, detect or save a machine."),
+    "machine": ("placement.cli.machine", "Show, detect or probe a machine."),
     "engine": ("placement.cli.engine", "Show which llama.cpp is used, and what it can do."),
 }
 

@@ -1,4 +1,4 @@
-"""`place machine show|detect`."""
+"""`place machine show|detect|probe`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from placement.cli import options
+from placement.cli.probe import command as probe_command
 
 
 @click.group()
 def command() -> None:
-    """Show, detect or save a machine.
+    """Show, detect or probe a machine.
 
     \b
     Example:
@@ -49,6 +50,9 @@ def detect(out: Path | None, is_json: bool) -> None:
         save_machine(machine, out)
         click.echo(f"{out}: written", err=True)
     _echo(machine, is_json)
+
+
+command.add_command(probe_command, "probe")
 
 
 def _print(name: str | None, is_json: bool) -> None:
