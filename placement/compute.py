@@ -18,7 +18,8 @@ from placement.graph.builder import UnknownGraph
 from placement.graph.context import Batch, Context, make_context
 from placement.graph.flat import NO_BUFFER
 from placement.graph.hyper import FUSED_HYPER
-from placement.graph.rows import ROWS, Row
+from placement.graph.row import Row
+from placement.graph.rows import ROWS
 from placement.graph.runs import Run, layer_shapes, shorten
 from placement.graph.template import Template, templates
 from placement.graph.tensor import Tensor
@@ -93,11 +94,13 @@ class _Planner:
 
     def plan(self) -> ComputePlan:
         """Simulate the engine; where the graph is unknown, estimate."""
-        if self.is_exact:
-            return self._simulated()
         try:
             return self._simulated()
-        except (UnknownGraph, LookupError, ArithmeticError, TypeError):
+        except UnknownGraph:
+            return self._estimated()
+        except (LookupError, ArithmeticError, TypeError):
+            if self.is_exact:
+                raise
             return self._estimated()
 
     def _simulated(self) -> ComputePlan:

@@ -295,9 +295,12 @@ class Builder(Graph):
     # --- the end
 
     def output_weight(self) -> Tensor:
-        """output.weight, or the copy of the token embedding that is loaded in its place."""
+        """output.weight, or the copy of the token embedding in its place; BitNet has no copy."""
         own = self.weight("output.weight")
-        return own if own is not None else self.need(self.weight("token_embd.weight", key="output.weight"))
+        if own is not None:
+            return own
+        key = "output.weight" if self.facts.is_output_tied else None
+        return self.need(self.weight("token_embd.weight", key=key))
 
     def soft_cap(self, cur: Tensor) -> Tensor:
         """cap * tanh(x / cap)."""

@@ -47,8 +47,7 @@ class ExpertBuilder(AttentionBuilder):
         """
         n_expert = self.facts.n_expert
         n_used = n_used or self.layer(il).n_expert_used
-        if logits is None:
-            logits = self.lora_mm(self.w(il, "ffn_gate_inp"), cur)
+        logits = self._routed(il, cur) if logits is None else logits
         if (bias := self.b(il, "ffn_gate_inp")) is not None:
             logits = self.add(logits, bias)
         probs = self._probabilities(logits, routing)
@@ -58,18 +57,17 @@ class ExpertBuilder(AttentionBuilder):
             selected = self.cast(self.scale(self.cast(selected, "F32")), "I32")
         weights = self._weights(probs, selected, n_expert, n_used, routing)
         self.expand(weights)
-        cur = self.reshape(cur, cur.ne[0], 1, self._tokens(cur))
+        cur = self.reshape(cur, cur.ne[0], 1, cur.ne[1])
         if routing.is_weighted_before:
-            repeated = self.repeat(cur, cur.ne[0], n_used, cur.ne[2])
-            cur = self.mul(repeated, weights)
+            cur = self.mul(self.repeat(cur, cur.ne[0], n_used, cur.ne[2]), weights)
         out = self._experts(cur, il, selected, routing, suffix)
         if not routing.is_weighted_before:
             out = self.mul(out, weights)
         self.expand(out)
         return self._sum(out, n_used)
 
-    def _tokens(self, cur: Tensor) -> int:
-        return cur.ne[1]
+    def _routed(self, il: int, cur: Tensor) -> Tensor:
+        return self.lora_mm(self.w(il, "ffn_gate_inp"), cur)
 
     def _probabilities(self, logits: Tensor, routing: Routing) -> Tensor:
         if routing.gating == "softmax":

@@ -6,7 +6,7 @@ import functools
 
 from placement.graph.experts import GATING, Routing
 from placement.graph.pools import PoolBuilder
-from placement.graph.rows import Row
+from placement.graph.row import Row
 from placement.graph.tensor import Tensor
 
 NO_LIMIT = 1e-6  # limits up to this are none

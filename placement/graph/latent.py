@@ -67,6 +67,7 @@ class LatentBuilder(BlockSparseBuilder):
             self.is_window_unfactored and self.layer(il).window_tokens is not None
         ):
             return None
+        il = self.block_of(il)
         home = self.homes[il] if self.homes else 0
         original = self.integer("rope.scaling.original_context_length", self.facts.n_ctx_train)
         kind = "long" if self.context.n_ctx_seq > original else "short"

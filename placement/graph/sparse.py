@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from placement.architecture import Cache
 from placement.graph.linear import LinearBuilder
-from placement.graph.rows import Row
+from placement.graph.row import Row
 from placement.graph.tensor import Tensor
 
 HADAMARD_INDEXERS = frozenset({"deepseek32", "deepseek4", "glm-dsa", "dots3note"})

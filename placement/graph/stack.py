@@ -50,7 +50,9 @@ class StackBuilder(HyperBuilder):
         return self.integer("hrm.layers_per_stack", 1), self.integer("hrm.l_cycles") + 1
 
     def block_of(self, il: int) -> int:
-        """HRM's layers are passes over two stacks of blocks: the low one's come first."""
+        """HRM's layers are passes over two stacks of blocks, the low one first; Nanbeige's over all blocks."""
+        if self.row.structure == "loops":
+            return il % self.integer("block_count")
         if self.row.structure != "cycles":
             return il
         n_layer, n_stacks = self._cycle
@@ -59,7 +61,7 @@ class StackBuilder(HyperBuilder):
 
     def scaled(self, out: Tensor, weight: Tensor) -> Tensor:
         """As `Builder.scaled`; where blocks are shared, each layer has the scales of its own number."""
-        if self.row.structure != "cycles":
+        if self.row.structure not in ("cycles", "loops"):
             return super().scaled(out, weight)
         name = (weight.weight or "").split(".")[2]
         scale = self.weight(f"blk.{self.slot}.{name}.scale", self.slot)
@@ -68,7 +70,6 @@ class StackBuilder(HyperBuilder):
     def cycle_begun(self, il: int, cur: Tensor) -> Tensor:
         """The input of a layer: the sum of both states where a stack begins."""
         n_layer, _ = self._cycle
-        self.slot = il
         if il == 0:
             self.states = (cur, self.need(self.weight("hrm.z_l_init")))
         return self.add(*self.states) if il % n_layer == 0 else cur
@@ -83,3 +84,10 @@ class StackBuilder(HyperBuilder):
         is_high = il // n_layer % n_stacks == n_stacks - 1
         self.states = (cur, low) if is_high else (high, cur)
         return cur
+
+    def loop_ended(self, il: int, cur: Tensor, *, is_last: bool) -> Tensor:
+        """The result of a layer; normed where a pass over all blocks ends and another follows."""
+        is_end = (il + 1) % self.integer("block_count") == 0
+        if is_last or not is_end or bool(self.model.get("skip_loop_final_norm", False)):
+            return cur
+        return self.build_norm(cur, self.weight("output_norm.weight"), None, "rms", il)

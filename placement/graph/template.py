@@ -8,7 +8,7 @@ from placement.architecture import Architecture
 from placement.graph.context import Batch, Context
 from placement.graph.decoder import Decoder
 from placement.graph.flat import FlatGraph
-from placement.graph.rows import Row
+from placement.graph.row import Row
 from placement.graph.tensor import Tensor
 from placement.model import Model
 
