@@ -11,8 +11,10 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from placement.solver.frame import Answer, Frame, is_valid, times_us
-from placement.solver.segments import INFINITE, Segments, Terms, marginal
+from placement.solver.segments import INFINITE, Segments, Terms, forward, marginal, path
 
 MOST_PATHS = 60
 HOST_PRICES = 12
@@ -55,14 +57,19 @@ class Relaxation:
 
     @functools.cached_property
     def is_hopeless(self) -> bool:
-        """Whether the layers' least memory is more than all caps together."""
+        """Whether the layers' least memory is more than all caps together; the host's counts where it may be used."""
         tables: dict[int, int | None] = {}
+        used: set[int] = set()
         for table in self.frame.layers:
             if table.kind not in tables:
-                sums = [sum(kib for _, kib in choice.kib) for row in table.choices for choice in row]
-                tables[table.kind] = min(sums, default=None)
+                choices = [choice for row in table.choices for choice in row]
+                tables[table.kind] = min(
+                    (sum(kib for _, kib in choice.kib) for choice in choices), default=None
+                )
+                used |= {at for choice in choices for at, kib in choice.kib if kib}
         least = [tables[table.kind] for table in self.frame.layers]
-        return None in least or sum(filter(None, least)) > sum(max(cap, 0) for cap in self.frame.cap_kib)
+        room = sum(max(self.frame.cap_kib[at], 0) for at in used)
+        return None in least or sum(filter(None, least)) > room
 
     def segments(self, prices: tuple[float, ...]) -> Segments:
         """The frame's segments at those prices, extras not charged."""
@@ -186,8 +193,9 @@ class Relaxation:
         kept = segments.survivors(most - self.constant + paid)
         homes: list[set[int]] = [set() for _ in self.frame.layers]
         for p, rows in enumerate(kept):
-            for a, ends in rows.items():
-                for i in range(a, max(ends, default=a)):
+            for a, row in enumerate(rows):
+                ends = np.flatnonzero(row < INFINITE)
+                for i in range(a, int(ends[-1]) if len(ends) else a):
                     homes[i].add(p)
         return homes
 
@@ -197,38 +205,21 @@ class Paths:
 
     def __init__(self, segments: Segments, most: float) -> None:
         self.segments = segments
-        self.rows = segments.survivors(most)
+        self.costs = segments.survivors(most)
 
     def settle(self, cuts: tuple[int, ...], slack: float) -> bool:
         """Replace the bounds of a path's segments by those of whole moves; False where all were known."""
         edges, is_new = (0, *cuts, self.segments.n_layers), False
         for p in range(1, self.segments.n_positions):
             a, b = edges[p], edges[p + 1]
-            ends = self.rows[p].get(a, {})
-            if b in ends and (bound := self.segments.settle(p, a, b, slack).bound) > ends[b] + 1e-6:
-                ends[b], is_new = bound, True
+            if self.costs[p][a, b] == INFINITE:
+                continue
+            if (bound := self.segments.settle(p, a, b, slack).bound) > self.costs[p][a, b] + 1e-6:
+                self.costs[p][a, b], is_new = bound, True
         return is_new
 
     def shortest(self) -> tuple[float, tuple[int, ...]] | None:
         """The least cost and its cuts."""
-        costs = dict(self.rows[0].get(0, {}))
-        came: list[dict[int, int]] = []
-        for rows in self.rows[1:]:
-            found: dict[int, float] = {}
-            origin: dict[int, int] = {}
-            for a, ends in rows.items():
-                if (done := costs.get(a)) is None:
-                    continue
-                for b, more in ends.items():
-                    if done + more < found.get(b, INFINITE):
-                        found[b], origin[b] = done + more, a
-            costs = found
-            came.append(origin)
-        end = self.segments.n_layers
-        if end not in costs:
-            return None
-        value, cuts = costs[end], []
-        for origin in reversed(came):
-            end = origin[end]
-            cuts.append(end)
-        return value, tuple(reversed(cuts))
+        reached = forward(self.costs)
+        cuts = path(self.costs, reached)
+        return None if cuts is None else (float(reached[-1][-1]), cuts)

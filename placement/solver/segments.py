@@ -4,23 +4,29 @@ A GPU's segment of layers costs what they cost at home plus the cheapest moves t
 that is a fractional knapsack, and the path bounds every answer; a price per KiB stands for what moves to other GPUs
 take there. Exact, it is a small knapsack over host moves; solved for the segments of the best path until these are
 the path's own, it gives the best answer in which nothing moves to another GPU.
+
+All segments of a position are one matrix: row a, column b is the segment of layers a, a + 1, …, b − 1.
 """
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from placement.solver.frame import Answer, Choice, Frame
+from placement.solver.knapsack import Knapsack, Move, Taken
 
 INFINITE = float("inf")
+MOST_RATIOS = 48  # of a position's knapsacks; any subset gives a bound, so many gives a close one
 
-Taken = dict[tuple[int, int], int]  # (moves, choice index): how many layers
+Vector = NDArray[np.float64]
+Matrix = NDArray[np.float64]
+Step = tuple[float, float, int, int]  # cost per KiB, cost and KiB of a layer's next move, and its choice
 # cost and KiB of a layer's cheapest choice, what it may free, whether that choice or any hides a boundary
 _Facts = tuple[float, int, "tuple[Step, ...]", bool, bool]
-Step = tuple[float, float, int, int]  # cost per KiB, cost and KiB of a layer's next move, and its choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +51,15 @@ class Settled:
 class _Card:
     """A position as far as its segments go; equal positions share one."""
 
-    cost: list[float] = field(default_factory=lambda: [0.0])  # prefix sums of the layers at home
-    kib: list[int] = field(default_factory=lambda: [0])
-    is_forbidden: list[bool] = field(default_factory=list)
-    steps: list[tuple[Step, ...]] = field(default_factory=list)  # per layer
-    cap_kib: int = 0
-    price: float = 0.0
-    hidden: float = 0.0  # what a segment that moves anything may save at its end
-    is_always_hidden: bool = False  # a segment that moves nothing too
-    rows: dict[int, list[float]] = field(default_factory=dict)
+    cost: Vector  # prefix sums over the layers at home
+    kib: NDArray[np.int64]
+    forbidden: NDArray[np.int64]  # prefix counts of layers that may not live here
+    steps: list[tuple[Step, ...]]  # per layer
+    cap_kib: int
+    price: float
+    hidden: float  # what a segment that moves anything may save at its end
+    is_always_hidden: bool  # a segment that moves nothing too
+    relaxed: Matrix | None = None
     settled: dict[tuple[int, int], Settled] = field(default_factory=dict)
 
 
@@ -72,11 +78,14 @@ class Segments:
         self.n_layers, self.n_positions = len(frame.layers), len(frame.positions)
         saved = terms.decode_weight * frame.hidden_us[0] + terms.prompt_weight * frame.hidden_us[1]
         self.hidden = max(0.0, saved)
+        kinds = {table.kind: table for table in frame.layers}
+        numbers = {kind: number for number, kind in enumerate(kinds)}
+        self._rows = np.array([numbers[table.kind] for table in frame.layers], dtype=np.int64)
         cards: dict[object, _Card] = {}
-        self.cards = []
+        self.cards: list[_Card] = []
         for p in range(self.n_positions):
-            facts = {table.kind: self._facts(table.moves, table.choices[p], p) for table in frame.layers}
-            key = p == 0, p == self.n_positions - 1, caps[p], terms.prices[p], tuple(facts.values())
+            facts = [self._facts(table.moves, table.choices[p], p) for table in kinds.values()]
+            key = p == 0, p == self.n_positions - 1, caps[p], terms.prices[p], tuple(facts)
             if key not in cards:
                 cards[key] = self._card(p, facts)
             self.cards.append(cards[key])
@@ -98,98 +107,65 @@ class Segments:
 
     def _cost(self, choice: Choice, p: int) -> float:
         """Weighted time, and what the choice takes elsewhere at the prices there."""
-        elsewhere = sum(self.terms.prices[at] * kib for at, kib in choice.kib if at != p or p == 0)
-        return (
-            self.terms.decode_weight * choice.decode_us
-            + self.terms.prompt_weight * choice.prompt_us
-            + elsewhere
-        )
+        cost = self.terms.decode_weight * choice.decode_us + self.terms.prompt_weight * choice.prompt_us
+        prices = self.terms.prices
+        for at, kib in choice.kib:
+            if prices[at] and (at != p or p == 0):
+                cost += prices[at] * kib
+        return cost
 
-    def _card(self, p: int, facts: dict[int, _Facts | None]) -> _Card:
-        card = _Card(cap_kib=self.caps[p], price=self.terms.prices[p] if p else 0.0)
-        for table in self.frame.layers:
-            fact = facts[table.kind]
-            card.cost.append(card.cost[-1] + (fact[0] if fact else 0.0))
-            card.kib.append(card.kib[-1] + (fact[1] if fact else 0))
-            card.is_forbidden.append(fact is None)
-            card.steps.append(fact[2] if fact else ())
-        if 0 < p < self.n_positions - 1 and any(fact and fact[4] for fact in facts.values()):
-            card.is_always_hidden = any(fact and fact[3] for fact in facts.values())
+    def _card(self, p: int, facts: list[_Facts | None]) -> _Card:
+        def sums(values: list[float], dtype: type) -> NDArray:  # type: ignore[type-arg]
+            return np.concatenate([[0], np.cumsum(np.array(values, dtype=dtype)[self._rows])])
+
+        steps = [fact[2] if fact else () for fact in facts]
+        card = _Card(
+            cost=sums([fact[0] if fact else 0.0 for fact in facts], np.float64),
+            kib=sums([fact[1] if fact else 0 for fact in facts], np.int64),
+            forbidden=sums([fact is None for fact in facts], np.int64),
+            steps=[steps[row] for row in self._rows],
+            cap_kib=self.caps[p],
+            price=self.terms.prices[p] if p else 0.0,
+            hidden=0.0,
+            is_always_hidden=False,
+        )
+        if 0 < p < self.n_positions - 1 and any(fact and fact[4] for fact in facts):
+            card.is_always_hidden = any(fact and fact[3] for fact in facts)
             card.hidden = self.hidden
         return card
 
     # --- relaxed
 
-    def row(self, p: int, a: int) -> list[float]:
-        """Bounds of the segments from layer a on at position p: after one layer, two, … while possible."""
+    def relaxed(self, p: int) -> Matrix:
+        """Bounds of all segments at position p; infinite where a segment cannot be."""
         card = self.cards[p]
-        if a not in card.rows:
-            card.rows[a] = list(_relax(card, a, self.n_layers))
-        return card.rows[a]
-
-    def _forward(self) -> list[list[float]]:
-        """Per position, the least cost of ending it before each layer."""
-        first = [0.0, *self.row(0, 0)] if self.n_layers else [0.0]
-        costs = [first + [INFINITE] * (self.n_layers + 1 - len(first))]
-        for p in range(1, self.n_positions):
-            found = [INFINITE] * (self.n_layers + 1)
-            for a, done in enumerate(costs[-1][: self.n_layers]):
-                if done < INFINITE:
-                    for b, more in enumerate(self.row(p, a), a + 1):
-                        if done + more < found[b]:
-                            found[b] = done + more
-            costs.append(found)
-        return costs
-
-    def _backward(self) -> list[list[float]]:
-        """Per position, the least cost of everything after it from each layer on."""
-        costs = [[INFINITE] * self.n_layers + [0.0]]
-        for p in range(self.n_positions - 1, 0, -1):
-            after, found = costs[-1], [INFINITE] * (self.n_layers + 1)
-            rows = self.cards[p].rows
-            for a, row in rows.items():
-                found[a] = min(
-                    (more + left for more, left in zip(row, after[a + 1 :], strict=False)), default=INFINITE
-                )
-            costs.append(found)
-        return costs[::-1]
+        if card.relaxed is None:
+            card.relaxed = _relax(card, self._rows)
+        return card.relaxed
 
     def bound(self) -> float:
         """The least relaxed cost; infinite when nothing fits."""
-        self.forward = self._forward()
-        return self.forward[-1][self.n_layers]
+        self.forward = forward([self.relaxed(p) for p in range(self.n_positions)])
+        return float(self.forward[-1][self.n_layers])
 
-    def survivors(self, most: float) -> list[dict[int, dict[int, float]]]:
-        """Per position, first layer and end: the segments through which a path of at most `most` leads."""
-        backward = self._backward()
+    def survivors(self, most: float) -> list[Matrix]:
+        """Per position, the segments' bounds; infinite where no path of at most `most` leads through."""
         most += 1e-9 * abs(most)  # sums in another order
-        kept: list[dict[int, dict[int, float]]] = [{}]
-        for p in range(1, self.n_positions):
-            rows: dict[int, dict[int, float]] = {}
-            for a, row in self.cards[p].rows.items():
-                room = most - self.forward[p - 1][a]
-                ends = {b: more for b, more in enumerate(row, a + 1) if more + backward[p][b] <= room}
-                if ends:
-                    rows[a] = ends
-            kept.append(rows)
-        starts = kept[1] if len(kept) > 1 else {self.n_layers: {}}
-        kept[0] = {0: {b: cost for b, cost in enumerate(self.forward[0]) if b in starts and cost <= most}}
-        return kept
+        kept = []
+        after = np.full(self.n_layers + 1, INFINITE)
+        after[self.n_layers] = 0.0
+        for p in range(self.n_positions - 1, 0, -1):
+            rows = self.relaxed(p)
+            through = self.forward[p - 1][:, None] + rows + after[None, :]
+            kept.append(np.where(through <= most, rows, INFINITE))
+            after = (rows + after[None, :]).min(axis=1)
+        first = np.full_like(self.relaxed(0), INFINITE)
+        first[0] = np.where(self.forward[0] + after <= most, self.forward[0], INFINITE)
+        return [first, *reversed(kept)]
 
     def cuts(self) -> tuple[int, ...] | None:
         """The first layer of each GPU on the path of the bound."""
-        end, found = self.n_layers, []
-        for p in range(self.n_positions - 1, 0, -1):
-            before, goal = self.forward[p - 1], self.forward[p][end]
-            for a in range(end):
-                row = self.cards[p].rows.get(a, [])
-                if before[a] < INFINITE and end - a <= len(row) and before[a] + row[end - a - 1] == goal:
-                    break
-            else:
-                return None
-            found.append(a)
-            end = a
-        return tuple(reversed(found))
+        return path([self.relaxed(p) for p in range(self.n_positions)], self.forward)
 
     # --- exact
 
@@ -197,13 +173,13 @@ class Segments:
         """The segment with whole host moves, within `slack` of their least cost."""
         card = self.cards[p]
         if (a, b) not in card.settled:
-            cost = card.cost[b] - card.cost[a]
-            need = card.kib[b] - card.kib[a] - card.cap_kib
+            cost = float(card.cost[b] - card.cost[a])
+            need = int(card.kib[b] - card.kib[a]) - card.cap_kib
             knapsack = Knapsack(self._moves(p, a, b), slack)
             more, bound, taken = knapsack.solve(need) if need > 0 else (0.0, 0.0, {})
             hidden = card.hidden if taken else 0.0
             card.settled[a, b] = Settled(
-                cost + more - hidden, max(cost + bound - hidden, self.row(p, a)[b - a - 1]), taken
+                cost + more - hidden, max(cost + bound - hidden, float(self.relaxed(p)[a, b])), taken
             )
         return card.settled[a, b]
 
@@ -220,9 +196,8 @@ class Segments:
             for pick, choice in enumerate(row):
                 freed = kib - _kib_at(choice, p)
                 if pick and choice.is_host and freed > 0 and (number, p, pick) not in self.left_out:
-                    moves.append(
-                        Move(number, pick, max(self._cost(choice, p) - cost, 0.0), freed, counts[number])
-                    )
+                    more = max(self._cost(choice, p) - cost, 0.0)
+                    moves.append(Move(number, pick, more, freed, counts[number]))
         return sorted(moves, key=lambda move: (move.cost / move.freed_kib, -move.freed_kib))
 
     def answer(self, cuts: tuple[int, ...], slack: float) -> Answer | None:
@@ -232,7 +207,7 @@ class Segments:
         picks = [0] * self.n_layers
         for p in range(1, self.n_positions):
             a, b = edges[p], edges[p + 1]
-            if b - a > len(self.row(p, a)) or (taken := self.settle(p, a, b, slack).taken) is None:
+            if self.relaxed(p)[a, b] == INFINITE or (taken := self.settle(p, a, b, slack).taken) is None:
                 return None
             for i, pick in self._spread(p, a, b, taken):
                 picks[i] = pick
@@ -246,6 +221,27 @@ class Segments:
             picks = [pick for (number, pick), count in taken.items() if number == moves for _ in range(count)]
             picks.sort(key=lambda pick, row=row: (row[pick].hides_boundary, len(set(row[pick].groups)) == 1))  # type: ignore[misc]
             yield from zip(reversed(here), reversed(picks), strict=False)
+
+
+def forward(costs: list[Matrix]) -> list[Vector]:
+    """Per position, the least cost of ending it before each layer; only position 0 may be empty."""
+    first = costs[0][0].copy()
+    first[0] = 0.0
+    found = [first]
+    for rows in costs[1:]:
+        found.append((found[-1][:, None] + rows).min(axis=0))
+    return found
+
+
+def path(costs: list[Matrix], reached: list[Vector]) -> tuple[int, ...] | None:
+    """The cuts of the shortest path to the last layer; None where there is none."""
+    end, found = costs[0].shape[0] - 1, []
+    if reached[-1][end] == INFINITE:
+        return None
+    for p in range(len(costs) - 1, 0, -1):
+        end = int(np.argmin(reached[p - 1] + costs[p][:, end]))
+        found.append(end)
+    return tuple(reversed(found))
 
 
 def _kib_at(choice: Choice, p: int) -> int:
@@ -262,110 +258,61 @@ def _hull(cost: float, kib: int, points: list[tuple[float, int, int]]) -> tuple[
     return tuple(steps)
 
 
-def _relax(card: _Card, a: int, n_layers: int) -> Iterator[float]:
-    """The relaxed costs of ever longer segments: the best steps are taken while memory lacks or sells.
+def _relax(card: _Card, rows: NDArray[np.int64]) -> Matrix:
+    """The fractional knapsacks of all segments by their dual.
 
-    What is taken is always better than what is left; the worst of it is needed only in part.
+    Freeing at least `need`, and selling what is freed beyond it at the card's price, costs the most over all ratios
+    r from that price on of r · need − Σ (r − ratio) · KiB over the steps that are cheaper than r; the best r is the
+    ratio of some step, or the price.
     """
-    taken: list[Step] = []  # heaps by ratio: falling (negated) and rising
-    left: list[Step] = []
-    paid, freed, price = 0.0, 0, card.price
-    for b in range(a + 1, n_layers + 1):
-        if card.is_forbidden[b - 1]:
-            return
-        need = card.kib[b] - card.kib[a] - card.cap_kib
-        for ratio, cost, kib, pick in card.steps[b - 1]:
-            if taken and ratio < -taken[0][0]:
-                heapq.heappush(taken, (-ratio, cost, kib, pick))
-                paid, freed = paid + cost, freed + kib
-            else:
-                heapq.heappush(left, (ratio, cost, kib, pick))
-        while left and (freed < need or left[0][0] < price):
-            ratio, cost, kib, pick = heapq.heappop(left)
-            heapq.heappush(taken, (-ratio, cost, kib, pick))
-            paid, freed = paid + cost, freed + kib
-        if freed < need:
-            return
-        while taken and -taken[0][0] >= price and freed - taken[0][2] >= max(need, 0):
-            ratio, cost, kib, pick = heapq.heappop(taken)
-            heapq.heappush(left, (-ratio, cost, kib, pick))
-            paid, freed = paid - cost, freed - kib
-        worth = max(price, -taken[0][0]) if taken else price
-        yield (
-            card.cost[b]
-            - card.cost[a]
-            + paid
-            - (freed - need) * worth
-            - (card.hidden if taken or card.is_always_hidden else 0.0)
-        )
+    n = len(rows) + 1
+    ratios, kib = _step_arrays(card, rows)
+    need = (card.kib[None, :] - card.kib[:, None] - card.cap_kib).astype(np.float64)
+    more = np.full((n, n), -INFINITE)
+    for ratio in _some_ratios(ratios, kib, card.price):
+        gain = np.concatenate([[0.0], np.cumsum((np.maximum(ratio - ratios, 0.0) * kib).sum(axis=1))])
+        np.maximum(more, ratio * need - (gain[None, :] - gain[:, None]), out=more)
+    found = card.cost[None, :] - card.cost[:, None] + more
+    if card.hidden:
+        sold = np.concatenate([[0], np.cumsum(((ratios < card.price) & (kib > 0)).sum(axis=1))])
+        is_moved = (need > 0) | (sold[None, :] > sold[:, None])
+        found -= card.hidden * (is_moved | card.is_always_hidden)
+    freed = np.concatenate([[0.0], np.cumsum(kib.sum(axis=1))])
+    is_out = (freed[None, :] - freed[:, None] < need) | (card.forbidden[None, :] > card.forbidden[:, None])
+    found[is_out | np.tri(n, dtype=bool)] = INFINITE
+    return found
+
+
+def _step_arrays(card: _Card, rows: NDArray[np.int64]) -> tuple[Matrix, Matrix]:
+    """Ratio and KiB of each layer's steps, padded with steps of nothing."""
+    example: dict[int, tuple[Step, ...]] = dict(zip(rows.tolist(), card.steps, strict=True))
+    width = max((len(steps) for steps in example.values()), default=0)
+    ratios, kib = np.full((len(example), width), INFINITE), np.zeros((len(example), width))
+    for row, steps in example.items():
+        for at, step in enumerate(steps):
+            ratios[row, at], kib[row, at] = step[0], step[2]
+    ratios[kib == 0] = np.finfo(np.float64).max
+    return ratios[rows], kib[rows]
+
+
+def _some_ratios(ratios: Matrix, kib: Matrix, price: float) -> list[float]:
+    """The price and the ratios above it, evenly by the memory that they free where there are many."""
+    above = (kib > 0) & (ratios > price)
+    found, where = np.unique(ratios[above], return_inverse=True)
+    if len(found) > MOST_RATIOS:
+        freed = np.cumsum(np.bincount(where.ravel(), kib[above]))
+        wanted = np.linspace(freed[0], freed[-1], MOST_RATIOS)
+        found = np.unique(found[np.searchsorted(freed, wanted).clip(0, len(found) - 1)])
+    return [price, *map(float, found)]
 
 
 def marginal(segments: Segments, p: int, a: int, b: int) -> float:
     """What the last KiB freed costs in a segment; 0 where it needs none."""
     card = segments.cards[p]
-    need = card.kib[b] - card.kib[a] - card.cap_kib
+    need = int(card.kib[b] - card.kib[a]) - card.cap_kib
     ratio = 0.0
     for step in sorted(step for steps in card.steps[a:b] for step in steps):
         if need <= 0:
             break
         ratio, need = step[0], need - step[2]
-    return ratio if card.kib[b] - card.kib[a] > card.cap_kib else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """One layer's host move: its cost, what it frees, and how many layers of its kind there are."""
-
-    moves: int
-    pick: int
-    cost: float
-    freed_kib: int
-    n_layers: int
-
-
-class Knapsack:
-    """The cheapest whole moves that free a need, each layer moved once at most: depth first below the bound."""
-
-    MOST_NODES = 2000
-
-    def __init__(self, moves: list[Move], slack: float) -> None:
-        self.moves, self.slack = moves, slack
-        self.left = {move.moves: move.n_layers for move in moves}
-        self.best: float = INFINITE
-        self.best_taken: Taken | None = None
-        self.n_nodes = 0
-
-    def solve(self, need: int) -> tuple[float, float, Taken | None]:
-        """Cost, a bound on the least cost, and the moves."""
-        self._descend(0, need, 0.0, {})
-        is_exact = self.n_nodes <= self.MOST_NODES
-        return self.best, self.best - self.slack if is_exact else 0.0, self.best_taken
-
-    def _fractional(self, at: int, need: int) -> float:
-        cost = 0.0
-        for move in self.moves[at:]:
-            freed = self.left[move.moves] * move.freed_kib
-            if freed >= need:
-                return cost + need * move.cost / move.freed_kib
-            cost, need = cost + self.left[move.moves] * move.cost, need - freed
-        return INFINITE
-
-    def _descend(self, at: int, need: int, cost: float, taken: Taken) -> None:
-        if need <= 0:
-            if cost < self.best:
-                self.best, self.best_taken = cost, dict(taken)
-            return
-        if at == len(self.moves) or self.n_nodes > self.MOST_NODES:
-            return
-        self.n_nodes += 1
-        if cost + self._fractional(at, need) >= self.best - self.slack:
-            return
-        move = self.moves[at]
-        most = min(self.left[move.moves], math.ceil(need / move.freed_kib))
-        for count in range(most, -1, -1):
-            self.left[move.moves] -= count
-            if count:
-                taken[move.moves, move.pick] = count
-            self._descend(at + 1, need - count * move.freed_kib, cost + count * move.cost, taken)
-            taken.pop((move.moves, move.pick), None)
-            self.left[move.moves] += count
+    return ratio
