@@ -223,9 +223,9 @@ def row(name: str, problem: Problem, limit_s: float | None) -> str:
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     search = Search(problem, time_limit_s=60.0)
     freedom = Freedom()
-    leads = search.leads(freedom)
+    hopes = search.hopes(freedom)
     leads_s = time.perf_counter() - start_s
-    found = search.best(freedom, leads, gap=GAP)
+    found = search.best(freedom, hopes, gap=GAP)
     best_s, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
     what = "nothing fits"
     if found is not None:

@@ -10,6 +10,8 @@ are estimates.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -72,6 +74,22 @@ class Load:
             self.attention_flops + other.attention_flops,
             self.prompt_kv_bytes + other.prompt_kv_bytes,
             self.n_layers + other.n_layers,
+        )
+
+    @property
+    def decode_features(self) -> tuple[float, ...]:
+        """What `decode_rates` are taken by."""
+        return (*self.reads, self.decode_kv_bytes, self.n_layers)
+
+    @property
+    def prompt_features(self) -> tuple[float, ...]:
+        """What `prompt_rates` are taken by."""
+        return (
+            self.prompt_bytes,
+            self.dense_flops,
+            self.expert_flops,
+            self.attention_flops,
+            self.prompt_kv_bytes,
         )
 
     @property
@@ -183,6 +201,24 @@ def rates(machine: Machine, devices: tuple[str, ...], settings: Settings) -> Rat
     )  # fmt: skip
 
 
+def decode_rates(rates: Rates, where: str) -> tuple[float, ...]:
+    """Seconds per unit of a load's `decode_features` at a location."""
+    return (*rates.class_s_per_byte[where], rates.kv_s_per_byte[where], rates.layer_s[where])
+
+
+def prompt_rates(rates: Rates, where: str) -> tuple[float, ...]:
+    """Seconds per unit of a load's `prompt_features`; what the host holds is streamed where the engine offloads."""
+    stream_s = rates.stream_s_per_byte if where == CPU else None
+    at = rates.stream_device if stream_s is not None and rates.stream_device else where
+    return (
+        rates.read_s_per_byte[at] + (stream_s or 0.0),
+        rates.dense_s_per_flop[at],
+        rates.expert_s_per_flop[at],
+        rates.attention_s_per_flop[at],
+        stream_s or 0.0,
+    )
+
+
 def ubatch_sizes(workload: Workload, settings: Settings, batch_tokens: int, ubatch_tokens: int) -> list[int]:
     """Tokens of each ubatch that the prompt is cut into: batches first, then ubatches of each."""
     sizes: list[int] = []
@@ -211,8 +247,12 @@ class CostModel:
         # small ubatches use the matrix units badly: each costs as much as `half` more tokens
         self.work_tokens = sum(tokens + half for tokens in self.ubatches)
         self.overlap = coefficient(problem.machine, "pipeline_overlap")
-        self._kv_read = kv_bytes_read(problem.model, settings, problem.workload.depth_tokens)
+        self._problem, self._settings = problem, settings
         self._by_fraction: dict[float, float] = {}
+
+    @functools.cached_property
+    def _kv_read(self) -> tuple[int, ...]:
+        return kv_bytes_read(self._problem.model, self._settings, self.workload.depth_tokens)
 
     def tensor_load(self, placed: PlacedTensor) -> Load:
         """The load of one tensor; a looked-up embedding reads next to nothing."""
@@ -269,28 +309,11 @@ class CostModel:
 
     def decode_s(self, load: Load, where: str) -> float:
         """Seconds per generated token of a load held by a device or the CPU."""
-        r = self.rates
-        reading_s = sum(
-            n_bytes * rate
-            for n_bytes, rate in zip(load.reads, r.class_s_per_byte[where], strict=True)
-            if n_bytes
-        )
-        return reading_s + load.decode_kv_bytes * r.kv_s_per_byte[where] + load.n_layers * r.layer_s[where]
+        return sum(map(operator.mul, load.decode_features, decode_rates(self.rates, where)))
 
     def prompt_s(self, load: Load, where: str) -> float:
         """Seconds of a load over the whole prompt; host-held weights stream where the engine offloads."""
-        r = self.rates
-        streams = where == CPU and r.stream_s_per_byte is not None and r.stream_device is not None
-        at = r.stream_device if streams and r.stream_device else where
-        seconds = (
-            load.prompt_bytes * r.read_s_per_byte[at]
-            + load.dense_flops * r.dense_s_per_flop[at]
-            + load.expert_flops * r.expert_s_per_flop[at]
-            + load.attention_flops * r.attention_s_per_flop[at]
-        )
-        if streams and r.stream_s_per_byte is not None:
-            seconds += (load.prompt_bytes + load.prompt_kv_bytes) * r.stream_s_per_byte
-        return seconds
+        return sum(map(operator.mul, load.prompt_features, prompt_rates(self.rates, where)))
 
     def fixed_s(self, n_nodes_decode: int, n_nodes_prompt: int) -> tuple[float, float]:
         """(decode, prompt) seconds that every placement takes: launches, and the token's fixed time."""

@@ -17,21 +17,13 @@ from dataclasses import dataclass, replace
 from placement.buffers import Buffers, Planner, compute_table, graph_counts
 from placement.compute import ComputePlan, plan_compute
 from placement.cost import Speed, evaluate, rates
+from placement.outlook import outlook
+from placement.pieces import N_EARLY_LAYERS, NO_PINS, Pieces, Pins
 from placement.problem import Assignment, Problem, Settings
 from placement.solver.frame import Answer, Frame, is_taken, used_kib
 from placement.solver.placing import Placing
 from placement.solver.relaxation import Relaxation, Relaxed
-from placement.tables import (
-    N_EARLY_LAYERS,
-    NO_PINS,
-    ComputeTable,
-    Pieces,
-    Pins,
-    Table,
-    TableBuilder,
-    Way,
-    host_pattern,
-)
+from placement.tables import ComputeTable, Table, TableBuilder, Way, host_pattern
 from placement.units import KIB, MIB
 
 UBATCHES = (256, 512, 1024, 2048, 4096)
@@ -70,7 +62,15 @@ class Found:
     is_proven: bool
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
+class Hope:
+    """A way and what its outlook promises at best: least objective in microseconds."""
+
+    way: Way
+    bound: float
+
+
+@dataclass(frozen=True)
 class Lead:
     """A way with its frame and what its relaxation gave; without its buffers known, they are taken as nothing."""
 
@@ -143,25 +143,38 @@ class Search:
         self.seed = seed
         self.deadline_s = time.monotonic() + time_limit_s
         self._pieces: dict[Pins, Pieces] = {}
+        self._builders: dict[tuple[Pins, Way], TableBuilder] = {}
         self._plans: dict[Assignment, ComputePlan] = {}
         self._learned: set[Assignment] = set()
         self._lacking: dict[str, int] = {}  # bytes by device that the engine plans beyond our estimates
         self._corrected: dict[Way, ComputeTable] = {}
 
-    def leads(self, freedom: Freedom) -> list[Lead]:
-        """Every way with a quick bound, lowest first; ways that cannot fit are left out."""
-        found = [
-            lead for way in ways(self.problem, freedom) if (lead := self._lead(way, freedom)) is not None
-        ]
-        return sorted(self._without_needless_cards(found, freedom), key=lambda lead: lead.bound)
+    def hopes(self, freedom: Freedom) -> list[Hope]:
+        """Every way that may be worth a look, the most promising first."""
+        weights = freedom.decode_weight, freedom.prompt_weight
+        found = []
+        for way in ways(self.problem, freedom):
+            builder = self._builder(way, freedom)
+            empty = self.buffers.nothing(way)
+            caps = builder.caps_kib(empty, freedom.reserve_fraction)
+            bound = outlook(builder, builder.fixed_us(empty.counts), caps, weights)
+            if bound < float("inf"):
+                found.append(Hope(way, bound))
+        return sorted(self._without_needless_cards(found, freedom), key=lambda hope: hope.bound)
 
-    def _lead(self, way: Way, freedom: Freedom) -> Lead | None:
+    def _builder(self, way: Way, freedom: Freedom) -> TableBuilder:
+        key = freedom.pins, way
+        if key not in self._builders:
+            if freedom.pins not in self._pieces:
+                self._pieces[freedom.pins] = Pieces(self.problem, freedom.pins)
+            self._builders[key] = TableBuilder(self._pieces[freedom.pins], way)
+        return self._builders[key]
+
+    def lead(self, way: Way, freedom: Freedom) -> Lead | None:
         """The way with the buffers that are known of it; None when it cannot fit."""
-        if freedom.pins not in self._pieces:
-            self._pieces[freedom.pins] = Pieces(self.problem, freedom.pins)
         known = self._corrected.get(way)
         compute = known or self.buffers.nothing(way)
-        table = TableBuilder(self._pieces[freedom.pins], way).build(compute, freedom.reserve_fraction)
+        table = self._builder(way, freedom).build(compute, freedom.reserve_fraction)
         table = replace(table, frame=self._limited(table.frame, freedom))
         relaxation = Relaxation(table.frame, freedom.decode_weight, freedom.prompt_weight)
         relaxed = relaxation.bound()
@@ -182,47 +195,56 @@ class Search:
             return lead
         if lead.way not in self._corrected:
             self._corrected[lead.way] = self.buffers.exact(lead.way)
-        return self._lead(lead.way, freedom)
+        return self.lead(lead.way, freedom)
 
-    def _without_needless_cards(self, leads: list[Lead], freedom: Freedom) -> list[Lead]:
+    def _without_needless_cards(self, hopes: list[Hope], freedom: Freedom) -> list[Hope]:
         """Where the fast cards hold the whole model at the engine's own ubatch, slower cards are left out."""
         speed = {device.name: device.bandwidth_gb_per_s for device in self.problem.machine.devices}
         roomy = [tokens for tokens in freedom.ubatches if tokens >= DEFAULT_UBATCH]
-        slowest = {lead.way: min((speed[name] for name in lead.way.devices), default=0.0) for lead in leads}
+        slowest = {hope.way: min((speed[name] for name in hope.way.devices), default=0.0) for hope in hopes}
         if not roomy:
-            return leads
+            return hopes
         plain = [
-            lead
-            for lead in leads
-            if not (lead.way.uses_host or lead.way.is_pipelined)
-            and lead.way.settings.ubatch_tokens == min(roomy)
-            and slowest[lead.way] > min(speed.values())
+            hope
+            for hope in hopes
+            if not (hope.way.uses_host or hope.way.is_pipelined)
+            and hope.way.settings.ubatch_tokens == min(roomy)
+            and slowest[hope.way] > min(speed.values())
         ]
-        for lead in sorted(plain, key=lambda lead: (-slowest[lead.way], len(lead.way.devices))):
-            planned = self._planned(lead, freedom)
+        for hope in sorted(plain, key=lambda hope: (-slowest[hope.way], len(hope.way.devices))):
+            lead = self.lead(hope.way, freedom)
+            planned = self._planned(lead, freedom) if lead is not None else None
             if planned is not None and planned.relaxation.answer() is not None:
-                enough = slowest[lead.way]
-                return [each for each in leads if all(speed[name] >= enough for name in each.way.devices)]
-        return leads
+                enough = slowest[hope.way]
+                return [each for each in hopes if all(speed[name] >= enough for name in each.way.devices)]
+        return hopes
 
-    def best(self, freedom: Freedom, leads: list[Lead], gap: float = GAP) -> Found | None:
-        """The best placement over the leads, its bound that of all of them together."""
+    def best(self, freedom: Freedom, hopes: list[Hope], gap: float = GAP) -> Found | None:
+        """The best placement over the ways, its bound that of all of them together.
+
+        A way is looked at more closely (its frame, its buffers, CP-SAT) only while nothing found is within the gap
+        of what it still promises.
+        """
         best: Found | None = None
         open_bound, is_proven = float("inf"), True
-        queue = [(lead.bound, number, lead) for number, lead in enumerate(leads)]
+        queue: list[tuple[float, int, Hope | Lead]] = [
+            (hope.bound, number, hope) for number, hope in enumerate(hopes)
+        ]
         heapq.heapify(queue)
         while queue:
-            _, number, lead = heapq.heappop(queue)
+            bound, number, each = heapq.heappop(queue)
             limit = best.objective * (1 - gap) if best else float("inf")
-            if lead.bound >= limit:
-                open_bound = min(open_bound, lead.bound)
+            if bound >= limit:
+                open_bound = min(open_bound, bound)
                 continue
-            if not lead.is_planned:
-                planned = self._planned(lead, freedom)
-                if planned is not None:
-                    heapq.heappush(queue, (planned.bound, number, planned))
+            if isinstance(each, Hope) or not each.is_planned:
+                closer = (
+                    self.lead(each.way, freedom) if isinstance(each, Hope) else self._planned(each, freedom)
+                )
+                if closer is not None:
+                    heapq.heappush(queue, (max(bound, closer.bound), number, closer))
                 continue
-            found, bound, is_done = self.settle(lead, freedom, limit, gap)
+            found, bound, is_done = self.settle(each, freedom, limit, gap)
             open_bound, is_proven = min(open_bound, bound), is_proven and is_done
             if found is not None:
                 best = found
@@ -259,7 +281,7 @@ class Search:
             is_tightened = True
             n_bytes = tuple(map(min, lead.compute.n_bytes, real.n_bytes))
             self._corrected[lead.way] = replace(lead.compute, n_bytes=n_bytes)
-            planned = self._lead(lead.way, freedom)
+            planned = self.lead(lead.way, freedom)
         return best if best[0] is not None else (None, lead.bound, False)
 
     def _wastes(self, lead: Lead, answer: Answer, real: ComputeTable) -> bool:
@@ -312,7 +334,7 @@ class Search:
             merged = tuple(a + b for a, b in zip(lead.compute.n_bytes, lacking, strict=True))
             compute = replace(lead.compute, n_bytes=merged)
         self._corrected[lead.way] = compute
-        return self._lead(lead.way, freedom)
+        return self.lead(lead.way, freedom)
 
     def _prove(self, lead: Lead, limit: float, gap: float) -> tuple[Answer | None, float, bool]:
         """An answer below the limit within the gap, or none; the bound; whether that is proven.
@@ -386,11 +408,11 @@ class Search:
         self._plans = {each: kept for each, kept in self._plans.items() if each in self._learned}
         self._plans[assignment] = plan
 
-    def front(self, freedom: Freedom, leads: list[Lead]) -> list[Found]:
-        """The best placement of each ubatch that the leads allow, within 2 %."""
+    def front(self, freedom: Freedom, hopes: list[Hope]) -> list[Found]:
+        """The best placement of each ubatch that the ways allow, within 2 %."""
         found = []
         for ubatch in freedom.ubatches:
-            mine = [lead for lead in leads if lead.way.settings.ubatch_tokens == ubatch]
+            mine = [hope for hope in hopes if hope.way.settings.ubatch_tokens == ubatch]
             each = self.best(freedom, mine, gap=0.02) if mine else None
             if each is not None:
                 found.append(each)

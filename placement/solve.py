@@ -169,7 +169,7 @@ def _why_not(search: Search, request: Request) -> str:
 
     def is_possible(wishes: Sequence[Wish]) -> bool:
         freedom = granted(base, wishes)
-        return search.best(freedom, search.leads(freedom), gap=0.5) is not None
+        return search.best(freedom, search.hopes(freedom), gap=0.5) is not None
 
     conflict = smallest_conflict(request.wishes, is_possible) if request.wishes else []
     if conflict:
@@ -182,7 +182,7 @@ def _why_not(search: Search, request: Request) -> str:
 def is_possible_at_all(search: Search, request: Request) -> bool:
     """Whether anything fits once the wished decode speed is dropped."""
     freedom = _freedom(replace(request, min_decode_tps=None))
-    return search.best(freedom, search.leads(freedom), gap=0.5) is not None
+    return search.best(freedom, search.hopes(freedom), gap=0.5) is not None
 
 
 def _what_fits(problem: Problem, request: Request) -> str:
@@ -191,7 +191,7 @@ def _what_fits(problem: Problem, request: Request) -> str:
     while ctx_tokens >= 1024:
         smaller = replace(problem, settings=replace(problem.settings, ctx_tokens=ctx_tokens))
         search, freedom = Search(smaller, request.time_limit_s, request.seed), _freedom(request)
-        if search.best(freedom, search.leads(freedom), gap=0.5) is not None:
+        if search.best(freedom, search.hopes(freedom), gap=0.5) is not None:
             return f"it fits with --ctx {ctx_tokens}"
         ctx_tokens //= 2
     return "no smaller context fits either: the weights alone are too large"
@@ -234,8 +234,8 @@ def _freedom(request: Request) -> Freedom:
 def _points(search: Search, freedom: Freedom, tell: Callable[[str], None]) -> list[tuple[str, Found]]:
     """The named placements and the others that may stand on the front; empty when nothing fits."""
     tell("aggressive")
-    leads = search.leads(freedom)
-    aggressive = search.best(freedom, leads)
+    hopes = search.hopes(freedom)
+    aggressive = search.best(freedom, hopes)
     if aggressive is None and freedom.orders is None and search.problem.machine.devices:
         # no card can hold even a layer: the CPU alone
         return _points(search, replace(freedom, orders=((),)), tell)
@@ -244,11 +244,11 @@ def _points(search: Search, freedom: Freedom, tell: Callable[[str], None]) -> li
     points = [(AGGRESSIVE, aggressive)]
     tell("moderate")
     gentle = replace(freedom, reserve_fraction=MODERATE_RESERVE)
-    moderate = search.best(gentle, search.leads(gentle))
+    moderate = search.best(gentle, search.hopes(gentle))
     if moderate is not None:
         points.append((MODERATE, moderate))
     tell("the other points")
-    return points + [("", found) for found in search.front(freedom, leads)]
+    return points + [("", found) for found in search.front(freedom, hopes)]
 
 
 def _shown(problem: Problem, points: list[tuple[str, Found]]) -> list[Solution]:
@@ -330,5 +330,5 @@ def best_choice(problem: Problem, request: Request, gap: float = GAP) -> Solutio
     """The solver's fastest placement of a problem whose settings are given; None where nothing fits."""
     search = Search(problem, request.time_limit_s, request.seed)
     freedom = granted(_freedom(request), request.wishes)
-    found = search.best(freedom, search.leads(freedom), gap)
+    found = search.best(freedom, search.hopes(freedom), gap)
     return as_solution(problem, found, AGGRESSIVE) if found is not None else None

@@ -18,7 +18,7 @@ from placement.machine import Machine
 from placement.model import Model
 from placement.problem import CPU
 from placement.search import Freedom
-from placement.tables import Pins
+from placement.pieces import Pins
 
 
 @dataclass(frozen=True)

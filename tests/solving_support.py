@@ -11,7 +11,8 @@ from placement.model import Model, Profile, Tensor
 from placement.problem import Problem, Settings, Workload
 from placement.search import Search
 from placement.solver.frame import Answer, Frame
-from placement.tables import Pieces, Table, TableBuilder, Way
+from placement.pieces import Pieces
+from placement.tables import Table, TableBuilder, Way
 
 N_EMBD, N_VOCAB = 1024, 4096
 

@@ -89,16 +89,26 @@ def search() -> Search:
     return Search(EXPERTS, time_limit_s=30.0)
 
 
-def test_leads_are_sorted(search: Search) -> None:
+def test_hopes_are_sorted(search: Search) -> None:
     """The way that promises most comes first."""
-    bounds = [lead.bound for lead in search.leads(Freedom())]
+    bounds = [hope.bound for hope in search.hopes(Freedom())]
     assert bounds == sorted(bounds)
     assert bounds[0] > 0
 
 
+def test_outlook_is_below_the_frames_bound(search: Search) -> None:
+    """What a way promises before its frame is built is no more than what its frame bounds."""
+    for freedom in (Freedom(), Freedom(decode_weight=1000), Freedom(prompt_weight=1000, reserve_fraction=0.1)):
+        hopes = search.hopes(freedom)
+        assert hopes
+        for hope in hopes:
+            lead = search.lead(hope.way, freedom)
+            assert lead is None or hope.bound <= lead.bound
+
+
 def test_best_is_above_its_bound(search: Search) -> None:
     """What is found is no better than its proof allows, and within the gap of it."""
-    found = search.best(Freedom(), search.leads(Freedom()))
+    found = search.best(Freedom(), search.hopes(Freedom()))
     assert found is not None
     assert found.bound <= found.objective <= found.bound * 1.005
     assert found.is_proven
@@ -106,17 +116,19 @@ def test_best_is_above_its_bound(search: Search) -> None:
 
 def test_best_is_what_evaluate_says(search: Search) -> None:
     """The frame's objective of what is found is the turn that `evaluate` predicts, within a thousandth."""
-    found = search.best(Freedom(), search.leads(Freedom()))
+    found = search.best(Freedom(), search.hopes(Freedom()))
     assert found is not None
     assert found.objective == pytest.approx(found.speed.turn_s * 1e6, rel=0.001)
 
 
 def test_no_way_has_a_better_greedy_answer(search: Search) -> None:
     """No way's greedy answer, taken as it is, beats what was found by more than the gap."""
-    leads = search.leads(Freedom())
-    found = search.best(Freedom(), leads)
+    hopes = search.hopes(Freedom())
+    found = search.best(Freedom(), hopes)
     assert found is not None
-    for lead in leads:
+    for hope in hopes:
+        if (lead := search.lead(hope.way, Freedom())) is None:
+            continue
         answer = lead.relaxation.answer()
         if answer is None:
             continue
@@ -130,7 +142,7 @@ def test_no_way_has_a_better_greedy_answer(search: Search) -> None:
 
 def test_plans_are_kept(search: Search) -> None:
     """A placement is planned once."""
-    found = search.best(Freedom(), search.leads(Freedom()))
+    found = search.best(Freedom(), search.hopes(Freedom()))
     assert found is not None
     assert search.plan(found.assignment) is search.plan(found.assignment)
 
@@ -141,9 +153,9 @@ def test_host_layers_can_be_limited(limit: int) -> None:
     asked = problem(expert_model(8), one_card(700))
     freedom = Freedom(ubatches=(512,), max_host_layers=limit)
     search = Search(asked)
-    found = search.best(freedom, search.leads(freedom))
+    found = search.best(freedom, search.hopes(freedom))
     free = Search(asked)
-    anything = free.best(Freedom(ubatches=(512,)), free.leads(Freedom(ubatches=(512,))))
+    anything = free.best(Freedom(ubatches=(512,)), free.hopes(Freedom(ubatches=(512,))))
     assert anything is not None
     n_free = len({name.split(".")[1] for name, at in anything.assignment.moved if at == "CPU"})
     if found is None:
