@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -58,16 +59,33 @@ class Buffers:
         return ComputeTable((0,) * (1 + len(way.devices)), self._counts)
 
     def _planned(self, way: Way) -> ComputeTable:
+        is_cuda = [self.problem.machine.device(name).is_cuda for name in way.devices]
+        stands_for = stand_ins(is_cuda)
+        chosen = sorted(set(stands_for))
         key = (
-            tuple(self.problem.machine.device(name).is_cuda for name in way.devices),
+            tuple(is_cuda[at] for at in chosen),
             way.settings.ubatch_tokens,
             way.uses_host,
             way.is_pipelined,
         )
         if key not in self._tables:
-            assignment = typical_assignment(self.problem, way)
-            self._tables[key] = compute_table(way, self.planner(assignment))
-        return self._tables[key]
+            fewer = replace(way, devices=tuple(way.devices[at] for at in chosen))
+            self._tables[key] = compute_table(fewer, self.planner(typical_assignment(self.problem, fewer)))
+        found = self._tables[key]
+        at_host, *at_devices = found.n_bytes
+        return replace(found, n_bytes=(at_host, *(at_devices[chosen.index(at)] for at in stands_for)))
+
+
+def stand_ins(is_cuda: list[bool]) -> list[int]:
+    """Which device stands for each: of four and more of a kind in a row, the second for all but first and last."""
+    found: list[int] = []
+    for _, row in itertools.groupby(range(len(is_cuda)), key=lambda at: is_cuda[at]):
+        first, *middle = row
+        last = middle.pop() if middle else None
+        found += [first, *[first + 1] * len(middle)]
+        if last is not None:
+            found.append(last)
+    return found
 
 
 def typical_assignment(problem: Problem, way: Way) -> Assignment:

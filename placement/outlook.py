@@ -28,12 +28,12 @@ def outlook(
     """The least objective in microseconds that the way could have; infinite where some layer has no home."""
     n_of_kind = builder.pieces.n_of_kind
     times, kib = _homes(builder, weights)
-    cheapest = times.min(axis=1)
-    if np.isinf(cheapest).any():
+    room = sum(cap_kib[1:])
+    needed = np.where(np.isinf(times), INFINITE, kib).min(axis=1)
+    if np.isinf(needed).any() or (not builder.way.uses_host and n_of_kind @ needed > room):
         return INFINITE
     options = [(times, kib), *_host_moves(builder, weights, times, kib)]
     elsewhere = times - _gain_elsewhere(builder, weights), kib
-    room = sum(cap_kib[1:])
     best = -INFINITE
     for price in _prices(options):
         priced = np.minimum.reduce([each + price * size for each, size in (*options, elsewhere)])

@@ -61,6 +61,7 @@ class Pieces:
         self.architecture: Architecture = describe(problem.model)
         self.n_layers = self.architecture.n_layer_all
         self.groups = movable_groups(problem.model, self.n_layers)
+        self._ends_at_home: dict[int, bool] = {}
         self.members: list[list[PlacedTensor]] = [[] for _ in range(self.n_layers + 1)]
         self.shared: list[PlacedTensor] = []
         self.inputs: list[PlacedTensor] = []
@@ -84,6 +85,9 @@ class Pieces:
             (),
         )
         self.n_parts = max(len(parts) for parts in self.parts.values())
+        self.n_tensors = np.zeros((len(self.parts), self.n_parts), dtype=np.int64)  # kind × part
+        for kind, parts in self.parts.items():
+            self.n_tensors[kind, : len(parts)] = list(map(len, parts))
         self.n_of_kind = np.bincount(self.kinds)
         self._bytes: dict[tuple[int, int, bool], int] = {}
         self._loads: dict[Settings, Loads] = {}
@@ -113,7 +117,9 @@ class Pieces:
 
     def ends_at_home(self, i: int) -> bool:
         """Whether a layer's last work needs weights that never move: a shared expert, a norm after the network."""
-        return any(mark in placed.name for placed in self.members[i] for mark in AFTER_FFN)
+        if i not in self._ends_at_home:
+            self._ends_at_home[i] = any(mark in each.name for each in self.members[i] for mark in AFTER_FFN)
+        return self._ends_at_home[i]
 
     def is_early(self, kind: int) -> bool:
         """Whether a kind's layers are among the model's first."""

@@ -64,22 +64,25 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Hope:
-    """A way and what its outlook promises at best: least objective in microseconds."""
+    """A way and what its outlook promises at best: least objective in microseconds.
+
+    Until its buffers are planned they are taken as nothing.
+    """
 
     way: Way
     bound: float
+    is_planned: bool = False
 
 
 @dataclass(frozen=True)
 class Lead:
-    """A way with its frame and what its relaxation gave; without its buffers known, they are taken as nothing."""
+    """A way with its frame, its buffers as far as they are known, and what its relaxation gave."""
 
     way: Way
     table: Table
     compute: ComputeTable
     relaxation: Relaxation
     relaxed: Relaxed
-    is_planned: bool
 
     @property
     def bound(self) -> float:
@@ -151,16 +154,21 @@ class Search:
 
     def hopes(self, freedom: Freedom) -> list[Hope]:
         """Every way that may be worth a look, the most promising first."""
+        found = (self._hope(way, freedom, self.buffers.nothing(way)) for way in ways(self.problem, freedom))
+        possible = [hope for hope in found if hope.bound < float("inf")]
+        return sorted(self._without_needless_cards(possible, freedom), key=lambda hope: hope.bound)
+
+    def _hope(self, way: Way, freedom: Freedom, compute: ComputeTable, *, is_planned: bool = False) -> Hope:
+        builder = self._builder(way, freedom)
+        caps = builder.caps_kib(compute, freedom.reserve_fraction)
         weights = freedom.decode_weight, freedom.prompt_weight
-        found = []
-        for way in ways(self.problem, freedom):
-            builder = self._builder(way, freedom)
-            empty = self.buffers.nothing(way)
-            caps = builder.caps_kib(empty, freedom.reserve_fraction)
-            bound = outlook(builder, builder.fixed_us(empty.counts), caps, weights)
-            if bound < float("inf"):
-                found.append(Hope(way, bound))
-        return sorted(self._without_needless_cards(found, freedom), key=lambda hope: hope.bound)
+        return Hope(way, outlook(builder, builder.fixed_us(compute.counts), caps, weights), is_planned)
+
+    def _known(self, way: Way) -> ComputeTable:
+        """The way's buffers: a typical placement's until one is found, then corrected by that one's."""
+        if way not in self._corrected:
+            self._corrected[way] = self.buffers.exact(way)
+        return self._corrected[way]
 
     def _builder(self, way: Way, freedom: Freedom) -> TableBuilder:
         key = freedom.pins, way
@@ -172,15 +180,12 @@ class Search:
 
     def lead(self, way: Way, freedom: Freedom) -> Lead | None:
         """The way with the buffers that are known of it; None when it cannot fit."""
-        known = self._corrected.get(way)
-        compute = known or self.buffers.nothing(way)
+        compute = self._known(way)
         table = self._builder(way, freedom).build(compute, freedom.reserve_fraction)
         table = replace(table, frame=self._limited(table.frame, freedom))
         relaxation = Relaxation(table.frame, freedom.decode_weight, freedom.prompt_weight)
         relaxed = relaxation.bound()
-        if relaxed.bound is None:
-            return None
-        return Lead(way, table, compute, relaxation, relaxed, known is not None)
+        return None if relaxed.bound is None else Lead(way, table, compute, relaxation, relaxed)
 
     def _limited(self, frame: Frame, freedom: Freedom) -> Frame:
         """The frame with the freedom's limits on host layers and decode time."""
@@ -188,14 +193,6 @@ class Search:
         if freedom.max_decode_s is not None:
             slowest = int(freedom.max_decode_s * 1e6 * max(self.problem.workload.generate_tokens, 1))
         return replace(frame, max_host_layers=freedom.max_host_layers, max_decode_us=slowest)
-
-    def _planned(self, lead: Lead, freedom: Freedom) -> Lead | None:
-        """The way with the buffers of a typical placement; None when it then cannot fit."""
-        if lead.is_planned:
-            return lead
-        if lead.way not in self._corrected:
-            self._corrected[lead.way] = self.buffers.exact(lead.way)
-        return self.lead(lead.way, freedom)
 
     def _without_needless_cards(self, hopes: list[Hope], freedom: Freedom) -> list[Hope]:
         """Where the fast cards hold the whole model at the engine's own ubatch, slower cards are left out."""
@@ -213,8 +210,7 @@ class Search:
         ]
         for hope in sorted(plain, key=lambda hope: (-slowest[hope.way], len(hope.way.devices))):
             lead = self.lead(hope.way, freedom)
-            planned = self._planned(lead, freedom) if lead is not None else None
-            if planned is not None and planned.relaxation.answer() is not None:
+            if lead is not None and lead.relaxation.answer() is not None:
                 enough = slowest[hope.way]
                 return [each for each in hopes if all(speed[name] >= enough for name in each.way.devices)]
         return hopes
@@ -222,7 +218,7 @@ class Search:
     def best(self, freedom: Freedom, hopes: list[Hope], gap: float = GAP) -> Found | None:
         """The best placement over the ways, its bound that of all of them together.
 
-        A way is looked at more closely (its frame, its buffers, CP-SAT) only while nothing found is within the gap
+        A way is looked at more closely (its buffers, its frame, CP-SAT) only while nothing found is within the gap
         of what it still promises.
         """
         best: Found | None = None
@@ -237,10 +233,8 @@ class Search:
             if bound >= limit:
                 open_bound = min(open_bound, bound)
                 continue
-            if isinstance(each, Hope) or not each.is_planned:
-                closer = (
-                    self.lead(each.way, freedom) if isinstance(each, Hope) else self._planned(each, freedom)
-                )
+            if isinstance(each, Hope):
+                closer = self._closer(each, freedom)
                 if closer is not None:
                     heapq.heappush(queue, (max(bound, closer.bound), number, closer))
                 continue
@@ -252,17 +246,24 @@ class Search:
             return None
         return replace(best, bound=min(open_bound, best.objective), is_proven=is_proven)
 
+    def _closer(self, hope: Hope, freedom: Freedom) -> Hope | Lead | None:
+        """The way with its buffers, or then with its frame; None when it cannot fit."""
+        if hope.is_planned:
+            return self.lead(hope.way, freedom)
+        planned = self._hope(hope.way, freedom, self._known(hope.way), is_planned=True)
+        return planned if planned.bound < float("inf") else None
+
     def settle(
         self, lead: Lead, freedom: Freedom, limit: float, gap: float
     ) -> tuple[Found | None, float, bool]:
         """Solve one way below a limit: a placement that fits or None, the way's bound, whether it is proven."""
-        planned = self._planned(lead, freedom)
         best: tuple[Found | None, float, bool] = None, float("inf"), True
         is_tightened = False
+        again: Lead | None = lead
         for _ in range(MAX_CORRECTIONS):
-            if planned is None:
+            if again is None:
                 return best
-            lead = planned
+            lead = again
             answer, bound, is_proven = self._prove(lead, limit, gap)
             if answer is None:
                 return best if best[0] is not None else (None, bound, is_proven)
@@ -270,7 +271,7 @@ class Search:
             plan = self.plan(assignment)
             real = compute_table(lead.way, plan)
             if not self._fits(lead, answer, real):
-                planned = self._correct(lead, answer, real, freedom)
+                again = self._correct(lead, answer, real, freedom)
                 continue
             speed = evaluate(self.problem, assignment, graph_counts(plan))
             objective = lead.relaxation.objective(answer)
@@ -281,7 +282,7 @@ class Search:
             is_tightened = True
             n_bytes = tuple(map(min, lead.compute.n_bytes, real.n_bytes))
             self._corrected[lead.way] = replace(lead.compute, n_bytes=n_bytes)
-            planned = self.lead(lead.way, freedom)
+            again = self.lead(lead.way, freedom)
         return best if best[0] is not None else (None, lead.bound, False)
 
     def _wastes(self, lead: Lead, answer: Answer, real: ComputeTable) -> bool:

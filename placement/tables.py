@@ -106,6 +106,7 @@ class TableBuilder:
         self.devices: tuple[Device | None, ...] = (None, *map(self.problem.machine.device, way.devices))
         rates = self.cost.rates
         self.decode_s = self.loads.decode @ np.array([decode_rates(rates, at) for at in self.positions]).T
+        self._moved: dict[tuple[int, tuple[int, ...]], list[tuple[int, int, int]]] = {}
         self.prompt_s = self.loads.prompt @ np.array([prompt_rates(rates, at) for at in self.positions]).T
 
     @functools.cached_property
@@ -170,12 +171,9 @@ class TableBuilder:
         device = self.devices[position]
         return device is not None and device.is_rpc
 
-    def _us(self, seconds: float) -> int:
-        return round(seconds * 1e6)
-
     def _turn_us(self, decode_s: float, prompt_s: float) -> tuple[int, int]:
         generated = max(self.problem.workload.generate_tokens, 1)
-        return self._us(decode_s * generated), self._us(prompt_s * self.serial_share())
+        return round(decode_s * generated * 1e6), round(prompt_s * self.serial_share() * 1e6)
 
     def serial_share(self) -> float:
         """What of a stage's prompt time cannot overlap: serial·(1 − overlap·(1 − 1/n)) (cost.pipelined_s)."""
@@ -205,7 +203,7 @@ class TableBuilder:
         for seconds in (self.cost.splits_s(base, base, max(n_devices - 1, 0)), self.cost.rpc_s(n_rpc)):
             decode_s += seconds[0]
             prompt_s += seconds[1]
-        return self._turn_us(decode_s, 0.0)[0], self._us(prompt_s)
+        return self._turn_us(decode_s, 0.0)[0], round(prompt_s * 1e6)
 
     def _choices(self, kind: int) -> tuple[tuple[Choice, ...], ...]:
         n_groups = len(self.pieces.parts[kind]) - 1
@@ -258,51 +256,95 @@ class TableBuilder:
     def _choice(self, kind: int, home: int, targets: tuple[int, ...]) -> Choice:
         """A choice as the layer all at home plus the difference, each rounded by itself: layers whose groups are
         alike then have equal differences, whatever else they are made of."""
+        decode_us, prompt_us, kib = self._at_home[home][kind]
+        taken = {home: kib}
         kv_at = self.kv_position(home)
-        decode_s = float(self.decode_s[kind, :-1, home].sum() + self.decode_s[kind, -1, kv_at])
-        prompt_s = float(self.prompt_s[kind, :, home].sum())
-        if home == 0 and self.pieces.example[kind] < self.pieces.n_layers:
-            prompt_s += self.cpu_layer_splits_s(kind)
-        decode_us, prompt_us = self._turn_us(decode_s, prompt_s)
-        kib = {home: -(-int(self.n_bytes[kind, :, home].sum()) // KIB)}
-        kib[kv_at] = kib.get(kv_at, 0) + -(-int(self.loads.context_bytes[kind]) // KIB)
-        moved = [(part, at) for part, at in enumerate(targets, 1) if at != home]
-        if moved:
-            more_us = self._turn_us(*self._move_s(kind, home, targets))
-            decode_us, prompt_us = decode_us + more_us[0], prompt_us + more_us[1]
-            for part, at in moved:
-                kib[home] -= int(self.n_bytes[kind, part, home]) // KIB
-                kib[at] = kib.get(at, 0) + -(-int(self.n_bytes[kind, part, at]) // KIB)
-        is_host = home > 0 and any(at == 0 for _, at in moved)
+        taken[kv_at] = taken.get(kv_at, 0) + self._context_kib[kind]
+        away = [(part, at) for part, at in enumerate(targets, 1) if at != home]
+        if not away:
+            return Choice(targets, decode_us, prompt_us, tuple(sorted(taken.items())))
+        if (home, targets) not in self._moved:
+            self._moved[home, targets] = self._moving(home, targets)
+        more_decode_us, more_prompt_us, freed_kib = self._moved[home, targets][kind]
+        taken[home] -= freed_kib
+        for part, at in away:
+            taken[at] = taken.get(at, 0) + -(-int(self.n_bytes[kind, part, at]) // KIB)
+        is_host = home > 0 and any(at == 0 for _, at in away)
         hides = is_host and targets[-1] == 0 and not self.pieces.ends_at_home(self.pieces.example[kind])
-        return Choice(targets, decode_us, prompt_us, tuple(sorted(kib.items())), is_host, hides)
+        return Choice(
+            targets,
+            decode_us + more_decode_us,
+            prompt_us + more_prompt_us,
+            tuple(sorted(taken.items())),
+            is_host,
+            hides,
+        )
+
+    def _turns_us(self, decode_s: NDArray[np.float64], prompt_s: NDArray[np.float64]) -> tuple[list[int], ...]:
+        """Whole microseconds of a turn, for every kind."""
+        generated = max(self.problem.workload.generate_tokens, 1)
+        rounded = np.rint(decode_s * (generated * 1e6)), np.rint(prompt_s * (self.serial_share() * 1e6))
+        return tuple(each.astype(np.int64).tolist() for each in rounded)
+
+    @functools.cached_property
+    def _context_kib(self) -> list[int]:
+        return (-(-self.loads.context_bytes // KIB)).tolist()
+
+    @functools.cached_property
+    def _at_home(self) -> list[list[tuple[int, int, int]]]:
+        """Per home and kind: the turn's (decode, prompt) microseconds and the weights' KiB, everything at home."""
+        rows = []
+        for home in range(len(self.positions)):
+            decode_s = self.decode_s[:, :-1, home].sum(axis=1) + self.decode_s[:, -1, self.kv_position(home)]
+            prompt_s = self.prompt_s[:, :, home].sum(axis=1)
+            if home == 0:
+                prompt_s += self.cpu_layer_splits_s
+            kib = -(-self.n_bytes[:, :, home].sum(axis=1) // KIB)
+            rows.append(list(zip(*self._turns_us(decode_s, prompt_s), kib.tolist(), strict=True)))
+        return rows
+
+    def _moving(self, home: int, targets: tuple[int, ...]) -> list[tuple[int, int, int]]:
+        """Per kind: what moving groups off their home adds to the turn, and the KiB that it frees there."""
+        decode_s, prompt_s, freed = self._move_s(home, targets)
+        return list(zip(*self._turns_us(decode_s, prompt_s), freed.tolist(), strict=True))
 
     def kv_position(self, home: int) -> int:
         """Where a layer's context is kept and read."""
         return home if self.way.settings.is_kv_offloaded else 0
 
-    def cpu_layer_splits_s(self, kind: int) -> float:
-        """Prompt seconds of a CPU layer's splits where its weights are streamed."""
-        if self.cost.rates.stream_s_per_byte is None:
-            return 0.0
-        return self.cost.splits_s(0, sum(map(len, self.pieces.parts[kind])) + _CPU_LAYER_SPLITS)[1]
+    @functools.cached_property
+    def cpu_layer_splits_s(self) -> NDArray[np.float64]:
+        """Prompt seconds of a CPU layer's splits where its weights are streamed, per kind; the output has none."""
+        found = np.zeros(len(self.decode_s))
+        for kind, i in self.pieces.example.items():
+            if i < self.pieces.n_layers and self.cost.rates.stream_s_per_byte is not None:
+                n_splits = sum(map(len, self.pieces.parts[kind])) + _CPU_LAYER_SPLITS
+                found[kind] = self.cost.splits_s(0, n_splits)[1]
+        return found
 
-    def _move_s(self, kind: int, home: int, targets: tuple[int, ...]) -> tuple[float, float]:
-        """(decode, prompt) seconds that moving groups off their home adds."""
+    def _move_s(
+        self, home: int, targets: tuple[int, ...]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+        """(decode, prompt) seconds that moving groups off their home adds, and the KiB freed; per kind."""
         away = {position for position in targets if position != home}
         n_between = 2 if home > 0 and 0 not in away else 0
-        decode_s, prompt_s = self.cost.splits_s(2, self.n_prompt_splits(kind, home, targets), n_between)
+        n_prompt = self.n_prompt_splits(home, targets)
+        decode, prompt = self.cost.splits_s(2, 0, n_between)[0], self.cost.splits_s(0, 1)[1] * n_prompt
         if any(self.is_rpc(position) for position in (home, *away)):
             more_s = self.cost.rpc_s(1)
-            decode_s, prompt_s = decode_s + more_s[0], prompt_s + more_s[1]
+            decode, prompt = decode + more_s[0], prompt + more_s[1]
+        decode_s, freed = np.full(len(self.decode_s), decode), np.zeros(len(self.decode_s), dtype=np.int64)
+        prompt_s = prompt.astype(np.float64)
         for part, at in enumerate(targets, 1):
-            decode_s += float(self.decode_s[kind, part, at] - self.decode_s[kind, part, home])
-            prompt_s += float(self.prompt_s[kind, part, at] - self.prompt_s[kind, part, home])
-        return decode_s, prompt_s
+            if at != home:
+                decode_s += self.decode_s[:, part, at] - self.decode_s[:, part, home]
+                prompt_s = prompt_s + self.prompt_s[:, part, at] - self.prompt_s[:, part, home]
+                freed += self.n_bytes[:, part, home] // KIB
+        return decode_s, prompt_s, freed
 
-    def n_prompt_splits(self, kind: int, home: int, targets: tuple[int, ...]) -> int:
-        """One split per streamed weight, and one more to come back to a home that is not the first device."""
+    def n_prompt_splits(self, home: int, targets: tuple[int, ...]) -> NDArray[np.int64]:
+        """Per kind, one split per streamed weight, and one more to come back to a home that is not the first."""
         if 0 not in targets or self.cost.rates.stream_s_per_byte is None:
-            return 2
-        parts = self.pieces.parts[kind]
-        return sum(len(parts[part]) for part, at in enumerate(targets, 1) if at == 0) + (home > 1)
+            return np.full(len(self.decode_s), 2)
+        streamed = [part for part, at in enumerate(targets, 1) if at == 0]
+        return self.pieces.n_tensors[:, streamed].sum(axis=1) + (home > 1)
