@@ -30,7 +30,8 @@ UBATCHES = (256, 512, 1024, 2048, 4096)
 DEFAULT_UBATCH = 512
 MAX_ORDERED_DEVICES = 3  # up to here every subset in every order is tried
 GAP = 0.002
-MAX_CORRECTIONS = 5
+MAX_CORRECTIONS = 8
+FEW_CORRECTIONS = 2  # after that many, buffers are given some to spare
 WORK_LIMIT = 10.0  # CP-SAT's deterministic time for one proof
 WASTE_BYTES = 24 * MIB  # buffers assumed too large by more than this are corrected
 
@@ -260,7 +261,7 @@ class Search:
         best: tuple[Found | None, float, bool] = None, float("inf"), True
         is_tightened = False
         again: Lead | None = lead
-        for _ in range(MAX_CORRECTIONS):
+        for n_before in range(MAX_CORRECTIONS):
             if again is None:
                 return best
             lead = again
@@ -271,7 +272,7 @@ class Search:
             plan = self.plan(assignment)
             real = compute_table(lead.way, plan)
             if not self._fits(lead, answer, real):
-                again = self._correct(lead, answer, real, freedom)
+                again = self._correct(lead, answer, real, freedom, n_before)
                 continue
             speed = evaluate(self.problem, assignment, graph_counts(plan))
             objective = lead.relaxation.objective(answer)
@@ -313,8 +314,14 @@ class Search:
                 assumed = [a + kib * KIB for a, kib in zip(assumed, extra.kib, strict=True)]
         return assumed
 
-    def _correct(self, lead: Lead, answer: Answer, real: ComputeTable, freedom: Freedom) -> Lead | None:
-        """The way again, with what its buffers lacked: charged to early or partly moved layers where any are new."""
+    def _correct(
+        self, lead: Lead, answer: Answer, real: ComputeTable, freedom: Freedom, n_before: int
+    ) -> Lead | None:
+        """The way again, with what its buffers lacked: charged to early or partly moved layers where any are new.
+
+        Buffers also depend a little on how many layers a card has, so that placements may take turns at lacking
+        some; after a few corrections every card that lacks any gets ever more to spare.
+        """
         lacking = tuple(max(0, r - a) for r, a in zip(real.n_bytes, self._assumed(lead, answer), strict=True))
         frame = lead.table.frame
         patterns = {
@@ -325,14 +332,15 @@ class Search:
         }
         known = dict(lead.compute.extras)
         new = patterns - known.keys()
-        if new:
+        if new and n_before < FEW_CORRECTIONS:
             early = {pattern for pattern in new if pattern[1]}
             compute = replace(
                 lead.compute,
                 extras=(*lead.compute.extras, *((each, lacking) for each in sorted(early or new))),
             )
         else:
-            merged = tuple(a + b for a, b in zip(lead.compute.n_bytes, lacking, strict=True))
+            spare = WASTE_BYTES << (n_before - FEW_CORRECTIONS) if n_before >= FEW_CORRECTIONS else 0
+            merged = tuple(a + b + spare * (b > 0) for a, b in zip(lead.compute.n_bytes, lacking, strict=True))
             compute = replace(lead.compute, n_bytes=merged)
         self._corrected[lead.way] = compute
         return self.lead(lead.way, freedom)
@@ -347,7 +355,8 @@ class Search:
         relaxation, bound = lead.relaxation, lead.bound
         if bound >= limit:
             return None, bound, True
-        answer = relaxation.answer(gap / 4, limit)
+        answer, low = relaxation.settled(gap / 4, limit)
+        bound = max(bound, low)
         value = float("inf") if answer is None else relaxation.objective(answer)
         while bound < (target := self._target(limit, value, gap)):
             left_s = self.deadline_s - time.monotonic()

@@ -119,3 +119,15 @@ def test_hidden_boundary_is_in_the_bound() -> None:
     relaxed = relaxation.bound()
     assert relaxed.bound == 107 + 57
     assert relaxation.answer() == Answer((1, 1, 2, 2), (0, 1, 0, 0))
+
+
+@given(frame=frames(), weights=WEIGHTS, gap=st.sampled_from([0.0, 0.02]))
+@settings(deadline=None, max_examples=300)
+def test_settled_bound_holds(frame: Frame, weights: tuple[int, int], gap: float) -> None:
+    """What the search over cuts has shown is no more than the optimum, and infinite only where there is none."""
+    answer, bound = Relaxation(frame, *weights).settled(gap)
+    best = best_by_brute_force(frame, *weights)
+    if best is not None:
+        assert bound <= best + 1e-6 * abs(best)
+    else:
+        assert answer is None

@@ -16,7 +16,7 @@ import numpy as np
 from placement.solver.frame import Answer, Frame, is_valid, times_us
 from placement.solver.segments import INFINITE, Segments, Terms, forward, marginal, path
 
-MOST_PATHS = 60
+MOST_PATHS = 150
 HOST_PRICES = 12
 
 
@@ -126,22 +126,29 @@ class Relaxation:
 
     def answer(self, gap: float = 0.0005, limit: float = INFINITE) -> Answer | None:
         """The best answer without moves between GPUs, within the gap; None where there is none below the limit."""
+        return self.settled(gap, limit)[0]
+
+    def settled(self, gap: float, limit: float = INFINITE) -> tuple[Answer | None, float]:
+        """That answer, and a bound on every answer: what the search for it has shown, or that there is none."""
         if self.is_hopeless or self.n_positions - 1 > len(self.frame.layers):
-            return None
+            return None, INFINITE
         taken = frozenset().union(*(extra.choices for extra in self.frame.extras))
+        cases = [(self.frame.cap_kib, taken), (self.charged, frozenset())] if taken else [(self.charged, taken)]
         best: Answer | None = None
-        for caps, left_out in (
-            ((self.frame.cap_kib, taken), (self.charged, frozenset()))
-            if taken
-            else ((self.frame.cap_kib, taken),)
-        ):
-            found, lacks_host = self._best_cuts(self._plain(caps, left_out, 0.0), gap, limit)
+        bound = INFINITE
+        for caps, left_out in cases:
+            found, low, lacks_host = self._best_cuts(self._plain(caps, left_out, 0.0), gap, limit)
+            bound = min(bound, low)
             if found is None and lacks_host:
                 found = self._with_host_price(caps, left_out, gap)
             if found is not None and (best is None or self.objective(found) < self.objective(best)):
                 best = found
                 limit = min(limit, self.objective(best))
-        return best
+        if self.has_crossing:
+            return best, -INFINITE
+        if len(self.frame.extras) > 1:  # an answer may pay some of them and not others
+            bound = self._best_cuts(self._plain(self.frame.cap_kib, frozenset(), 0.0), gap, limit)[1]
+        return best, bound
 
     def _with_host_price(
         self, caps: tuple[int, ...], left_out: frozenset[tuple[int, int, int]], gap: float
@@ -150,19 +157,19 @@ class Relaxation:
         low, high, best = 0.0, 16.0, None
         for _ in range(HOST_PRICES):
             middle = (low + high) / 2
-            found, lacks_host = self._best_cuts(self._plain(caps, left_out, middle), gap, INFINITE)
+            found, _, lacks_host = self._best_cuts(self._plain(caps, left_out, middle), gap, INFINITE)
             if found is None and lacks_host:
                 low = middle
             else:
                 high, best = middle, found or best
         return best
 
-    def _best_cuts(self, plain: Segments, gap: float, limit: float) -> tuple[Answer | None, bool]:
-        """The best valid answer over the cuts, and whether one failed for lack of host memory alone."""
-        value, best, best_value, lacks_host = plain.bound(), None, limit, False
+    def _best_cuts(self, plain: Segments, gap: float, limit: float) -> tuple[Answer | None, float, bool]:
+        """The best valid answer over the cuts, a bound, and whether one failed for lack of host memory alone."""
+        value, best, best_value, lacks_host = plain.bound() + self.constant, None, limit, False
         cuts = plain.cuts()
-        if value == INFINITE or value + self.constant >= limit or cuts is None:
-            return None, False
+        if value >= limit or cuts is None:
+            return None, max(value, limit), False
         slack = value * gap / 4 / self.n_positions
         paths: Paths | None = None
         for _ in range(MOST_PATHS):
@@ -176,10 +183,10 @@ class Relaxation:
             if not paths.settle(cuts, slack):
                 break
             found = paths.shortest()
-            if found is None or found[0] + self.constant >= best_value * (1 - gap):
+            value, cuts = (found[0] + self.constant, found[1]) if found else (best_value, cuts)
+            if value >= (best_value if best is None else best_value * (1 - gap)):
                 break
-            cuts = found[1]
-        return best, lacks_host
+        return best, min(value, best_value), lacks_host
 
     def objective(self, answer: Answer) -> int:
         """The weighted time of an answer, exactly as the program counts it."""

@@ -10,6 +10,7 @@ All segments of a position are one matrix: row a, column b is the segment of lay
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -20,13 +21,13 @@ from placement.solver.frame import Answer, Choice, Frame
 from placement.solver.knapsack import Knapsack, Move, Taken
 
 INFINITE = float("inf")
-MOST_RATIOS = 48  # of a position's knapsacks; any subset gives a bound, so many gives a close one
+MOST_RATIOS = 24  # of a position's knapsacks; any subset gives a bound, so many gives a close one
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 Step = tuple[float, float, int, int]  # cost per KiB, cost and KiB of a layer's next move, and its choice
-# cost and KiB of a layer's cheapest choice, what it may free, whether that choice or any hides a boundary
-_Facts = tuple[float, int, "tuple[Step, ...]", bool, bool]
+# cost, KiB and index of a layer's cheapest choice, what it may free, whether that choice or any hides a boundary
+_Facts = tuple[float, int, int, "tuple[Step, ...]", bool, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class _Card:
     cost: Vector  # prefix sums over the layers at home
     kib: NDArray[np.int64]
     forbidden: NDArray[np.int64]  # prefix counts of layers that may not live here
+    cheapest: list[int]  # per kind, the index of the cheapest choice
     steps: list[tuple[Step, ...]]  # per layer
     cap_kib: int
     price: float
@@ -99,11 +101,11 @@ class Segments:
         ]
         if not points:
             return None
-        cost, kib, _ = min(points)
+        cost, kib, index = min(points)
         hiding = [self._cost(choice, p) for choice in row if choice.hides_boundary]
         # a move that costs less than the split that it hides is worth it where no memory is needed
         pays = any(each - cost < self.hidden for each in hiding)
-        return cost, kib, _hull(cost, kib, points), pays, bool(hiding)
+        return cost, kib, index, _hull(cost, kib, points), pays, bool(hiding)
 
     def _cost(self, choice: Choice, p: int) -> float:
         """Weighted time, and what the choice takes elsewhere at the prices there."""
@@ -118,19 +120,20 @@ class Segments:
         def sums(values: list[float], dtype: type) -> NDArray:  # type: ignore[type-arg]
             return np.concatenate([[0], np.cumsum(np.array(values, dtype=dtype)[self._rows])])
 
-        steps = [fact[2] if fact else () for fact in facts]
+        steps = [fact[3] if fact else () for fact in facts]
         card = _Card(
             cost=sums([fact[0] if fact else 0.0 for fact in facts], np.float64),
             kib=sums([fact[1] if fact else 0 for fact in facts], np.int64),
             forbidden=sums([fact is None for fact in facts], np.int64),
+            cheapest=[fact[2] if fact else 0 for fact in facts],
             steps=[steps[row] for row in self._rows],
             cap_kib=self.caps[p],
             price=self.terms.prices[p] if p else 0.0,
             hidden=0.0,
             is_always_hidden=False,
         )
-        if 0 < p < self.n_positions - 1 and any(fact and fact[4] for fact in facts):
-            card.is_always_hidden = any(fact and fact[3] for fact in facts)
+        if 0 < p < self.n_positions - 1 and any(fact and fact[5] for fact in facts):
+            card.is_always_hidden = any(fact and fact[4] for fact in facts)
             card.hidden = self.hidden
         return card
 
@@ -177,34 +180,35 @@ class Segments:
             need = int(card.kib[b] - card.kib[a]) - card.cap_kib
             knapsack = Knapsack(self._moves(p, a, b), slack)
             more, bound, taken = knapsack.solve(need) if need > 0 else (0.0, 0.0, {})
-            hidden = card.hidden if taken else 0.0
+            hidden = card.hidden if taken or card.is_always_hidden else 0.0
             card.settled[a, b] = Settled(
                 cost + more - hidden, max(cost + bound - hidden, float(self.relaxed(p)[a, b])), taken
             )
         return card.settled[a, b]
 
     def _moves(self, p: int, a: int, b: int) -> list[Move]:
-        """The host moves of a segment's layers, best first."""
-        counts: dict[int, int] = {}
-        example: dict[int, tuple[Choice, ...]] = {}
-        for table in self.frame.layers[a:b]:
-            counts[table.moves] = counts.get(table.moves, 0) + 1
-            example.setdefault(table.moves, table.choices[p])
+        """The host moves of a segment's layers from their cheapest choices, best first."""
+        card = self.cards[p]
+        counts = Counter(table.moves for table in self.frame.layers[a:b])
+        example = {self.frame.layers[i].moves: i for i in range(a, b)}
         moves = []
-        for number, row in example.items():
-            cost, kib = self._cost(row[0], p), _kib_at(row[0], p)
+        for number, i in example.items():
+            row = self.frame.layers[i].choices[p]
+            first = row[card.cheapest[self._rows[i]]]
+            cost, kib = self._cost(first, p), _kib_at(first, p)
             for pick, choice in enumerate(row):
                 freed = kib - _kib_at(choice, p)
                 if pick and choice.is_host and freed > 0 and (number, p, pick) not in self.left_out:
-                    more = max(self._cost(choice, p) - cost, 0.0)
-                    moves.append(Move(number, pick, more, freed, counts[number]))
+                    moves.append(Move(number, pick, self._cost(choice, p) - cost, freed, counts[number]))
         return sorted(moves, key=lambda move: (move.cost / move.freed_kib, -move.freed_kib))
 
     def answer(self, cuts: tuple[int, ...], slack: float) -> Answer | None:
         """The answer of those cuts (the first layer of each GPU) with whole host moves; None where none fits."""
         edges = (0, *cuts, self.n_layers)
         homes = tuple(p for p in range(self.n_positions) for _ in range(edges[p + 1] - edges[p]))
-        picks = [0] * self.n_layers
+        picks = [
+            self.cards[home].cheapest[row] for home, row in zip(homes, self._rows.tolist(), strict=True)
+        ]
         for p in range(1, self.n_positions):
             a, b = edges[p], edges[p + 1]
             if self.relaxed(p)[a, b] == INFINITE or (taken := self.settle(p, a, b, slack).taken) is None:
