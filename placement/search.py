@@ -30,8 +30,8 @@ UBATCHES = (256, 512, 1024, 2048, 4096)
 DEFAULT_UBATCH = 512
 MAX_ORDERED_DEVICES = 3  # up to here every subset in every order is tried
 GAP = 0.002
-MAX_CORRECTIONS = 8
-FEW_CORRECTIONS = 2  # after that many, buffers are given some to spare
+MAX_CORRECTIONS = 9
+FEW_CORRECTIONS = 4  # after that many, buffers are given some to spare
 WORK_LIMIT = 10.0  # CP-SAT's deterministic time for one proof
 WASTE_BYTES = 24 * MIB  # buffers assumed too large by more than this are corrected
 
@@ -257,7 +257,11 @@ class Search:
     def settle(
         self, lead: Lead, freedom: Freedom, limit: float, gap: float
     ) -> tuple[Found | None, float, bool]:
-        """Solve one way below a limit: a placement that fits or None, the way's bound, whether it is proven."""
+        """Solve one way below a limit: a placement that fits or None, the way's bound, whether it is proven.
+
+        What is shown of buffers with something to spare holds for no other placement: the bound stays as it was.
+        """
+        floor = float("inf")
         best: tuple[Found | None, float, bool] = None, float("inf"), True
         is_tightened = False
         again: Lead | None = lead
@@ -266,6 +270,7 @@ class Search:
                 return best
             lead = again
             answer, bound, is_proven = self._prove(lead, limit, gap)
+            floor = bound = bound if n_before <= FEW_CORRECTIONS else min(bound, floor)
             if answer is None:
                 return best if best[0] is not None else (None, bound, is_proven)
             assignment = lead.table.assignment(answer)
