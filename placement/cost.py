@@ -11,7 +11,6 @@ are estimates.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -309,11 +308,11 @@ class CostModel:
 
     def decode_s(self, load: Load, where: str) -> float:
         """Seconds per generated token of a load held by a device or the CPU."""
-        return sum(map(operator.mul, load.decode_features, decode_rates(self.rates, where)))
+        return _product(load.decode_features, decode_rates(self.rates, where))
 
     def prompt_s(self, load: Load, where: str) -> float:
         """Seconds of a load over the whole prompt; host-held weights stream where the engine offloads."""
-        return sum(map(operator.mul, load.prompt_features, prompt_rates(self.rates, where)))
+        return _product(load.prompt_features, prompt_rates(self.rates, where))
 
     def fixed_s(self, n_nodes_decode: int, n_nodes_prompt: int) -> tuple[float, float]:
         """(decode, prompt) seconds that every placement takes: launches, and the token's fixed time."""
@@ -330,6 +329,10 @@ class CostModel:
         """(decode, prompt) seconds of going to a worker and back that many times per graph."""
         seconds = 2 * n_crossings * self.rates.rpc_split_s
         return seconds, seconds * len(self.ubatches)
+
+
+def _product(features: tuple[float, ...], rates: tuple[float, ...]) -> float:
+    return sum(amount * rate for amount, rate in zip(features, rates, strict=True))
 
 
 def _reads(n_bytes: float, is_expert: bool, ggml_type: str) -> tuple[float, ...]:

@@ -38,13 +38,13 @@ def outlook(
     for price in _prices(options):
         priced = np.minimum.reduce([each + price * size for each, size in (*options, elsewhere)])
         best = max(best, float(n_of_kind @ priced.min(axis=1)) - price * room)
-    hidden = (len(builder.positions) - 2) * sum(map(_product, weights, builder.hidden_us()))
-    slack = ROUNDING_US * sum(weights) * (n_of_kind.sum() + 1)
-    return best + sum(map(_product, weights, fixed_us)) - max(hidden, 0.0) - slack
+    hidden = (len(builder.positions) - 2) * _weighted(weights, builder.hidden_us())
+    slack = ROUNDING_US * sum(weights) * (len(builder.pieces.kinds) + 1)
+    return best + _weighted(weights, fixed_us) - max(hidden, 0) - slack
 
 
-def _product(a: float, b: float) -> float:
-    return a * b
+def _weighted(weights: tuple[int, int], us: tuple[int, int]) -> int:
+    return weights[0] * us[0] + weights[1] * us[1]
 
 
 def _part_us(builder: TableBuilder, weights: tuple[int, int]) -> tuple[Array, Array]:

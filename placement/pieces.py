@@ -139,7 +139,6 @@ class Pieces:
             self._bytes[key] = sum(weight_bytes(placed.tensor, device) for placed in self.parts[kind][part])
         return self._bytes[key]
 
-
     def kind_bytes(self, device: Device | None) -> NDArray[np.int64]:
         """Weight bytes on a device of every kind × part."""
         found = np.zeros((len(self.parts), self.n_parts), dtype=np.int64)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from placement.buffers import Buffers, Planner, compute_table, graph_counts
@@ -20,8 +21,9 @@ from placement.cost import Speed, evaluate, rates
 from placement.outlook import outlook
 from placement.pieces import N_EARLY_LAYERS, NO_PINS, Pieces, Pins
 from placement.problem import Assignment, Problem, Settings
-from placement.solver.frame import Answer, Frame, is_taken, used_kib
+from placement.solver.frame import Answer, is_alike, is_taken, used_kib
 from placement.solver.placing import Placing
+from placement.solver.program import ProgramResult
 from placement.solver.relaxation import Relaxation, Relaxed
 from placement.tables import ComputeTable, Table, TableBuilder, Way, host_pattern
 from placement.units import KIB, MIB
@@ -33,6 +35,7 @@ GAP = 0.002
 MAX_CORRECTIONS = 9
 FEW_CORRECTIONS = 4  # after that many, buffers are given some to spare
 WORK_LIMIT = 10.0  # CP-SAT's deterministic time for one proof
+OTHER_WEIGHTS = ((1, 1), (1, 30), (30, 1))
 WASTE_BYTES = 24 * MIB  # buffers assumed too large by more than this are corrected
 
 
@@ -49,6 +52,12 @@ class Freedom:
     prompt_weight: int = 1
     max_host_layers: int | None = None
     max_decode_s: float | None = None  # per generated token
+    max_prompt_s: float | None = None  # of the whole prompt
+
+    @property
+    def weights(self) -> tuple[int, int]:
+        """Of decode and prompt."""
+        return self.decode_weight, self.prompt_weight
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class Found:
     """A placement of one way: objective and bound in microseconds as the frame counts them."""
 
     assignment: Assignment
+    answer: Answer
     plan: ComputePlan
     speed: Speed
     objective: int
@@ -71,8 +81,14 @@ class Hope:
     """
 
     way: Way
+    number: int  # among the ways
     bound: float
     is_planned: bool = False
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """Best first; of those within a percent, in the order of the ways: the engine's own device order first."""
+        return round(math.log(max(self.bound, 1.0)), 2), self.number
 
 
 @dataclass(frozen=True)
@@ -155,15 +171,22 @@ class Search:
 
     def hopes(self, freedom: Freedom) -> list[Hope]:
         """Every way that may be worth a look, the most promising first."""
-        found = (self._hope(way, freedom, self.buffers.nothing(way)) for way in ways(self.problem, freedom))
+        found = (
+            self._hope(Hope(way, number, 0.0), freedom, self.buffers.nothing(way))
+            for number, way in enumerate(ways(self.problem, freedom))
+        )
         possible = [hope for hope in found if hope.bound < float("inf")]
         return sorted(self._without_needless_cards(possible, freedom), key=lambda hope: hope.bound)
 
-    def _hope(self, way: Way, freedom: Freedom, compute: ComputeTable, *, is_planned: bool = False) -> Hope:
-        builder = self._builder(way, freedom)
+    def _hope(self, hope: Hope, freedom: Freedom, compute: ComputeTable, *, is_planned: bool = False) -> Hope:
+        builder = self._builder(hope.way, freedom)
+        fixed_us = builder.fixed_us(compute.counts)
         caps = builder.caps_kib(compute, freedom.reserve_fraction)
-        weights = freedom.decode_weight, freedom.prompt_weight
-        return Hope(way, outlook(builder, builder.fixed_us(compute.counts), caps, weights), is_planned)
+        for limit_us, alone in zip(self._limits_us(freedom), ((1, 0), (0, 1)), strict=True):
+            if limit_us is not None and outlook(builder, fixed_us, caps, alone) > limit_us:
+                return replace(hope, bound=float("inf"), is_planned=is_planned)
+        bound = max(hope.bound, outlook(builder, fixed_us, caps, freedom.weights))
+        return replace(hope, bound=bound, is_planned=is_planned)
 
     def _known(self, way: Way) -> ComputeTable:
         """The way's buffers: a typical placement's until one is found, then corrected by that one's."""
@@ -183,17 +206,32 @@ class Search:
         """The way with the buffers that are known of it; None when it cannot fit."""
         compute = self._known(way)
         table = self._builder(way, freedom).build(compute, freedom.reserve_fraction)
-        table = replace(table, frame=self._limited(table.frame, freedom))
-        relaxation = Relaxation(table.frame, freedom.decode_weight, freedom.prompt_weight)
+        limits_us = self._limits_us(freedom)
+        frame = replace(
+            table.frame,
+            max_host_layers=freedom.max_host_layers,
+            max_decode_us=limits_us[0],
+            max_prompt_us=limits_us[1],
+        )
+        for limit_us, alone in zip(limits_us, ((1, 0), (0, 1)), strict=True):
+            if limit_us is not None:
+                least = Relaxation(frame, *alone).bound().bound
+                if least is None or least > limit_us:
+                    return None
+        relaxation = Relaxation(frame, *freedom.weights)
         relaxed = relaxation.bound()
-        return None if relaxed.bound is None else Lead(way, table, compute, relaxation, relaxed)
+        if relaxed.bound is None:
+            return None
+        return Lead(way, replace(table, frame=frame), compute, relaxation, relaxed)
 
-    def _limited(self, frame: Frame, freedom: Freedom) -> Frame:
-        """The frame with the freedom's limits on host layers and decode time."""
-        slowest = None
-        if freedom.max_decode_s is not None:
-            slowest = int(freedom.max_decode_s * 1e6 * max(self.problem.workload.generate_tokens, 1))
-        return replace(frame, max_host_layers=freedom.max_host_layers, max_decode_us=slowest)
+    def _limits_us(self, freedom: Freedom) -> tuple[int | None, int | None]:
+        """The freedom's limits on decode and prompt time, of a turn."""
+        decode_s, prompt_s = freedom.max_decode_s, freedom.max_prompt_s
+        n_generated = max(self.problem.workload.generate_tokens, 1)
+        return (
+            None if decode_s is None else int(decode_s * 1e6 * n_generated),
+            None if prompt_s is None else int(prompt_s * 1e6),
+        )
 
     def _without_needless_cards(self, hopes: list[Hope], freedom: Freedom) -> list[Hope]:
         """Where the fast cards hold the whole model at the engine's own ubatch, slower cards are left out."""
@@ -216,30 +254,29 @@ class Search:
                 return [each for each in hopes if all(speed[name] >= enough for name in each.way.devices)]
         return hopes
 
-    def best(self, freedom: Freedom, hopes: list[Hope], gap: float = GAP) -> Found | None:
-        """The best placement over the ways, its bound that of all of them together.
+    def best(
+        self, freedom: Freedom, hopes: list[Hope], gap: float = GAP, taken: Sequence[Found] = ()
+    ) -> Found | None:
+        """The best placement over the ways that is like none of the `taken`, its bound that of all ways together.
 
         A way is looked at more closely (its buffers, its frame, CP-SAT) only while nothing found is within the gap
         of what it still promises.
         """
         best: Found | None = None
         open_bound, is_proven = float("inf"), True
-        queue: list[tuple[float, int, Hope | Lead]] = [
-            (hope.bound, number, hope) for number, hope in enumerate(hopes)
-        ]
+        queue: list[tuple[tuple[float, int], Hope, Lead | None]] = [(hope.rank, hope, None) for hope in hopes]
         heapq.heapify(queue)
         while queue:
-            bound, number, each = heapq.heappop(queue)
+            _, hope, lead = heapq.heappop(queue)
             limit = best.objective * (1 - gap) if best else float("inf")
-            if bound >= limit:
-                open_bound = min(open_bound, bound)
+            if hope.bound >= limit:
+                open_bound = min(open_bound, hope.bound)
                 continue
-            if isinstance(each, Hope):
-                closer = self._closer(each, freedom)
-                if closer is not None:
-                    heapq.heappush(queue, (max(bound, closer.bound), number, closer))
+            if lead is None:
+                if (closer := self._closer(hope, freedom)) is not None:
+                    heapq.heappush(queue, (closer[0].rank, *closer))
                 continue
-            found, bound, is_done = self.settle(each, freedom, limit, gap)
+            found, bound, is_done = self.settle(lead, freedom, limit, gap, taken)
             open_bound, is_proven = min(open_bound, bound), is_proven and is_done
             if found is not None:
                 best = found
@@ -247,15 +284,16 @@ class Search:
             return None
         return replace(best, bound=min(open_bound, best.objective), is_proven=is_proven)
 
-    def _closer(self, hope: Hope, freedom: Freedom) -> Hope | Lead | None:
+    def _closer(self, hope: Hope, freedom: Freedom) -> tuple[Hope, Lead | None] | None:
         """The way with its buffers, or then with its frame; None when it cannot fit."""
         if hope.is_planned:
-            return self.lead(hope.way, freedom)
-        planned = self._hope(hope.way, freedom, self._known(hope.way), is_planned=True)
-        return planned if planned.bound < float("inf") else None
+            lead = self.lead(hope.way, freedom)
+            return (replace(hope, bound=max(hope.bound, lead.bound)), lead) if lead is not None else None
+        planned = self._hope(hope, freedom, self._known(hope.way), is_planned=True)
+        return (planned, None) if planned.bound < float("inf") else None
 
     def settle(
-        self, lead: Lead, freedom: Freedom, limit: float, gap: float
+        self, lead: Lead, freedom: Freedom, limit: float, gap: float, taken: Sequence[Found] = ()
     ) -> tuple[Found | None, float, bool]:
         """Solve one way below a limit: a placement that fits or None, the way's bound, whether it is proven.
 
@@ -269,7 +307,7 @@ class Search:
             if again is None:
                 return best
             lead = again
-            answer, bound, is_proven = self._prove(lead, limit, gap)
+            answer, bound, is_proven = self._prove(lead, limit, gap, _excluded(lead, taken))
             floor = bound = bound if n_before <= FEW_CORRECTIONS else min(bound, floor)
             if answer is None:
                 return best if best[0] is not None else (None, bound, is_proven)
@@ -282,7 +320,7 @@ class Search:
             speed = evaluate(self.problem, assignment, graph_counts(plan))
             objective = lead.relaxation.objective(answer)
             if best[0] is None or objective < best[0].objective:
-                best = Found(assignment, plan, speed, objective, bound, is_proven), bound, is_proven
+                best = Found(assignment, answer, plan, speed, objective, bound, is_proven), bound, is_proven
             if is_tightened or not self._wastes(lead, answer, real):
                 return best
             is_tightened = True
@@ -345,12 +383,16 @@ class Search:
             )
         else:
             spare = WASTE_BYTES << (n_before - FEW_CORRECTIONS) if n_before >= FEW_CORRECTIONS else 0
-            merged = tuple(a + b + spare * (b > 0) for a, b in zip(lead.compute.n_bytes, lacking, strict=True))
+            merged = tuple(
+                a + b + spare * (b > 0) for a, b in zip(lead.compute.n_bytes, lacking, strict=True)
+            )
             compute = replace(lead.compute, n_bytes=merged)
         self._corrected[lead.way] = compute
         return self.lead(lead.way, freedom)
 
-    def _prove(self, lead: Lead, limit: float, gap: float) -> tuple[Answer | None, float, bool]:
+    def _prove(
+        self, lead: Lead, limit: float, gap: float, excluded: Sequence[Answer]
+    ) -> tuple[Answer | None, float, bool]:
         """An answer below the limit within the gap, or none; the bound; whether that is proven.
 
         The segments give an answer and a bound. Where these are further apart than the gap, CP-SAT is asked for
@@ -360,10 +402,10 @@ class Search:
         relaxation, bound = lead.relaxation, lead.bound
         if bound >= limit:
             return None, bound, True
-        answer, low = relaxation.settled(gap / 4, limit)
+        answer, low = _first_answer(lead, gap / 4, limit, excluded)
         bound = max(bound, low)
         value = float("inf") if answer is None else relaxation.objective(answer)
-        while bound < (target := self._target(limit, value, gap)):
+        while bound < (target := limit if limit < value else value * (1 - gap)):
             left_s = self.deadline_s - time.monotonic()
             homes = relaxation.homes(lead.relaxed, target)
             if not all(homes):
@@ -371,13 +413,9 @@ class Search:
                 break
             if left_s <= 0:
                 return (answer if value < limit else None), bound, False
-            placing = Placing(lead.table.frame, *relaxation.weights, homes=homes)
-            if target < float("inf"):
-                placing.cut_off(int(target))
-            result = placing.program.solve(left_s, gap / 2, self.seed, work_limit=WORK_LIMIT)
-            if result.values:
-                answer = placing.answer(result.values)
-                value = relaxation.objective(answer)
+            result, found = self._ask(lead, homes, target, answer, excluded, left_s, gap)
+            if found is not None:
+                answer, value = found, relaxation.objective(found)
             if result.status == "INFEASIBLE":
                 bound = max(bound, target)
             elif result.status == "OPTIMAL":
@@ -391,9 +429,26 @@ class Search:
                 )
         return (answer if value < limit else None), bound, True
 
-    def _target(self, limit: float, value: float, gap: float) -> float:
-        """The bound that ends a search: nothing within the gap of the best answer is left."""
-        return limit if limit < value else value * (1 - gap)
+    def _ask(
+        self,
+        lead: Lead,
+        homes: list[set[int]],
+        target: float,
+        answer: Answer | None,
+        excluded: Sequence[Answer],
+        left_s: float,
+        gap: float,
+    ) -> tuple[ProgramResult, Answer | None]:
+        """CP-SAT's result below a target, and its answer."""
+        placing = Placing(lead.table.frame, *lead.relaxation.weights, homes=homes)
+        for each in excluded:
+            placing.exclude(each)
+        if target < float("inf"):
+            placing.cut_off(int(target))
+        if answer is not None:
+            placing.hint(answer)
+        result = placing.program.solve(left_s, gap / 2, self.seed, work_limit=WORK_LIMIT)
+        return result, placing.answer(result.values) if result.values else None
 
     def plan(self, assignment: Assignment) -> ComputePlan:
         """The plan of a placement: simulated, or the engine's once it is known."""
@@ -423,15 +478,46 @@ class Search:
         self._plans = {each: kept for each, kept in self._plans.items() if each in self._learned}
         self._plans[assignment] = plan
 
-    def front(self, freedom: Freedom, hopes: list[Hope]) -> list[Found]:
-        """The best placement of each ubatch that the ways allow, within 2 %."""
-        found = []
-        for ubatch in freedom.ubatches:
-            mine = [hope for hope in hopes if hope.way.settings.ubatch_tokens == ubatch]
-            each = self.best(freedom, mine, gap=0.02) if mine else None
-            if each is not None:
-                found.append(each)
-        return found
+
+def _first_answer(
+    lead: Lead, gap: float, limit: float, excluded: Sequence[Answer]
+) -> tuple[Answer | None, float]:
+    """What the segments find, and their bound.
+
+    Where decode or prompt time is limited, answers are also looked for under weights that favour either.
+    """
+    frame, relaxation = lead.table.frame, lead.relaxation
+    answer, low = relaxation.settled(gap, limit)
+    found = [answer]
+    if answer is None and (frame.max_decode_us is not None or frame.max_prompt_us is not None):
+        found += [Relaxation(frame, *weights).settled(gap)[0] for weights in OTHER_WEIGHTS]
+    left = [
+        each
+        for each in found
+        if each is not None
+        and relaxation.objective(each) < limit
+        and not any(is_alike(frame, each, other) for other in excluded)
+    ]
+    return min(left, key=relaxation.objective, default=None), low
+
+
+def _excluded(lead: Lead, taken: Sequence[Found]) -> list[Answer]:
+    """The taken placements as answers of this way's frame, where they are on its devices."""
+    return [
+        Answer(each.answer.homes, tuple(_picks(lead.table, each)))
+        for each in taken
+        if each.assignment.devices == lead.way.devices
+    ]
+
+
+def _picks(table: Table, found: Found) -> Iterator[int]:
+    """The choices that place a found placement's groups where they are; the first where the frame has none."""
+    moved = dict(found.assignment.moved)
+    number = {name: p for p, name in enumerate(table.frame.positions)}
+    for layer, names, home in zip(table.frame.layers, table.group_names, found.answer.homes, strict=True):
+        groups = tuple(number[moved[group[0]]] if group[0] in moved else home for group in names)
+        row = [choice.groups for choice in layer.choices[home]]
+        yield row.index(groups) if groups in row else 0
 
 
 def shortfall(search: Search, freedom: Freedom) -> str:

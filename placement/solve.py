@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from placement.compute import ComputePlan
 from placement.cost import evaluate
 from placement.emit import emit_arguments
 from placement.errors import InputError
+from placement.front import best_different, is_dominated, spread, walk
 from placement.graph.rows import ROWS
 from placement.machine import Machine
 from placement.model import Model
@@ -26,6 +28,7 @@ from placement.wishes import Wish, granted, smallest_conflict
 AGGRESSIVE, MODERATE = "aggressive", "moderate"
 MODERATE_RESERVE = 0.05  # of each card's total
 MAX_SHOWN = 12
+NOTABLE = 0.0005  # turns that differ by less are equal
 MAX_ROUNDS = 6  # of planning on the engine and searching anew
 
 
@@ -42,7 +45,7 @@ class Request:
     depth_tokens: int | None = None
     reserve_mib: float = 0.0
     objective: str = "turn"
-    top: int = MAX_SHOWN
+    n_best: int = 0  # so many of the best placements that differ, beside the front
     program: str = "llama-server"
     wishes: tuple[Wish, ...] = ()
     fixed: tuple[tuple[str, object], ...] = ()  # engine settings by the fields of `Settings`
@@ -137,10 +140,10 @@ def solve(
         extra_args=(*model.profile.extra_args, *request.extra_args), warnings=tuple(warnings),
     )  # fmt: skip
     for _ in range(MAX_ROUNDS):
-        points = _points(search, freedom, tell)
+        points = _points(search, freedom, request.n_best, tell)
         if not points:
             return replace(result, message=_why_not(search, request))
-        shown = _shown(problem, points)[: max(request.top, 2)]
+        shown = _shown(problem, points)
         if judge is None:
             break
         tell("planning on the engine")
@@ -231,31 +234,48 @@ def _freedom(request: Request) -> Freedom:
     )
 
 
-def _points(search: Search, freedom: Freedom, tell: Callable[[str], None]) -> list[tuple[str, Found]]:
+def _points(
+    search: Search, freedom: Freedom, n_best: int, tell: Callable[[str], None]
+) -> list[tuple[str, Found]]:
     """The named placements and the others that may stand on the front; empty when nothing fits."""
     tell("aggressive")
-    hopes = search.hopes(freedom)
-    aggressive = search.best(freedom, hopes)
+    aggressive = search.best(freedom, search.hopes(freedom))
     if aggressive is None and freedom.orders is None and search.problem.machine.devices:
         # no card can hold even a layer: the CPU alone
-        return _points(search, replace(freedom, orders=((),)), tell)
+        return _points(search, replace(freedom, orders=((),)), n_best, tell)
     if aggressive is None:
         return []
-    points = [(AGGRESSIVE, aggressive)]
     tell("moderate")
     gentle = replace(freedom, reserve_fraction=MODERATE_RESERVE)
     moderate = search.best(gentle, search.hopes(gentle))
+    others = list(walk(search, freedom, tell))
+    points = [(AGGRESSIVE, _shortest(aggressive, others))]
     if moderate is not None:
         points.append((MODERATE, moderate))
-    tell("the other points")
-    return points + [("", found) for found in search.front(freedom, hopes)]
+    points += [("", found) for found in others]
+    best = best_different(search, freedom, points[0][1], n_best, tell)[1:] if n_best else []
+    return points + [(f"best-{number}", found) for number, found in enumerate(best, 2)]
+
+
+def _shortest(aggressive: Found, others: Iterable[Found]) -> Found:
+    """The shortest turn of all: another point may beat the fastest found by what its proof leaves open."""
+    best = min((aggressive, *others), key=lambda each: each.speed.turn_s)
+    if best is aggressive or best.speed.turn_s >= aggressive.speed.turn_s * (1 - NOTABLE):
+        return aggressive
+    objective = round(aggressive.objective * best.speed.turn_s / aggressive.speed.turn_s)
+    return replace(
+        best, objective=objective, bound=min(aggressive.bound, objective), is_proven=aggressive.is_proven
+    )
 
 
 def _shown(problem: Problem, points: list[tuple[str, Found]]) -> list[Solution]:
-    """The points as solutions, those that another one beats left out."""
-    solutions = [as_solution(problem, found, name) for name, found in points if name]
-    others = (as_solution(problem, found, "") for name, found in points if not name)
-    return [*solutions, *_non_dominated(solutions, others)]
+    """The points as solutions: the named ones, then at most so many of the front that no other beats, spread out."""
+    every = [as_solution(problem, found, name) for name, found in points]
+    named = [each for each in every if each.name in (AGGRESSIVE, MODERATE)]
+    front = [*named, *_non_dominated(named, [each for each in every if not each.name])]
+    kept = [front[i] for i in spread([_merit(each) for each in front], len(named), MAX_SHOWN)]
+    placed = {each.args for each in kept}
+    return kept + [each for each in every if each.name.startswith("best-") and each.args not in placed]
 
 
 def _with_verdict(problem: Problem, solution: Solution, verdict: Verdict) -> Solution:
@@ -297,32 +317,31 @@ def _merit(solution: Solution) -> tuple[float, float, float]:
     return solution.speed.decode_tps, solution.speed.prompt_tps or 0.0, solution.headroom_mib
 
 
-def _is_dominated(merit: tuple[float, float, float], by: Iterable[tuple[float, float, float]]) -> bool:
-    """Whether another point is as good everywhere within 0.2 % and 8 MiB; ties count as dominated."""
-    return any(d >= merit[0] * 0.998 and p >= merit[1] * 0.998 and h >= merit[2] - 8.0 for d, p, h in by)
-
-
-def _non_dominated(kept: list[Solution], others: Iterable[Solution]) -> list[Solution]:
+def _non_dominated(named: list[Solution], others: Iterable[Solution]) -> list[Solution]:
     """Those of the others that no named and no other solution beats in decode, prompt and headroom at once."""
-    named = [_merit(solution) for solution in kept]
+    left = [each for each in others if each.headroom_mib >= 0]
     found: list[Solution] = []
-    for solution in sorted(others, key=lambda each: each.speed.turn_s):
-        if solution.headroom_mib >= 0 and not _is_dominated(_merit(solution), [*named, *map(_merit, found)]):
+    for solution in sorted(left, key=lambda each: each.speed.turn_s):
+        merit = _merit(solution)
+        strictly = [_merit(each) for each in left if each is not solution and _merit(each) != merit]
+        if not is_dominated(merit, [*map(_merit, (*named, *found))]) and not any(
+            all(a >= b for a, b in zip(other, merit, strict=True)) for other in strictly
+        ):
             found.append(solution)
     return found
 
 
 def _named(solutions: list[Solution]) -> list[Solution]:
-    """Names for the points of the front, telling what each is chosen for."""
-    named = []
-    for index, solution in enumerate(solutions):
-        if solution.name:
-            named.append(solution)
-            continue
-        cards = "+".join(solution.assignment.devices) or "CPU"
-        name = f"ub{solution.assignment.settings.ubatch_tokens}-{cards}".lower()
-        taken = {each.name for each in named}
-        named.append(replace(solution, name=name if name not in taken else f"{name}-{index}"))
+    """Names for the points of the front: their ubatch and cards, numbered where those repeat."""
+    named: list[Solution] = []
+    seen: Counter[str] = Counter()
+    for solution in solutions:
+        if not solution.name:
+            cards = "+".join(solution.assignment.devices) or "CPU"
+            name = f"ub{solution.assignment.settings.ubatch_tokens}-{cards}".lower()
+            seen[name] += 1
+            solution = replace(solution, name=f"{name}-{seen[name]}" if seen[name] > 1 else name)
+        named.append(solution)
     return named
 
 

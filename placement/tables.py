@@ -280,7 +280,9 @@ class TableBuilder:
             hides,
         )
 
-    def _turns_us(self, decode_s: NDArray[np.float64], prompt_s: NDArray[np.float64]) -> tuple[list[int], ...]:
+    def _turns_us(
+        self, decode_s: NDArray[np.float64], prompt_s: NDArray[np.float64]
+    ) -> tuple[list[int], ...]:
         """Whole microseconds of a turn, for every kind."""
         generated = max(self.problem.workload.generate_tokens, 1)
         rounded = np.rint(decode_s * (generated * 1e6)), np.rint(prompt_s * (self.serial_share() * 1e6))
@@ -288,7 +290,7 @@ class TableBuilder:
 
     @functools.cached_property
     def _context_kib(self) -> list[int]:
-        return (-(-self.loads.context_bytes // KIB)).tolist()
+        return [-(-n_bytes // KIB) for n_bytes in self.loads.context_bytes.tolist()]
 
     @functools.cached_property
     def _at_home(self) -> list[list[tuple[int, int, int]]]:
@@ -347,4 +349,5 @@ class TableBuilder:
         if 0 not in targets or self.cost.rates.stream_s_per_byte is None:
             return np.full(len(self.decode_s), 2)
         streamed = [part for part, at in enumerate(targets, 1) if at == 0]
-        return self.pieces.n_tensors[:, streamed].sum(axis=1) + (home > 1)
+        found: NDArray[np.int64] = self.pieces.n_tensors[:, streamed].sum(axis=1) + (home > 1)
+        return found

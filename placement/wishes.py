@@ -16,9 +16,9 @@ from placement.errors import InputError
 from placement.groups import movable_groups
 from placement.machine import Machine
 from placement.model import Model
+from placement.pieces import Pins
 from placement.problem import CPU
 from placement.search import Freedom
-from placement.pieces import Pins
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 from placement.machine import Cpu, Device, Machine
 from placement.model import Model, Profile, Tensor
+from placement.pieces import Pieces
 from placement.problem import Problem, Settings, Workload
 from placement.search import Search
 from placement.solver.frame import Answer, Frame
-from placement.pieces import Pieces
 from placement.tables import Table, TableBuilder, Way
 
 N_EMBD, N_VOCAB = 1024, 4096

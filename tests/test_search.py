@@ -98,7 +98,11 @@ def test_hopes_are_sorted(search: Search) -> None:
 
 def test_outlook_is_below_the_frames_bound(search: Search) -> None:
     """What a way promises before its frame is built is no more than what its frame bounds."""
-    for freedom in (Freedom(), Freedom(decode_weight=1000), Freedom(prompt_weight=1000, reserve_fraction=0.1)):
+    for freedom in (
+        Freedom(),
+        Freedom(decode_weight=1000),
+        Freedom(prompt_weight=1000, reserve_fraction=0.1),
+    ):
         hopes = search.hopes(freedom)
         assert hopes
         for hope in hopes:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placement.solver.frame import Answer, Choice, Extra, Frame, LayerTable, is_valid, times_us
+from placement.solver.frame import Answer, Choice, Extra, Frame, LayerTable, is_alike, is_valid, times_us
 from placement.solver.placing import Placing
 
 small = st.integers(0, 9)
@@ -154,3 +154,36 @@ def test_program_hides_a_boundary() -> None:
     result = placing.program.solve(10.0, 0.0, seed=1)
     assert result.objective == 107 + 57
     assert placing.answer(result.values) == Answer((1, 1, 2, 2), (0, 1, 0, 0))
+
+
+@given(frame=frames(), data=st.data())
+@settings(deadline=None, max_examples=300)
+def test_excluded_answers_and_those_alike(frame: Frame, data: st.DataObject) -> None:
+    """With some answers excluded the program finds the best that is alike to none of them, by brute force."""
+    valid = [answer for answer in answers(frame) if is_valid(frame, answer)]
+    if not valid:
+        return
+    out = data.draw(st.lists(st.sampled_from(valid), min_size=1, max_size=3))
+    left = [sum(times_us(frame, a)) for a in valid if not any(is_alike(frame, a, b) for b in out)]
+    placing = Placing(frame)
+    for each in out:
+        placing.exclude(each)
+    placing.hint(out[0])
+    result = placing.program.solve(10.0, 0.0, seed=1)
+    if not left:
+        assert result.status == "INFEASIBLE"
+        return
+    found = placing.answer(result.values)
+    assert min(left) == result.objective == sum(times_us(frame, found))
+    assert not any(is_alike(frame, found, each) for each in out)
+
+
+@given(frame=frames(), most=st.integers(3, 40))
+@settings(deadline=None, max_examples=100)
+def test_prompt_limit(frame: Frame, most: int) -> None:
+    """A limit on prompt time holds, and costs no more than it must."""
+    frame = dataclasses.replace(frame, max_prompt_us=most)
+    placing = Placing(frame)
+    result = placing.program.solve(10.0, 0.0, seed=1)
+    best = best_by_brute_force(frame, 1, 1)
+    assert best == result.objective if best is not None else result.status == "INFEASIBLE"

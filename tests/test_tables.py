@@ -15,11 +15,11 @@ from placement.cost import GraphCounts, coefficient, evaluate
 from placement.machine import Machine
 from placement.machine_files import REFERENCE_MACHINE, resolve_machine
 from placement.memory import static_memory
+from placement.pieces import Pieces, Pins
 from placement.problem import CPU, Problem
 from placement.search import Freedom, Search
 from placement.solve import Request, make_problem
 from placement.solver.frame import Answer, times_us, used_kib
-from placement.pieces import Pieces, Pins
 from placement.tables import ComputeTable, Table, TableBuilder, host_pattern
 from placement.units import KIB
 

@@ -54,7 +54,11 @@ from placement.cli import options
 )
 @click.option("--why", "is_why", is_flag=True, help="Also what more memory would give (solves again).")
 @click.option(
-    "--top", type=click.IntRange(min=1, max=50), default=12, show_default=True, help="Solutions shown."
+    "--top",
+    "n_best",
+    type=click.IntRange(min=1, max=50),
+    metavar="K",
+    help="Also the K best placements that differ in a range of layers or in two layers' experts.",
 )
 @click.option(
     "--time-limit", "time_limit_s", type=options.Finite(min=0.05), default=10.0, show_default=True,

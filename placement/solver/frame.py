@@ -7,6 +7,7 @@ the GPUs in the engine's order. Layers (the output counts as the last one) take 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 
 
@@ -66,6 +67,7 @@ class Frame:
     extras: tuple[Extra, ...] = ()
     max_host_layers: int | None = None
     max_decode_us: int | None = None
+    max_prompt_us: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,10 @@ def is_valid(frame: Frame, answer: Answer) -> bool:
         return False
     if frame.max_host_layers is not None and n_host_layers(frame, answer) > frame.max_host_layers:
         return False
-    if frame.max_decode_us is not None and times_us(frame, answer)[0] > frame.max_decode_us:
+    if any(
+        most is not None and us > most
+        for us, most in zip(times_us(frame, answer), (frame.max_decode_us, frame.max_prompt_us), strict=True)
+    ):
         return False
     return all(used <= cap for used, cap in zip(used_kib(frame, answer), frame.cap_kib, strict=True))
 
@@ -130,3 +135,20 @@ def n_host_layers(frame: Frame, answer: Answer) -> int:
     """Layers that live in host memory or keep anything there."""
     taken = zip(frame.layers, answer.homes, answer.picks, strict=True)
     return sum(home == 0 or table.choices[home][pick].is_host for table, home, pick in taken)
+
+
+def is_alike(frame: Frame, one: Answer, other: Answer) -> bool:
+    """Whether two answers have the same ranges of layers and place the groups of fewer than two layers differently.
+
+    Layers that move alike may stand for each other: which of them moves something is no difference.
+    """
+    if one.homes != other.homes:
+        return False
+    counts = [
+        Counter(
+            (table.moves, home, table.choices[home][pick].groups)
+            for table, home, pick in zip(frame.layers, answer.homes, answer.picks, strict=True)
+        )
+        for answer in (one, other)
+    ]
+    return (counts[0] - counts[1]).total() < 2

@@ -218,6 +218,8 @@ class Placing:
             self.program.at_most(terms, self.frame.max_host_layers)
         if self.frame.max_decode_us is not None:
             self.program.at_most(self.decode, self.frame.max_decode_us - self.frame.fixed_us[0])
+        if self.frame.max_prompt_us is not None:
+            self.program.at_most(self.prompt, self.frame.max_prompt_us - self.frame.fixed_us[1])
 
     def minimise_overflow(self) -> list[int]:
         """Let every cap be exceeded, and minimise by how much in all; returns one KiB variable per position."""
@@ -225,6 +227,53 @@ class Placing:
         self._keep_within_caps(extra)
         self.program.minimise([(variable, 1) for variable in extra])
         return extra
+
+    def exclude(self, answer: Answer) -> None:
+        """Require an answer that is not alike (`frame.is_alike`): other ranges, or two layers' groups elsewhere."""
+        has_other_ranges = self.program.boolean()
+        flips: Terms = [(has_other_ranges, 1)]
+        n_set = 0
+        for row, home in zip(self.before, answer.homes, strict=True):
+            for p, variable in enumerate(row):
+                is_set = p >= home
+                n_set += is_set
+                flips.append((variable, 1 if is_set else -1))
+        self.program.at_most(flips, n_set)
+        unlike: Terms = [(has_other_ranges, 2)]
+        for moves, rows in self.rows.items():
+            for p, choices in enumerate(rows):
+                unlike += self._more_of_some_choice(moves, p, len(choices), answer)
+        self.program.at_least(unlike, 2)
+
+    def _more_of_some_choice(self, moves: int, p: int, n_choices: int, answer: Answer) -> Terms:
+        """Booleans of which so many may be 1 as layers take a choice that fewer take in the answer, two a choice."""
+        members = self.members[moves]
+        taken = [answer.picks[i] for i in members if answer.homes[i] == p]
+        most = sum(self.lows[i] <= p <= self.highs[i] for i in members)
+        found: Terms = []
+        counts = [self.counts[p, moves, c] for c in range(1, n_choices)]
+        for more in (1, 2) if counts else ():
+            for c, variable in enumerate(counts, 1):
+                if (least := taken.count(c) + more) <= most:
+                    literal = self.program.boolean()
+                    self.program.at_least([(variable, 1), (literal, -least)], 0)
+                    found.append((literal, 1))
+            fewer = len(taken) - taken.count(0) - more  # then more take the first choice
+            if fewer >= 0:
+                literal = self.program.boolean()
+                self.program.at_most([*((v, 1) for v in counts), (literal, most - fewer)], most)
+                found.append((literal, 1))
+        return found
+
+    def hint(self, answer: Answer) -> None:
+        """Suggest an answer to start from."""
+        values = {self.zero: 0, self.one: 1}
+        for row, home in zip(self.before, answer.homes, strict=True):
+            values |= {variable: int(p >= home) for p, variable in enumerate(row)}
+        for (p, moves, c), variable in self.counts.items():
+            taken = [answer.picks[i] for i in self.members[moves] if answer.homes[i] == p]
+            values[variable] = taken.count(c)
+        self.program.hint({v: n for v, n in values.items() if v not in (self.zero, self.one)})
 
     def cut_off(self, most: int) -> None:
         """Require an objective of at most `most`."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.solver.frame import Answer, Frame, is_valid, times_us
+from placement.solver.frame import Answer, Frame, is_valid, times_us, used_kib
 from placement.solver.segments import INFINITE, Segments, Terms, forward, marginal, path
 
 MOST_PATHS = 150
@@ -133,7 +133,9 @@ class Relaxation:
         if self.is_hopeless or self.n_positions - 1 > len(self.frame.layers):
             return None, INFINITE
         taken = frozenset().union(*(extra.choices for extra in self.frame.extras))
-        cases = [(self.frame.cap_kib, taken), (self.charged, frozenset())] if taken else [(self.charged, taken)]
+        cases = (
+            [(self.frame.cap_kib, taken), (self.charged, frozenset())] if taken else [(self.charged, taken)]
+        )
         best: Answer | None = None
         bound = INFINITE
         for caps, left_out in cases:
@@ -175,7 +177,8 @@ class Relaxation:
         for _ in range(MOST_PATHS):
             answer = plain.answer(cuts, slack)
             if answer is not None and not is_valid(self.frame, answer):
-                answer, lacks_host = None, True
+                lacks_host |= used_kib(self.frame, answer)[0] > self.frame.cap_kib[0]
+                answer = None
             if answer is not None and (objective := self.objective(answer)) < best_value:
                 best, best_value = answer, objective
             if paths is None:

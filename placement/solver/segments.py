@@ -206,9 +206,7 @@ class Segments:
         """The answer of those cuts (the first layer of each GPU) with whole host moves; None where none fits."""
         edges = (0, *cuts, self.n_layers)
         homes = tuple(p for p in range(self.n_positions) for _ in range(edges[p + 1] - edges[p]))
-        picks = [
-            self.cards[home].cheapest[row] for home, row in zip(homes, self._rows.tolist(), strict=True)
-        ]
+        picks = [self.cards[home].cheapest[row] for home, row in zip(homes, self._rows.tolist(), strict=True)]
         for p in range(1, self.n_positions):
             a, b = edges[p], edges[p + 1]
             if self.relaxed(p)[a, b] == INFINITE or (taken := self.settle(p, a, b, slack).taken) is None:
@@ -276,7 +274,7 @@ def _relax(card: _Card, rows: NDArray[np.int64]) -> Matrix:
     for ratio in _some_ratios(ratios, kib, card.price):
         gain = np.concatenate([[0.0], np.cumsum((np.maximum(ratio - ratios, 0.0) * kib).sum(axis=1))])
         np.maximum(more, ratio * need - (gain[None, :] - gain[:, None]), out=more)
-    found = card.cost[None, :] - card.cost[:, None] + more
+    found: Matrix = card.cost[None, :] - card.cost[:, None] + more
     if card.hidden:
         sold = np.concatenate([[0], np.cumsum(((ratios < card.price) & (kib > 0)).sum(axis=1))])
         is_moved = (need > 0) | (sold[None, :] > sold[:, None])
