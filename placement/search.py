@@ -440,7 +440,9 @@ class Search:
         gap: float,
     ) -> tuple[ProgramResult, Answer | None]:
         """CP-SAT's result below a target, and its answer."""
-        placing = Placing(lead.table.frame, *lead.relaxation.weights, homes=homes)
+        placing = Placing(
+            lead.table.frame, *lead.relaxation.weights, homes=homes, has_symmetry=not excluded
+        )
         for each in excluded:
             placing.exclude(each)
         if target < float("inf"):

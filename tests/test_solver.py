@@ -100,7 +100,7 @@ def best_by_brute_force(frame: Frame, decode_weight: int, prompt_weight: int) ->
 
 
 @given(frame=frames(), weights=st.sampled_from([(1, 1), (1, 0), (0, 1), (3, 1)]))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=2000)
 def test_program_finds_what_brute_force_finds(frame: Frame, weights: tuple[int, int]) -> None:
     """The program's optimum, its answer's recomputed time and brute force agree on every small frame."""
     placing = Placing(frame, *weights)
@@ -187,3 +187,40 @@ def test_prompt_limit(frame: Frame, most: int) -> None:
     result = placing.program.solve(10.0, 0.0, seed=1)
     best = best_by_brute_force(frame, 1, 1)
     assert best == result.objective if best is not None else result.status == "INFEASIBLE"
+
+
+@st.composite
+def equal_cards(draw: st.DrawFn) -> Frame:
+    """Frames of alike layers on three or four equal cards, the last of which may have less room."""
+    n_cards = draw(st.integers(3, 4))
+    decode, prompt, kib, away = draw(small), draw(small), draw(st.integers(1, 9)), draw(small)
+
+    def row(p: int) -> tuple[Choice, ...]:
+        at_home = Choice((p,), decode, prompt, ((p, kib),))
+        return at_home, Choice((0,), decode + away, prompt, ((0, kib), (p, 0)), True, True)
+
+    table = LayerTable(0, 0, ((), *(row(p) for p in range(1, n_cards + 1))))
+    cap = draw(st.integers(0, 20))
+    return Frame(
+        positions=tuple(map(str, range(n_cards + 1))),
+        layers=(table,) * draw(st.integers(n_cards, 6)),
+        cap_kib=(draw(st.integers(0, 40)), *[cap] * (n_cards - 1), draw(st.integers(0, 20))),
+        hidden_us=draw(st.sampled_from([(3, 2), (0, 0)])),
+        max_host_layers=draw(st.one_of(st.none(), st.integers(0, 3))),
+    )
+
+
+@given(frame=equal_cards())
+@settings(deadline=None, max_examples=200)
+def test_one_of_equal_answers_is_enough(frame: Frame) -> None:
+    """Where equal cards are put in order the optimum is the same, and the first has no fewer layers."""
+    placing = Placing(frame, has_symmetry=True)
+    result = placing.program.solve(10.0, 0.0, seed=1)
+    best = best_by_brute_force(frame, 1, 1)
+    if best is None:
+        assert result.status == "INFEASIBLE"
+        return
+    answer = placing.answer(result.values)
+    counts = [answer.homes.count(p) for p in range(1, len(frame.positions) - 1)]
+    assert best == result.objective == sum(times_us(frame, answer))
+    assert counts == sorted(counts, reverse=True)

@@ -32,10 +32,13 @@ class Placing:
         prompt_weight: int = 1,
         *,
         has_caps: bool = True,
+        has_symmetry: bool = False,
         homes: list[set[int]] | None = None,
     ) -> None:
-        """`homes` says where each layer may live, where more than the tables is known; no set may be empty."""
-        self.frame = frame
+        """`has_symmetry`: of answers that differ in which of two equal devices is which, one is enough.
+
+        `homes` says where each layer may live, where more than the tables is known; no set may be empty."""
+        self.frame, self.has_symmetry = frame, has_symmetry
         self.program = Program()
         self.n_positions = len(frame.positions)
         self.n_layers = len(frame.layers)
@@ -60,6 +63,7 @@ class Placing:
         self._add_counts()
         self._order_homes()
         self._use_every_device()
+        self._order_equal_devices()
         self._move_no_more_layers_than_are_home()
         self._pay_extras_once_taken()
         if has_caps:
@@ -109,6 +113,32 @@ class Placing:
     def _use_every_device(self) -> None:
         for p in range(1, self.n_positions):
             self.program.at_least([term for i in range(self.n_layers) for term in self.at_home(i, p)], 1)
+
+    def _order_equal_devices(self) -> None:
+        """Of two equal devices in a row the first has no fewer layers, where these are all alike.
+
+        Exchanging the two then gives another answer of the same time and memory. The last device is never equal to
+        another: it has the output layer.
+        """
+        if not self.has_symmetry:
+            return
+        for p in range(1, self.n_positions - 1):
+            able = [i for i in range(self.n_layers) if self.lows[i] <= p + 1 and self.highs[i] >= p]
+            tables = {self.frame.layers[i].kind: self.frame.layers[i] for i in able}
+            is_equal = self.frame.cap_kib[p] == self.frame.cap_kib[p + 1] and all(
+                len({each.kib[p], each.kib[p + 1]}) == 1 for each in self.frame.extras
+            )
+            if len(tables) != 1 or not is_equal or p + 2 >= self.n_positions or self._has_extras_at(p):
+                continue
+            if _is_alike_on(next(iter(tables.values())), p, p + 1):
+                here, after = (
+                    [term for i in able for term in self.at_home(i, q, factor)]
+                    for q, factor in ((p, -1), (p + 1, 1))
+                )
+                self.program.at_most([*here, *after], 0)
+
+    def _has_extras_at(self, p: int) -> bool:
+        return any(home in (p, p + 1) for extra in self.frame.extras for _, home, _ in extra.choices)
 
     def _move_no_more_layers_than_are_home(self) -> None:
         for moves, rows in self.rows.items():
@@ -293,6 +323,23 @@ class Placing:
                 for i, c in zip(here, wanted, strict=True):
                     picks[i] = c
         return Answer(homes, tuple(picks))
+
+
+def _is_alike_on(table: LayerTable, p: int, q: int) -> bool:
+    """Whether a layer's choices are the same at two positions, the positions' own numbers aside."""
+
+    def as_at_p(choice: Choice) -> tuple[object, ...]:
+        kib = sorted((p if at == q else at, n) for at, n in choice.kib)
+        groups = tuple(p if at == q else at for at in choice.groups)
+        return groups, choice.decode_us, choice.prompt_us, kib, choice.is_host, choice.hides_boundary
+
+    def is_own(choice: Choice, home: int) -> bool:
+        return all(at in (0, home) for at, _ in choice.kib)
+
+    rows = table.choices[p], table.choices[q]
+    if not all(is_own(choice, home) for row, home in zip(rows, (p, q), strict=True) for choice in row):
+        return False
+    return [as_at_p(choice) for choice in rows[0]] == [as_at_p(choice) for choice in rows[1]]
 
 
 def _lateness(row: tuple[Choice, ...], c: int) -> tuple[bool, bool, bool, bool]:
