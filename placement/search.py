@@ -21,7 +21,7 @@ from placement.cost import Speed, evaluate, rates
 from placement.outlook import outlook
 from placement.pieces import N_EARLY_LAYERS, NO_PINS, Pieces, Pins
 from placement.problem import Assignment, Problem, Settings
-from placement.solver.frame import Answer, is_alike, is_taken, used_kib
+from placement.solver.frame import Answer, is_alike, taken_extras, used_kib
 from placement.solver.placing import Placing
 from placement.solver.program import ProgramResult
 from placement.solver.relaxation import Relaxation, Relaxed
@@ -33,7 +33,8 @@ DEFAULT_UBATCH = 512
 MAX_ORDERED_DEVICES = 3  # up to here every subset in every order is tried
 GAP = 0.002
 MAX_CORRECTIONS = 9
-FEW_CORRECTIONS = 4  # after that many, buffers are given some to spare
+FEW_CORRECTIONS = 4  # after that many, or
+FEW_PATTERNS = 4  # where more than that many are new at once, what lacks is charged to every placement
 WORK_LIMIT = 10.0  # CP-SAT's deterministic time for one proof
 OTHER_WEIGHTS = ((1, 1), (1, 30), (30, 1))
 WASTE_BYTES = 24 * MIB  # buffers assumed too large by more than this are corrected
@@ -297,7 +298,7 @@ class Search:
     ) -> tuple[Found | None, float, bool]:
         """Solve one way below a limit: a placement that fits or None, the way's bound, whether it is proven.
 
-        What is shown of buffers with something to spare holds for no other placement: the bound stays as it was.
+        What is shown of buffers that one placement lacked holds for no other: the bound then stays as it was.
         """
         floor = float("inf")
         best: tuple[Found | None, float, bool] = None, float("inf"), True
@@ -308,7 +309,7 @@ class Search:
                 return best
             lead = again
             answer, bound, is_proven = self._prove(lead, limit, gap, _excluded(lead, taken))
-            floor = bound = bound if n_before <= FEW_CORRECTIONS else min(bound, floor)
+            floor = bound = min(bound, floor) if lead.compute.is_padded else bound
             if answer is None:
                 return best if best[0] is not None else (None, bound, is_proven)
             assignment = lead.table.assignment(answer)
@@ -352,9 +353,8 @@ class Search:
     def _assumed(self, lead: Lead, answer: Answer) -> list[int]:
         """The compute buffers that the frame counted for this answer."""
         assumed = list(lead.compute.n_bytes)
-        for extra in lead.table.frame.extras:
-            if is_taken(lead.table.frame, answer, extra):
-                assumed = [a + kib * KIB for a, kib in zip(assumed, extra.kib, strict=True)]
+        for extra in taken_extras(lead.table.frame, answer):
+            assumed = [a + kib * KIB for a, kib in zip(assumed, extra.kib, strict=True)]
         return assumed
 
     def _correct(
@@ -363,7 +363,7 @@ class Search:
         """The way again, with what its buffers lacked: charged to early or partly moved layers where any are new.
 
         Buffers also depend a little on how many layers a card has, so that placements may take turns at lacking
-        some; after a few corrections every card that lacks any gets ever more to spare.
+        some: what is charged to every placement grows by ever more to spare.
         """
         lacking = tuple(max(0, r - a) for r, a in zip(real.n_bytes, self._assumed(lead, answer), strict=True))
         frame = lead.table.frame
@@ -375,18 +375,18 @@ class Search:
         }
         known = dict(lead.compute.extras)
         new = patterns - known.keys()
-        if new and n_before < FEW_CORRECTIONS:
+        if new and len(new) <= FEW_PATTERNS and n_before < FEW_CORRECTIONS:
             early = {pattern for pattern in new if pattern[1]}
             compute = replace(
                 lead.compute,
                 extras=(*lead.compute.extras, *((each, lacking) for each in sorted(early or new))),
             )
         else:
-            spare = WASTE_BYTES << (n_before - FEW_CORRECTIONS) if n_before >= FEW_CORRECTIONS else 0
+            spare = WASTE_BYTES << n_before >> 1 if lead.compute.is_padded else 0
             merged = tuple(
                 a + b + spare * (b > 0) for a, b in zip(lead.compute.n_bytes, lacking, strict=True)
             )
-            compute = replace(lead.compute, n_bytes=merged)
+            compute = replace(lead.compute, n_bytes=merged, is_padded=True)
         self._corrected[lead.way] = compute
         return self.lead(lead.way, freedom)
 
@@ -402,7 +402,7 @@ class Search:
         relaxation, bound = lead.relaxation, lead.bound
         if bound >= limit:
             return None, bound, True
-        answer, low = _first_answer(lead, gap / 4, limit, excluded)
+        answer, low = _first_answer(lead, gap / 2, limit, excluded)
         bound = max(bound, low)
         value = float("inf") if answer is None else relaxation.objective(answer)
         while bound < (target := limit if limit < value else value * (1 - gap)):

@@ -58,12 +58,14 @@ def host_pattern(home: int, is_early: bool, groups: tuple[int, ...]) -> HostPatt
 class ComputeTable:
     """Compute buffers of a way in bytes, per position (0 is the host), and its graphs' nodes.
 
-    `extras` adds bytes once any layer at that home keeps just those of its groups in host memory.
+    `extras` adds bytes once any layer at that home keeps just those of its groups in host memory. `is_padded`: some
+    placement lacked some of it, and all are charged.
     """
 
     n_bytes: tuple[int, ...]
     counts: GraphCounts
     extras: tuple[tuple[HostPattern, tuple[int, ...]], ...] = ()
+    is_padded: bool = False
 
 
 @dataclass(frozen=True)

@@ -84,16 +84,18 @@ def used_kib(frame: Frame, answer: Answer) -> list[int]:
     for table, home, pick in zip(frame.layers, answer.homes, answer.picks, strict=True):
         for position, kib in table.choices[home][pick].kib:
             used[position] += kib
-    for extra in frame.extras:
-        if is_taken(frame, answer, extra):
-            used = [a + b for a, b in zip(used, extra.kib, strict=True)]
+    for extra in taken_extras(frame, answer):
+        used = [a + b for a, b in zip(used, extra.kib, strict=True)]
     return used
 
 
-def is_taken(frame: Frame, answer: Answer, extra: Extra) -> bool:
-    """Whether any layer of the answer takes one of the extra's choices."""
+def taken_extras(frame: Frame, answer: Answer) -> list[Extra]:
+    """The extras of which any layer of the answer takes a choice."""
+    if not frame.extras:
+        return []
     moves = (table.moves for table in frame.layers)
-    return any(taken in extra.choices for taken in zip(moves, answer.homes, answer.picks, strict=True))
+    taken = set(zip(moves, answer.homes, answer.picks, strict=True))
+    return [extra for extra in frame.extras if not taken.isdisjoint(extra.choices)]
 
 
 def times_us(frame: Frame, answer: Answer) -> tuple[int, int]:
