@@ -96,20 +96,6 @@ def test_hopes_are_sorted(search: Search) -> None:
     assert bounds[0] > 0
 
 
-def test_outlook_is_below_the_frames_bound(search: Search) -> None:
-    """What a way promises before its frame is built is no more than what its frame bounds."""
-    for freedom in (
-        Freedom(),
-        Freedom(decode_weight=1000),
-        Freedom(prompt_weight=1000, reserve_fraction=0.1),
-    ):
-        hopes = search.hopes(freedom)
-        assert hopes
-        for hope in hopes:
-            lead = search.lead(hope.way, freedom)
-            assert lead is None or hope.bound <= lead.bound
-
-
 def test_best_is_above_its_bound(search: Search) -> None:
     """What is found is no better than its proof allows, and within the gap of it."""
     found = search.best(Freedom(), search.hopes(Freedom()))
