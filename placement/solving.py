@@ -14,6 +14,7 @@ from placement.errors import InputError
 from placement.machine import Machine
 from placement.model import Model
 from placement.problem import Problem, Settings
+from placement.recognise import with_learned
 from placement.solution import Judge, Solution, SolutionSet
 from placement.solve import Request, best_choice, make_problem, solve
 from placement.store import save_solutions, solution_folder, solution_set_row
@@ -242,6 +243,8 @@ def with_engine(
         from placement.engine import find_engine
 
         machine = with_rpc_devices(machine, servers, None if spec == "off" else find_engine(spec))
+        if asked.get("is_detected"):
+            machine = with_learned(machine, tell)
     engine, reason = choose_engine(spec, machine)
     if reason:
         tell(f"place: {reason}")

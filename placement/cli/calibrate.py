@@ -42,15 +42,15 @@ def command(machine_name: str | None, is_json: bool, **asked: Any) -> None:
 
     from placement.calibrate.report import report_row
     from placement.calibrate.whole import calibrate_machine
-    from placement.machine_files import own_machine_path, save_machine
+    from placement.recognise import learned_path, save_learned
 
     machine = options.load_machine(machine_name)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     root = Path(asked["out_folder"] or "solutions")
     changed, report = calibrate_machine(machine, root, date, asked["is_mixed"], asked["chance"])
-    path = own_machine_path(machine_name, machine)
+    path = learned_path(machine_name, machine)
     if report.changes and not asked["is_dry"]:
-        save_machine(changed, path)
+        save_learned(changed, path)
     if is_json:
         is_written = bool(report.changes) and not asked["is_dry"]
         options.echo_json({**report_row(report), "path": str(path), "is_written": is_written})

@@ -91,24 +91,39 @@ def load(model_name: str) -> Model:
 
 
 def load_machine(name: str | None, rpc: Sequence[str] = ()) -> Machine:
-    """The machine of a --machine option; without one the GPUs here, or the reference machine and a line.
+    """The machine of a --machine option; without one the machine here, or the reference machine and a line.
 
-    With RPC servers and no GPU it is this host alone: its devices are the servers'.
+    Where a file has learned of the machine here it counts, and a line names it; with RPC servers that file is
+    looked for once their devices are known. With RPC servers and no GPU it is this host alone.
     """
-    from placement.machine_files import REFERENCE_MACHINE, resolve_machine
+    from placement.machine_files import resolve_machine
+    from placement.recognise import with_learned
 
     if name is not None:
         return resolve_machine(name)
-    from placement.detect import detect_machine
+    found, reason = _machine_here(bool(rpc))
+    if found is None:
+        return _reference_machine(reason)
+    return found if rpc else with_learned(found, warn)
+
+
+def detected_machine() -> Machine:
+    """The machine here as its driver describes it; without a GPU the reference machine, and a line says so."""
+    found, reason = _machine_here(has_rpc=False)
+    return _reference_machine(reason) if found is None else found
+
+
+def _machine_here(has_rpc: bool) -> tuple[Machine | None, str]:
+    from placement.detect import detect_cpu, detect_machine
+    from placement.machine import Machine
 
     found, reason = detect_machine()
-    if found is not None:
-        return found
-    if rpc:
-        from placement.detect import detect_cpu
-        from placement.machine import Machine
+    return (Machine("rpc", (), detect_cpu()) if found is None and has_rpc else found), reason
 
-        return Machine("rpc", (), detect_cpu())
+
+def _reference_machine(reason: str) -> Machine:
+    from placement.machine_files import REFERENCE_MACHINE, resolve_machine
+
     click.echo(
         f"place: {reason}: using the reference machine {REFERENCE_MACHINE} (choose with --machine)", err=True
     )

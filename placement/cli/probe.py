@@ -39,15 +39,15 @@ def command(machine_name: str | None, engine_name: str, is_json: bool, **asked: 
     import datetime
 
     from placement.cli.verify import running_engine
-    from placement.machine_files import own_machine_path, save_machine
     from placement.probe import probe
+    from placement.recognise import learned_path, save_learned
 
     machine = options.load_machine(machine_name)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     found = probe(machine, running_engine(engine_name), date, asked["budget_s"], options.warn)
-    path = own_machine_path(machine_name, machine)
+    path = learned_path(machine_name, machine)
     if found.changes and not asked["is_dry"]:
-        save_machine(found.machine, path)
+        save_learned(found.machine, path)
     if is_json:
         options.echo_json(probe_row(found, str(path), bool(found.changes) and not asked["is_dry"]))
         return

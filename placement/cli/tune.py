@@ -82,15 +82,15 @@ def command(model_name: str, machine_name: str | None, is_json: bool, **asked: A
       place tune qwen3-coder-q5 --model-file Qwen3-Coder-Next-Q5.gguf --budget 20m
     """
     from placement.cli.verify import print_report
-    from placement.machine_files import own_machine_path, save_machine
+    from placement.recognise import learned_path, save_learned
 
     model = options.load(model_name)
     machine = options.load_machine(machine_name)
     model_path = Path(asked["model_file"] or (model.files[0] if model.files else f"{model.name}.gguf"))
     tuned = _tune(model, machine, model_path, asked, is_json)
-    path = own_machine_path(machine_name, machine)
+    path = learned_path(machine_name, machine)
     if tuned.changes and not asked["is_dry"]:
-        save_machine(tuned.machine, path)
+        save_learned(tuned.machine, path)
     if is_json:
         options.echo_json(_row(tuned, model.name, str(model_path)))
     else:
