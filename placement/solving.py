@@ -188,11 +188,16 @@ def run_solve(
         tell(f"place: warning: {warning}")
     if not found.solutions:
         return Outcome(problem, found, None, False)
-    path = solution_folder(Path(out_folder or "solutions"), problem, _variant(request)) / "solution.toml"
+    path = kept_folder(out_folder, problem, request) / "solution.toml"
     row = solution_set_row(problem, found, commands(problem, found))
     is_new = save_solutions(path, problem, row)
     reasons = tuple(sensitivity(problem, found, request)) if asked.get("is_why") else ()
     return Outcome(problem, found, path, is_new, reasons)
+
+
+def kept_folder(out_folder: str | None, problem: Problem, request: Request) -> Path:
+    """Where a request's solutions are kept, and the records of their runs beside them."""
+    return solution_folder(Path(out_folder or "solutions"), problem, _variant(request))
 
 
 def _variant(request: Request) -> str:

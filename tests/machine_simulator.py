@@ -30,8 +30,8 @@ from placement.model import Model
 from placement.model_files import resolve_model
 from placement.problem import CPU, Assignment, Problem, Settings, Workload
 from placement.verify.decide import LEAST_NOISE
+from placement.verify.keys import machine_key
 from placement.verify.records import RunLog
-from placement.verify.run import machine_key
 from placement.verify.schema import DevicePeak, Key, Record, Timing
 
 TRUE_SPREAD = 0.22  # how far true coefficients lie from the defaults
@@ -162,6 +162,7 @@ class Simulated:
         round_: int = 1,
         throttle: float = 1.0,
         role: str = "solution",
+        campaign: str = "simulated",
         **key: str | None,
     ) -> list[Record]:
         """The records of one round of a placement: all its phases, `throttle` times slower."""
@@ -180,7 +181,7 @@ class Simulated:
         uses = device_use(problem, assignment, plan)
         planned = {device: use.self_mib for device, use in uses.items()}
         common = {
-            "campaign": "simulated", "at": f"2026-01-01T00:00:{round_:02d}+00:00", "round": round_, "role": role,
+            "campaign": campaign, "at": f"2026-01-01T00:00:{round_:02d}+00:00", "round": round_, "role": role,
             "key": Key(**{**KEY, "machine": machine_key(problem.machine), "model_digest": problem.model.digest, **key}),
             "candidate": name, "run_id": name, "arguments": tuple(arguments), "outcome": "ok", "wall_s": 1.0,
         }  # fmt: skip

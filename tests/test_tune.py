@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from machine_simulator import (
+    KEY,
     PROMPT,
     Simulated,
     bare_machine,
@@ -18,16 +19,17 @@ from machine_simulator import (
 )
 from verify_support import Lines
 
-from placement import tune as tuning
 from placement.calibrate.choosing import Proposal, choose_runs, is_settled, outlook
 from placement.calibrate.fit import calibrate
 from placement.cli.tune import Duration
 from placement.engine import Engine
 from placement.machine import Machine
-from placement.tune import Tuned, tune
+from placement.tune import Tuned, loop, tune
 from placement.verify.candidates import FIT, make_candidates
+from placement.verify.keys import machine_key
 from placement.verify.records import RunLog
-from placement.verify.run import Options, show
+from placement.verify.run import Options, asked_of, show
+from placement.verify.schema import Key
 
 NAME = "qwen3-30b-a3b-q4"
 
@@ -113,6 +115,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Tunes on a simulated machine: what verify would measure is what the machine's truth says."""
     simulated = Simulated(11)
     calls: list[list[str]] = []
+    build: dict[str, str] = {}
 
     def measure(
         self: Any, outcome: Any, solutions: list[Any], rounds: int = 1, has_fit: bool = False
@@ -131,8 +134,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 assignment = each.solution.assignment if each.solution else named[0].assignment
                 throttle = 1.2 if each.role == FIT else 1.0
                 for record in simulated.records(
-                    problem, assignment, each.name, each.arguments, round_, throttle, each.role
-                ):
+                    problem, assignment, each.name, each.arguments, round_, throttle, each.role,
+                    plan=asked_of(outcome.problem).text(), **build,
+                ):  # fmt: skip
                     more = {
                         "run_id": each.run_id,
                         "fit_arguments": named[0].args if each.role == FIT else None,
@@ -141,10 +145,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         self.report = show(folder, outcome.problem.workload)
         return True
 
-    monkeypatch.setattr(tuning.Tuning, "_verify", measure)
+    monkeypatch.setattr(loop.Tuning, "_verify", measure)
+    now = {"machine": machine_key(bare_machine()), "model_digest": model(NAME).digest, "plan": ""}
+    monkeypatch.setattr(loop, "current_key", lambda *_: Key(**{**KEY, **now, **build}))
 
-    def go(machine: Machine | None = None) -> tuple[Tuned, list[list[str]], list[str]]:
+    def go(
+        machine: Machine | None = None, engine_build: str = "b1"
+    ) -> tuple[Tuned, list[list[str]], list[str]]:
         said: list[str] = []
+        build["engine_build"] = engine_build
         asked = {"engine_name": "off", "ctx_tokens": 16384, "ubatch": "512", "time_limit_s": 3.0, "top": 4}
         engine = Engine(tmp_path, {})
         found = tune(
@@ -176,6 +185,15 @@ def test_a_second_tuning_runs_nothing_new(run: Any, tmp_path: Path) -> None:
     assert [path.read_text() for path in sorted(tmp_path.glob("solutions/*/runs.jsonl"))] == kept
     assert again.lines == ()
     assert again.report.verdict.recommended.arguments == first.report.verdict.recommended.arguments
+
+
+def test_another_build_is_measured_anew(run: Any) -> None:
+    """What an older llama.cpp measured settles nothing; where the search starts from is said."""
+    run()
+    again, calls, said = run(engine_build="b2")
+    assert again.lines != () and calls
+    assert any("starting from b1" in line for line in said)
+    assert all(change.new.n_samples for change in again.changes if change.is_identified)
 
 
 def test_the_choice_was_run_beside_fit(run: Any) -> None:
