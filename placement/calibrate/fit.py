@@ -7,6 +7,7 @@ nothing about have their priors; runs that the others contradict are flagged and
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,8 @@ ROBUST_SCALES = (30.0, 8.0, 2.5)  # residuals beyond so many standard deviations
 OUTLIER_Z, OUTLIER_SHARE = 4.0, 0.10
 MOST_OUTLIERS = 1 / 3  # of the runs
 LEAST_RUNS_TO_DOUBT = 4
+FEW_RUNS_Z = 4.5  # with fewer, only what cannot be believed beside the priors is doubted
+MEDIAN_Z = 0.6745  # of a normal distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,10 +280,8 @@ class _Problem:
         """The rows that count, and the runs that do not: they say so themselves, or the others contradict."""
         kept = [row for row in rows if not row.doubt]
         outliers = [self._told(row) for row in rows if row.doubt]
-        n_runs = len({row.run for row in kept})
-        while len({row.run for row in kept}) >= max(
-            LEAST_RUNS_TO_DOUBT, math.ceil(n_runs * (1 - MOST_OUTLIERS))
-        ):
+        most = max(1, round(len({row.run for row in kept}) * MOST_OUTLIERS))
+        for _ in range(most):
             worst = self._worst(kept)
             if worst is None:
                 break
@@ -293,27 +294,41 @@ class _Problem:
         return Outlier(row.run, row.kind, row.label, (row.measured_s or 0.0) / float(seconds[0]), row.doubt)
 
     def _worst(self, rows: Sequence[Row]) -> Outlier | None:
-        """The run that the others contradict most, if any does clearly: its prediction from them alone, by one
-        Gauss-Newton step without it."""
+        """The run that the others, and what is believed without any, contradict most, if they clearly do.
+
+        Where all runs lie farther from what the others say than their noise, that is how far a run may lie.
+        """
+        gaps = self._gaps(rows)
+        if not gaps:
+            return None
+        usual = max(1.0, statistics.median(each.z for each in gaps) / MEDIAN_Z) if len(gaps) > 2 else 1.0
+        least_z = (OUTLIER_Z if len(gaps) >= LEAST_RUNS_TO_DOUBT else FEW_RUNS_Z) * usual
+        if len(gaps) < LEAST_RUNS_TO_DOUBT:
+            gaps = [each for each in gaps if each.log_ratio > 0]  # nothing disturbs a run into being fast
+        doubted = [each for each in gaps if each.z > least_z and abs(each.log_ratio) > OUTLIER_SHARE]
+        worst = max(doubted, key=lambda each: each.z, default=None)
+        return None if worst is None else _contradicted(worst.row, math.exp(worst.log_ratio))
+
+    def _gaps(self, rows: Sequence[Row]) -> list[_Gap]:
+        """For each run its row farthest from what the others predict, by one Gauss-Newton step without it."""
+        if not rows:
+            return []
         x = self.solve(rows, np.ones(len(self.parameters), dtype=bool))
-        whole = self.precision + self.information(rows, x)
-        worst: tuple[float, Outlier] | None = None
+        whole, found = self.precision + self.information(rows, x), []
         for run in dict.fromkeys(row.run for row in rows):
             mine = [row for row in rows if row.run == run]
+            measured = np.log([row.measured_s or 1.0 for row in mine])
             covariance = np.linalg.inv(whole - self.information(mine, x))
             seconds, slope = self.design(mine).seconds(x)
             share, sigma = slope / seconds[:, None], self.sigma(mine)
-            off = np.log(seconds) - np.log([row.measured_s or 1.0 for row in mine])
+            off = np.log(seconds) - measured
             weight = 1.0 / (1.0 + (off / sigma / ROBUST_SCALES[-1]) ** 2) / sigma**2
-            others = x + covariance @ (share.T @ (weight * off))
-            predicted, _ = self.design(mine).seconds(np.maximum(others, self.lower))
+            others = np.maximum(x + covariance @ (share.T @ (weight * off)), self.lower)
             spread = np.sqrt(np.einsum("ij,jk,ik->i", share, covariance, share) + sigma**2)
-            gap = np.log([row.measured_s or 1.0 for row in mine]) - np.log(predicted)
+            gap = measured - np.log(self.design(mine).seconds(others)[0])
             i = int(np.argmax(np.abs(gap) / spread))
-            z = abs(float(gap[i])) / float(spread[i])
-            if z > OUTLIER_Z and abs(gap[i]) > OUTLIER_SHARE and (worst is None or z > worst[0]):
-                worst = z, _contradicted(mine[i], math.exp(float(gap[i])))
-        return None if worst is None else worst[1]
+            found.append(_Gap(mine[i], float(gap[i]), abs(float(gap[i])) / float(spread[i])))
+        return found
 
     def errors(self, rows: Sequence[Row], kept: Sequence[Row], x: Array) -> list[RunError]:
         """Each row's error with the priors, and with what all other runs teach."""
@@ -336,6 +351,15 @@ class _Problem:
         measured = row.measured_s or 1.0
         after = None if others is None else float(self.design([row]).seconds(others)[0][0]) / measured - 1.0
         return RunError(row.run, row.kind, row.label, measured, before_s / measured - 1.0, after, is_counted)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gap:
+    """How far a row's measured time lies from what other runs say, as a logarithm and in standard deviations."""
+
+    row: Row
+    log_ratio: float
+    z: float
 
 
 def _contradicted(row: Row, ratio: float) -> Outlier:

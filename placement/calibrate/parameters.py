@@ -38,6 +38,7 @@ SPREADS = {
     "pipeline_overlap": 0.4,
     "cpu_tflops_per_thread": 0.6,
 }
+MAY_BE_ZERO = ("layer_us", "token_us")
 RPC_SPREAD = 1.5  # nobody knows a worker, or the network, before they are measured
 ALIKE = 0.5  # correlation between the devices of one machine: they share a build and a driver
 LEAST_SPREAD = 0.05
@@ -63,8 +64,7 @@ _RPC_WAITS = ("split_us", "boundary_us", "rpc_split_us")
 class Parameter:
     """One coefficient to fit: its name in the machine file, its prior, and the prior's spread.
 
-    `is_log`: the spread is a share, and the value stays positive; else both are in the unit, and it stays
-    at zero or above.
+    `is_log`: the spread is a share, and the value stays positive; else both are in the unit, and it may be zero.
     """
 
     name: str
@@ -98,14 +98,14 @@ def parameters(machine: Machine, kind: str) -> tuple[Parameter, ...]:
 def _parameter(machine: Machine, name: str, device: Device | None) -> Parameter:
     base = name.partition(".")[0]
     prior = prior_of(machine, name)
-    is_log = prior.value > 0
+    is_log = prior.value > 0 and base not in MAY_BE_ZERO
     spread = SPREADS[base]
+    if not is_log and base not in MAY_BE_ZERO:
+        spread *= DEFAULTS[base][0]  # a file says that it is nothing
     has_rpc = any(each.is_rpc for each in machine.devices)
     is_rpc_rate = device is not None and device.is_rpc and base in _RPC_RATES
     if is_rpc_rate or (has_rpc and base in _RPC_WAITS):
         spread = RPC_SPREAD
-    if is_log and base in ("layer_us", "token_us"):
-        spread = 1.0  # a probe found some: its own uncertainty says how much to believe it
     if prior.source == "detected" and prior.uncertainty is not None:
         spread = max(prior.uncertainty / prior.value, LEAST_SPREAD) if is_log else max(prior.uncertainty, 1.0)
     return Parameter(name, prior.value, spread, is_log, DEFAULTS[base][1])

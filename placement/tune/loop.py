@@ -14,10 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from placement.calibrate.applied import Change, apply_fit
-from placement.calibrate.choosing import Proposal, choose_runs, is_settled, outlook, worth_again
+from placement.calibrate.choosing import (
+    LEAST_ROUNDS,
+    MOST_AGAIN,
+    Proposal,
+    choose_runs,
+    is_settled,
+    outlook,
+    rounds_to_tell,
+    worth_again,
+)
 from placement.calibrate.fit import Calibration
 from placement.calibrate.memory import fit_memory
-from placement.calibrate.runs import Found, conditions_of, find_runs, run_name
+from placement.calibrate.runs import Found, conditions_of, find_runs
 from placement.calibrate.whole import fit_both
 from placement.errors import InputError
 from placement.machine import Machine
@@ -25,7 +34,7 @@ from placement.model import Model
 from placement.problem import Problem
 from placement.solution import Solution, SolutionSet
 from placement.tune.lines import Line, Tuned, what_was_learned
-from placement.tune.proposals import Proposed, proposals
+from placement.tune.proposals import Proposed, proposals, proposed
 from placement.verify.candidates import FIT
 from placement.verify.decide import LEAST_NOISE, Result
 
@@ -37,7 +46,6 @@ if TYPE_CHECKING:
 
 PER_STEP = 2
 MAX_STEPS = 12
-FINAL_ROUNDS = 2
 STEPS_SHARE = 0.7  # of the budget; the rest is for running the best again beside --fit
 
 
@@ -239,38 +247,53 @@ class Tuning:
         """Run what is nearly the best again, `--fit` beside it, so that the choice stands on more than one round;
         whether there was anything to run.
 
-        A run that the others contradict gets a third round: of two, one disturbed would count half.
+        As many rounds as the noise asks for, and the budget allows; at last the choice itself, if it had fewer.
         """
         outcome = self._solve()
-        results = {
-            run_name(self.key.model_digest, each.run_id): each
-            for each in self._results(outcome)
-            if each.turn_s is not None
-        }
-        again = worth_again(fits, {run: each.turn_s or 0.0 for run, each in results.items()})[:PER_STEP]
-        if not again or not outcome.found.solutions:
+        if not outcome.found.solutions or not self._results(outcome):
             return False
-        is_doubted = any(each.run in again for fit in fits for each in fit.outliers)
-        proposals = self._proposals(outcome)
-        keys = [" ".join(_placing(results[run], outcome.found)) for run in again]
-        kept = [proposals[k].solution if k in proposals else self._again(outcome, k) for k in keys]
-        self._verify(outcome, kept, rounds=FINAL_ROUNDS + is_doubted, has_fit=True)
+        rounds = LEAST_ROUNDS
+        while self._verify(outcome, self._nearly_best(outcome, fits), rounds, has_fit=True):
+            fits = self._refit()
+            wanted = rounds_to_tell(self._noise() / 2)  # a noise floor is twice what one round is off by
+            if wanted <= rounds:
+                break
+            rounds = min(wanted, rounds + 2)
+        chosen = None if self.report is None else self.report.verdict.recommended
+        if chosen is not None and chosen.role != FIT and chosen.n_good < LEAST_ROUNDS:
+            self._verify(outcome, [self._again(outcome, chosen).solution], LEAST_ROUNDS, has_fit=True)
         self._refit()
         self._results(outcome)
         return True
 
-    def _again(self, outcome: Outcome, key: str) -> Solution:
-        """A measured placement that is not proposed any more, to run it once more."""
+    def _nearly_best(self, outcome: Outcome, fits: tuple[Calibration, Calibration]) -> list[Solution]:
+        """What may be the fastest of all that was measured, by its own runs and by those of the others."""
+        known = {
+            " ".join(_placing(each, outcome.found)): each for each in self._results(outcome) if each.turn_s
+        }
+        if not known:
+            return []
+        offered = self._proposals(outcome)
+        mine = {key: offered.get(key) or self._again(outcome, each) for key, each in known.items()}
+        turns_s = outlook(fits, [each.proposal for each in mine.values()]).turns_s
+        predicted = dict(zip(mine, map(float, turns_s), strict=True))
+        again = worth_again(
+            {key: each.turn_s or 0.0 for key, each in known.items()}, predicted, self._noise() / 2
+        )
+        return [mine[key].solution for key in again[:MOST_AGAIN]]
+
+    def _again(self, outcome: Outcome, result: Result) -> Proposed:
+        """A measured placement that may not be proposed any more, to run it once more."""
         from placement.arguments import parse
         from placement.emit import resolve
 
-        result = next(r for r in self._results(outcome) if " ".join(_placing(r, outcome.found)) == key)
-        arguments = _placing(result, outcome.found)
-        assignment = resolve(
-            self.model, outcome.problem.machine, parse(list(arguments)), outcome.problem.program
-        )
+        arguments, problem = _placing(result, outcome.found), replace(outcome.problem, machine=self.base)
+        assignment = resolve(self.model, problem.machine, parse(list(arguments)), problem.program)
         first = outcome.found.solutions[0]
-        return replace(first, name=result.name, args=arguments, assignment=assignment, devices={}, gap=None)
+        solution = replace(
+            first, name=result.name, args=arguments, assignment=assignment, devices={}, gap=None
+        )
+        return proposed(problem, solution)
 
 
 def _placing(result: Result, found: SolutionSet) -> tuple[str, ...]:

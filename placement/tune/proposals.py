@@ -26,7 +26,7 @@ def proposals(problem: Problem, solutions: tuple[Solution, ...]) -> dict[str, Pr
     """The solutions and the simple placements by their arguments, those of the solutions first."""
     found: dict[str, Proposed] = {}
     for solution in solutions:
-        each = proposed(problem, solution, _counts(problem, solution))
+        each = proposed(problem, solution, _planned_counts(problem, solution))
         found.setdefault(each.proposal.key, each)
     first = solutions[0]
     settings = replace(first.assignment.settings, has_overrides=False)
@@ -37,7 +37,9 @@ def proposals(problem: Problem, solutions: tuple[Solution, ...]) -> dict[str, Pr
     return found
 
 
-def proposed(problem: Problem, solution: Solution, counts: GraphCounts) -> Proposed:
+def proposed(problem: Problem, solution: Solution, counts: GraphCounts | None = None) -> Proposed:
+    """A solution with its token at the turn's depth and its prompt; its graph is simulated if not given."""
+    counts = counts or _counts(problem, solution)
     turn = problem.workload
     depth = turn.depth_tokens + turn.prompt_tokens + turn.generate_tokens // 2
     deep = replace(problem, workload=replace(turn, depth_tokens=depth))
@@ -46,9 +48,14 @@ def proposed(problem: Problem, solution: Solution, counts: GraphCounts) -> Propo
     return Proposed(Proposal(" ".join(solution.args), decode, prompt, turn.generate_tokens), solution)
 
 
-def _counts(problem: Problem, solution: Solution) -> GraphCounts:
+def _planned_counts(problem: Problem, solution: Solution) -> GraphCounts:
     """Simulated nodes, and the splits that the solution has, planned where an engine planned it."""
-    plan = plan_compute(problem.model, problem.machine, solution.assignment, problem.program)
     return replace(
-        graph_counts(plan), splits_decode=solution.splits_decode, splits_prompt=solution.splits_prompt
+        _counts(problem, solution),
+        splits_decode=solution.splits_decode,
+        splits_prompt=solution.splits_prompt,
     )
+
+
+def _counts(problem: Problem, solution: Solution) -> GraphCounts:
+    return graph_counts(plan_compute(problem.model, problem.machine, solution.assignment, problem.program))
