@@ -106,6 +106,7 @@ def cases(machine: Machine) -> Iterator[Case]:
         )
     host = _shapes(machine.cpu.usable_mib, is_fast=False)[0]
     yield Case("CPU wide", host, (), n_prompt=64, is_op_offloaded=False)
+    yield Case("CPU wide, deep", host, (), depth=512, is_op_offloaded=False)
     for a, b in itertools.pairwise(device.name for device in machine.devices):
         narrow = _shapes(min(machine.device(each).usable_mib for each in (a, b)), is_fast=False)[1]
         yield Case(f"{a}+{b} narrow", narrow, (a, b), n_generate=64)

@@ -119,8 +119,8 @@ def test_wide_models_leave_room(usable_mib: float) -> None:
 
 
 def test_a_machine_without_gpus_is_probed_too() -> None:
-    """The CPU's own case is always there."""
-    assert [case.name for case in cases(cpu_machine())] == ["CPU wide"]
+    """The CPU's own cases are always there: its weights, and a cache that it reads."""
+    assert [case.name for case in cases(cpu_machine())] == ["CPU wide", "CPU wide, deep"]
 
 
 def test_a_probe_finds_the_machines_truth(bench: tuple[Engine, Simulated]) -> None:
@@ -130,6 +130,7 @@ def test_a_probe_finds_the_machines_truth(bench: tuple[Engine, Simulated]) -> No
     values = {each.name: each.new.value for each in found.changes}
     for name in (
         "read_efficiency.CUDA0", "read_efficiency.CUDA1", "cpu_read_efficiency", "split_us", "boundary_us", "node_us",
+        "kv_read_efficiency.CPU",
         "pinned_link_efficiency.CUDA0", "pageable_link_efficiency.CUDA0", "cpu_tflops_per_thread",
     ):  # fmt: skip
         assert values[name] == pytest.approx(simulated.machine.coefficients[name].value, rel=0.2), name

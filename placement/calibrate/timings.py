@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 LEAST_NOISE = 0.005
 SHORT_PROMPT_NOISE = 0.15  # a prompt of one small ubatch measures start-up as much as work
-SLOW_ROUND = 0.08  # slower than the run's own best by so much: disturbed
+SLOW_ROUND = 0.08  # slower than the run's others by so much: disturbed
 NOISE_OF_SLOW = 3.0  # unless the run's timings differ by a third of it anyway
+MEDIAN_OFF = 0.6745  # of a normal distribution with a standard deviation of 1
 SWAPPED_MIB = 16.0
 LEAST_SECONDS = 1e-7  # less is no time of a token, and no clock's
 
@@ -112,20 +113,31 @@ def _rows_alike(run: Run, phase: str, values: list[_Value], is_prompt: bool) -> 
         by_round.setdefault(value.round, []).append(value)
     medians = {number: _median(found) for number, found in by_round.items()}
     good = [value for value in medians.values() if not value.doubt]
-    best = min((value.seconds for value in good), default=0.0)
-    slow = max(SLOW_ROUND, NOISE_OF_SLOW * max((value.noise for value in good), default=0.0))
-    calm = [value for value in good if value.seconds <= best * (1 + slow)]
+    usual_s, most_s = _usual(good)
+    calm = [value for value in good if value.seconds <= most_s]
     if calm:
         yield _row(run, phase, calm, is_prompt, "")
     for (_, number), value in medians.items():
         if value in calm:
             continue
-        slower = value.seconds / best - 1 if best else 0.0
+        slower = value.seconds / usual_s - 1 if usual_s else 0.0
         doubt = (
             value.doubt
-            or f"round {number} was {slower:.0%} slower than the run's best: a hot or busy machine?"
+            or f"round {number} was {slower:.0%} slower than the run's others: a hot or busy machine?"
         )
         yield _row(run, phase, [value], is_prompt, doubt)
+
+
+def _usual(values: Sequence[_Value]) -> tuple[float, float]:
+    """(seconds of an undisturbed round, the most that noise alone makes of them): of two rounds the faster counts."""
+    times = [value.seconds for value in values]
+    if not times:
+        return 0.0, 0.0
+    usual_s, off = min(times), max(value.noise for value in values)
+    if len(times) > 2:
+        usual_s = statistics.median(times)
+        off = max(off, statistics.median(abs(each / usual_s - 1.0) for each in times) / MEDIAN_OFF)
+    return usual_s, usual_s * (1.0 + max(SLOW_ROUND, NOISE_OF_SLOW * off))
 
 
 def _median(values: Sequence[_Value]) -> _Value:
