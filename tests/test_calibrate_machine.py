@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,25 @@ def test_a_shipped_machine_is_never_written_to() -> None:
     path = own_machine_path(REFERENCE_MACHINE, resolve_machine(REFERENCE_MACHINE))
     assert path.name == f"{REFERENCE_MACHINE}.toml"
     assert "placement" not in path.parts
+
+
+def test_a_shipped_file_named_by_its_path_is_not_written_to() -> None:
+    """Nor where somebody points at it inside the package."""
+    from placement.files import PACKAGE_DATA
+    from placement.machine_files import REFERENCE_MACHINE
+
+    shipped = PACKAGE_DATA / "machines" / f"{REFERENCE_MACHINE}.toml"
+    assert shipped.is_file()
+    path = own_machine_path(str(shipped), read_machine(shipped))
+    assert PACKAGE_DATA not in path.resolve().parents
+    assert path.name == shipped.name
+
+
+@pytest.mark.parametrize("name", ["a/b", "../up", "två kort"])
+def test_a_machines_name_is_one_file_name(name: str) -> None:
+    """Whatever a machine is called, its file lies in the user's folder."""
+    path = own_machine_path(None, replace(bare_machine(), name=name))
+    assert path.parent.name == "machines" and path.suffix == ".toml"
 
 
 def test_a_detected_value_is_the_newer_prior() -> None:

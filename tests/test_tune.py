@@ -19,7 +19,14 @@ from machine_simulator import (
 )
 from verify_support import Lines
 
-from placement.calibrate.choosing import Proposal, choose_runs, is_settled, outlook
+from placement.calibrate.choosing import (
+    Proposal,
+    choose_runs,
+    is_settled,
+    outlook,
+    rounds_to_tell,
+    worth_again,
+)
 from placement.calibrate.fit import calibrate
 from placement.cli.tune import Duration
 from placement.engine import Engine
@@ -100,6 +107,29 @@ def test_it_is_not_settled_while_something_better_is_predicted() -> None:
     """Measured turns that are slower than a prediction not yet run."""
     each = proposals()
     assert not is_settled(fits(1, 8), each, {one.key: 1e9 for one in each[:6]}, 0.01)
+
+
+def test_what_is_repeated_may_be_the_fastest() -> None:
+    """What measured nearly the best, and what would have by the other runs, the likeliest first."""
+    turns = {"best": 10.0, "near": 10.2, "hot": 13.0, "slow": 13.0}
+    predicted = {"best": 10.1, "near": 10.3, "hot": 9.8, "slow": 12.8}
+    assert worth_again(turns, predicted, 0.01) == ["best", "near", "hot"]
+    assert worth_again({}, {}, 0.01) == []
+
+
+@pytest.mark.parametrize(("noise", "rounds"), [(0.0, 2), (0.01, 2), (0.015, 3), (0.02, 4), (0.2, 6)])
+def test_noise_asks_for_rounds(noise: float, rounds: int) -> None:
+    """Enough that their middle is known within 1 %, within reason."""
+    assert rounds_to_tell(noise) == rounds
+
+
+def test_a_busy_machine_settles_nothing() -> None:
+    """Rounds that differ by half are no reason to take the best measured for the best there is."""
+    each = proposals()
+    known = fits(1, 8)
+    best_s = float(outlook(known, each).turns_s.min())
+    measured = {one.key: 1.5 * best_s for one in each[:6]}
+    assert not is_settled(known, each, measured, 1.0)
 
 
 @pytest.mark.parametrize(

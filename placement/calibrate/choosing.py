@@ -14,7 +14,8 @@ import numpy as np
 
 from placement.calibrate.design import Array
 from placement.calibrate.features import Row
-from placement.calibrate.fit import MODEL_NOISE, Calibration
+from placement.calibrate.fit import Calibration
+from placement.calibrate.fit_problem import MODEL_NOISE
 from placement.calibrate.parameters import DECODE
 
 NEAR = 0.1  # a turn so much slower than the best predicted counts less by a factor e

@@ -44,7 +44,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came out: the verdict on all that was run, the machine with what was learned, and why it ended."""
+    """What came out: the verdict on all that was run, the machine with what was learned, and why it ended.
+
+    `error`: the median error of decode speeds, each run predicted from all others; None where too few were run.
+    """
 
     report: Report | None
     machine: Machine
@@ -52,6 +55,7 @@ class Tuned:
     lines: tuple[Line, ...]
     is_settled: bool
     why: str
+    error: float | None = None
 
 
 def what_was_learned(

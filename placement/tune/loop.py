@@ -26,6 +26,7 @@ from placement.calibrate.choosing import (
 )
 from placement.calibrate.fit import Calibration
 from placement.calibrate.memory import fit_memory
+from placement.calibrate.report import median_error
 from placement.calibrate.runs import Found, conditions_of, find_runs
 from placement.calibrate.whole import fit_both
 from placement.errors import InputError
@@ -122,7 +123,10 @@ class Tuning:
         return {each.run_id: each.turn_s for each in results if each.role == FIT and each.turn_s is not None}
 
     def _ended(self, why: str, settled: bool) -> Tuned:
-        return Tuned(self.report, self.machine, self.changes, tuple(self.lines), settled, why)
+        found = find_runs(self.root, self.base, conditions=conditions_of(self.key))
+        decode, _ = fit_both(self.base, found)
+        error = median_error(decode.errors, is_after=True)
+        return Tuned(self.report, self.machine, self.changes, tuple(self.lines), settled, why, error)
 
     def _is_late(self) -> bool:
         return self.steps_until_s is not None and time.monotonic() > self.steps_until_s
