@@ -195,6 +195,18 @@ def test_a_dry_run_shows_the_changes_and_writes_nothing(place: tuple[list[str], 
     assert "node_us: - →" in result.output and "would change" in result.output
 
 
+def test_a_read_only_file_costs_no_report(place: tuple[list[str], Path]) -> None:
+    """What was found is printed; then one line says that nothing was written, and the exit code is 2."""
+    arguments, path = place
+    path.chmod(0o444)
+    shown = CliRunner().invoke(cli, arguments, standalone_mode=False)
+    assert "median error" in shown.stdout
+    assert "is read-only" in str(shown.exception)
+    row = CliRunner().invoke(cli, [*arguments, "--json"], standalone_mode=False)
+    assert json.loads(row.stdout)["is_written"] is False
+    assert path.read_text() == machine_toml(bare_machine())
+
+
 def test_the_json_holds_errors_and_unknowns(place: tuple[list[str], Path]) -> None:
     """One object with the errors of every run and what would identify what is not known."""
     arguments, _ = place

@@ -6,6 +6,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -13,6 +14,7 @@ import click
 from placement.problem import PROGRAMS
 
 if TYPE_CHECKING:
+    from placement.errors import PlacementError
     from placement.machine import Machine
     from placement.model import Model
 
@@ -105,6 +107,33 @@ def load_machine(name: str | None, rpc: Sequence[str] = ()) -> Machine:
     if found is None:
         return _reference_machine(reason)
     return found if rpc else with_learned(found, warn)
+
+
+def own_machine(name: str | None) -> Machine:
+    """As `load_machine`, for what is measured here and kept: never the reference machine in its stead.
+
+    Raises:
+        InputError: no machine is named, and there is no GPU to know this one by.
+    """
+    from placement.errors import InputError
+
+    reason = "" if name is not None else _machine_here(has_rpc=False)[1]
+    if reason:
+        raise InputError("--machine", f"{reason}: name the file of the machine that is measured")
+    return load_machine(name)
+
+
+def keep_learned(machine: Machine, path: Path, is_wanted: bool) -> tuple[bool, PlacementError | None]:
+    """Write what was learned; (whether it was written, why not). What was found is shown before the error is."""
+    from placement.errors import InputError
+    from placement.recognise import save_learned
+
+    try:
+        if is_wanted:
+            save_learned(machine, path)
+    except InputError as error:
+        return False, error
+    return is_wanted, None
 
 
 def detected_machine() -> Machine:

@@ -81,20 +81,15 @@ def command(model_name: str, machine_name: str | None, is_json: bool, **asked: A
     Example:
       place tune qwen3-coder-q5 --model-file Qwen3-Coder-Next-Q5.gguf --budget 20m
     """
-    from placement.errors import InputError
-    from placement.recognise import learned_path, save_learned
+    from placement.recognise import learned_path
 
     model = options.load(model_name)
     machine = options.load_machine(machine_name)
     model_path = Path(asked["model_file"] or (model.files[0] if model.files else f"{model.name}.gguf"))
     tuned = _tune(model, machine, model_path, asked, is_json)
-    path, failure = learned_path(machine_name, machine), None
-    is_written = bool(tuned.changes) and not asked["is_dry"]
-    try:
-        if is_written:
-            save_learned(tuned.machine, path)
-    except InputError as error:  # what was measured is shown before anything is said of the file
-        is_written, failure = False, error
+    path = learned_path(machine_name, machine)
+    is_wanted = bool(tuned.changes) and not asked["is_dry"]
+    is_written, failure = options.keep_learned(tuned.machine, path, is_wanted)
     if is_json:
         kept = {"path": str(path), "is_written": is_written}
         options.echo_json({**_row(tuned, model.name, str(model_path)), **kept})
