@@ -5,7 +5,11 @@ from __future__ import annotations
 # name: (value, unit, meaning). `name.DEVICE` in a machine file overrides `name` for that device.
 DEFAULTS: dict[str, tuple[float, str, str]] = {
     "read_efficiency": (0.90, "fraction", "share of a GPU's bandwidth that reading weights reaches"),
-    "kv_read_efficiency": (0.70, "fraction", "share of a GPU's bandwidth that reading the KV cache reaches"),
+    "kv_read_efficiency": (
+        0.70,
+        "fraction",
+        "share of a GPU's bandwidth that reading the KV cache reaches; .CPU: of the host's [cpu_read_efficiency]",
+    ),
     "cpu_read_efficiency": (0.55, "fraction", "share of the host's bandwidth that weights on the CPU reach"),
     "expert_read_share": (1.0, "fraction", "bandwidth that reading experts reaches, beside dense weights"),
     "float_read_share": (1.0, "fraction", "bandwidth that f16, bf16 and f32 weights reach, beside quantised"),

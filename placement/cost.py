@@ -154,6 +154,12 @@ def boundary_us(machine: Machine) -> float:
     return kept.value if kept is not None else coefficient(machine, "split_us")
 
 
+def cpu_kv_efficiency(machine: Machine) -> float:
+    """Share of the host's bandwidth that a cache there is read at; where the machine does not say, as weights."""
+    kept = machine.coefficients.get(f"kv_read_efficiency.{CPU}")
+    return kept.value if kept is not None else coefficient(machine, "cpu_read_efficiency")
+
+
 def device_tflops(machine: Machine, device: Device) -> float:
     """The device's matrix throughput in 1e12 operations per second, guessed from its bandwidth if unknown."""
     return device.tflops or device.bandwidth_gb_per_s * coefficient(
@@ -165,10 +171,11 @@ def rates(machine: Machine, devices: tuple[str, ...], settings: Settings) -> Rat
     """Seconds per unit for the devices that the engine is given, in its order."""
     tables: list[dict[str, float]] = [{} for _ in range(5)]
     read, kv, dense, expert, attention = tables
-    cpu_read = machine.cpu.bandwidth_gb_per_s * 1e9 * coefficient(machine, "cpu_read_efficiency")
+    cpu_bandwidth = machine.cpu.bandwidth_gb_per_s * 1e9
     threads = settings.n_threads or machine.cpu.threads
     cpu_flops = threads * coefficient(machine, "cpu_tflops_per_thread") * 1e12
-    read[CPU] = kv[CPU] = 1.0 / cpu_read
+    read[CPU] = 1.0 / (cpu_bandwidth * coefficient(machine, "cpu_read_efficiency"))
+    kv[CPU] = 1.0 / (cpu_bandwidth * cpu_kv_efficiency(machine))
     dense[CPU] = expert[CPU] = attention[CPU] = 1.0 / cpu_flops
     stream_device = None
     for name in devices:

@@ -63,8 +63,17 @@ def detect_cpu() -> Cpu:
         usable_mib=max(total_mib - _HOST_MARGIN_MIB, total_mib / 2),
         bandwidth_gb_per_s=guess,
         threads=cores,
-        description=platform.processor() or platform.machine(),
+        description=_processor(),
     )
+
+
+def _processor() -> str:
+    """The processor's model; where the kernel does not name it, its architecture."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _device(nvml: Any, index: int) -> Device:

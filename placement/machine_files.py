@@ -29,6 +29,7 @@ from placement.machine import (
 
 REFERENCE_MACHINE = "rtx4090-rtx5070ti"
 
+_UNSAFE = re.compile(r"[^\w.+-]+")
 _DEVICE_NAME = re.compile(r"[A-Za-z]+\d+")
 _ADDRESS = re.compile(r"[A-Za-z0-9_.:\[\]-]+:\d{1,5}")
 _DEVICE_NUMBERS = ("total_mib", "usable_mib", "runtime_mib", "bandwidth_gb_per_s", "link_gb_per_s", "tflops")
@@ -69,12 +70,14 @@ def own_machine_path(name: str | None, machine: Machine) -> Path:
     """
     path = Path(name) if name is not None else None
     if path is not None and (path.suffix == ".toml" or os.path.isfile(path)):
-        return path
+        if PACKAGE_DATA not in path.resolve().parents:
+            return path
+        name = path.stem
+    stem = _UNSAFE.sub("-", name or machine.name)
     for folder in machine_folders():
-        file = folder / f"{name or machine.name}.toml"
-        if file.is_file() and PACKAGE_DATA not in folder.parents:
-            return file
-    return user_config_folder() / "machines" / f"{machine.name}.toml"
+        if (folder / f"{stem}.toml").is_file() and PACKAGE_DATA not in folder.parents:
+            return folder / f"{stem}.toml"
+    return user_config_folder() / "machines" / f"{stem}.toml"
 
 
 def read_machine(path: Path) -> Machine:

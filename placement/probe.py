@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import signal
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +40,8 @@ PROGRAM = "llama-bench"
 BUDGET_S = 120.0
 CASE_TIMEOUT_S = 60.0
 N_VOCAB = 1024
+LEAST_NOISE = 0.01
+MEDIAN_OFF = 0.6745  # of a normal distribution with a standard deviation of 1
 LEAST_UNCERTAINTY = 0.1  # of a value: zeros of one shape are not every model
 FAST_GB_PER_S = 200.0  # slower devices get smaller models: a probe is short
 _DROPPED = {"-c": 1, "-np": 1, "-fit": 1, "-kvu": 0}
@@ -102,6 +106,7 @@ def cases(machine: Machine) -> Iterator[Case]:
         )
     host = _shapes(machine.cpu.usable_mib, is_fast=False)[0]
     yield Case("CPU wide", host, (), n_prompt=64, is_op_offloaded=False)
+    yield Case("CPU wide, deep", host, (), depth=512, is_op_offloaded=False)
     for a, b in itertools.pairwise(device.name for device in machine.devices):
         narrow = _shapes(min(machine.device(each).usable_mib for each in (a, b)), is_fast=False)[1]
         yield Case(f"{a}+{b} narrow", narrow, (a, b), n_generate=64)
@@ -214,13 +219,12 @@ def run_case(case: Case, machine: Machine, engine: Engine, folder: Path, timeout
     )  # fmt: skip
     if finished.returncode != 0:
         said = (finished.stderr.strip().splitlines() or ["nothing was said"])[-1]
-        raise EngineFailed(f"llama-bench ended with {finished.returncode}: {said}")
+        raise EngineFailed(f"llama-bench {_end_of(finished.returncode)}: {said}")
     counts = graph_counts(plan)
     rows = []
     for test in read_bench(finished.stdout):
         n_prompt, n_generate = int(test["n_prompt"]), int(test["n_gen"])
-        seconds = float(test["avg_ns"]) * 1e-9
-        noise = max(0.01, float(test.get("stddev_ns", 0.0)) / float(test["avg_ns"]) / math.sqrt(3))
+        seconds, noise = middle_of(test)
         if n_generate:
             at = replace(problem, workload=Workload(1, 1, case.depth + n_generate // 2))
             token_s = seconds / n_generate
@@ -229,6 +233,20 @@ def run_case(case: Case, machine: Machine, engine: Engine, folder: Path, timeout
             at = replace(problem, workload=Workload(n_prompt, 1, case.depth))
             rows.append(prompt_row(at, assignment, counts, case.name, seconds, noise, case.name))
     return rows
+
+
+def _end_of(status: int) -> str:
+    """How a program ended, a signal by its name: SIGILL means a build for another processor."""
+    known = {-number: number.name for number in signal.Signals}
+    return f"was ended by {known[status]}" if status in known else f"ended with {status}"
+
+
+def middle_of(test: dict[str, Any]) -> tuple[float, float]:
+    """(median seconds of a test's repeats, what it is off by as a share): one disturbed repeat does not count."""
+    times = [float(each) * 1e-9 for each in test.get("samples_ns") or [test["avg_ns"]]]
+    middle_s = statistics.median(times)
+    off = statistics.median(abs(each / middle_s - 1.0) for each in times)
+    return middle_s, max(LEAST_NOISE, off / MEDIAN_OFF / math.sqrt(len(times)))
 
 
 def placed(case: Case, model: Model, machine: Machine) -> tuple[Problem, Assignment]:

@@ -14,6 +14,7 @@ from placement.errors import InputError
 from placement.machine import Machine
 from placement.model import Model
 from placement.problem import Problem, Settings
+from placement.recognise import with_learned
 from placement.solution import Judge, Solution, SolutionSet
 from placement.solve import Request, best_choice, make_problem, solve
 from placement.store import save_solutions, solution_folder, solution_set_row
@@ -187,11 +188,16 @@ def run_solve(
         tell(f"place: warning: {warning}")
     if not found.solutions:
         return Outcome(problem, found, None, False)
-    path = solution_folder(Path(out_folder or "solutions"), problem, _variant(request)) / "solution.toml"
+    path = kept_folder(out_folder, problem, request) / "solution.toml"
     row = solution_set_row(problem, found, commands(problem, found))
     is_new = save_solutions(path, problem, row)
     reasons = tuple(sensitivity(problem, found, request)) if asked.get("is_why") else ()
     return Outcome(problem, found, path, is_new, reasons)
+
+
+def kept_folder(out_folder: str | None, problem: Problem, request: Request) -> Path:
+    """Where a request's solutions are kept, and the records of their runs beside them."""
+    return solution_folder(Path(out_folder or "solutions"), problem, _variant(request))
 
 
 def _variant(request: Request) -> str:
@@ -242,6 +248,8 @@ def with_engine(
         from placement.engine import find_engine
 
         machine = with_rpc_devices(machine, servers, None if spec == "off" else find_engine(spec))
+        if asked.get("is_detected"):
+            machine = with_learned(machine, tell)
     engine, reason = choose_engine(spec, machine)
     if reason:
         tell(f"place: {reason}")

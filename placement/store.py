@@ -37,6 +37,12 @@ def solution_folder(root: Path, problem: Problem, variant: str = "") -> Path:
     return root / "--".join(filter(None, names))
 
 
+def solution_folders(root: Path, problem: Problem) -> list[Path]:
+    """The folders there are of a problem, those of its variants too."""
+    plain = solution_folder(root, problem)
+    return [each for each in (plain, *sorted(root.glob(f"{plain.name}--*"))) if each.is_dir()]
+
+
 def solution_set_row(problem: Problem, found: SolutionSet, commands: dict[str, str]) -> dict[str, Any]:
     """The set with the contract's keys; the first solution is the recommended one."""
     settings = problem.settings

@@ -6,6 +6,7 @@ an error of each placement's own, noise of each run, and now and then a disturbe
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -16,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from placement.buffers import graph_counts
-from placement.calibrate.choosing import Proposal, choose_runs, is_settled, worth_again
+from placement.calibrate.choosing import (
+    MOST_AGAIN,
+    Proposal,
+    choose_runs,
+    is_settled,
+    outlook,
+    rounds_to_tell,
+    worth_again,
+)
 from placement.calibrate.features import Row, decode_row, predict_s, prompt_row
 from placement.calibrate.fit import calibrate
 from placement.calibrate.parameters import DECODE, PROMPT, parameters
@@ -26,12 +35,12 @@ from placement.cost import GraphCounts
 from placement.emit import emit_arguments
 from placement.groups import movable_groups
 from placement.machine import Coefficient, Cpu, Device, Machine
-from placement.model import Model
+from placement.model import Model, Tensor
 from placement.model_files import resolve_model
 from placement.problem import CPU, Assignment, Problem, Settings, Workload
 from placement.verify.decide import LEAST_NOISE
+from placement.verify.keys import machine_key
 from placement.verify.records import RunLog
-from placement.verify.run import machine_key
 from placement.verify.schema import DevicePeak, Key, Record, Timing
 
 TRUE_SPREAD = 0.22  # how far true coefficients lie from the defaults
@@ -47,6 +56,33 @@ def bare_machine() -> Machine:
         Device("CUDA1", 16384, 15800, 480, 896, 25, compute_capability="12.0", tflops=88),
     )
     return Machine("simulated", devices, Cpu(120000, 60, 16))
+
+
+def three_cards() -> Machine:
+    """Three cards of very unequal speed and memory."""
+    devices = (
+        Device("CUDA0", 32607, 31800, 480, 1792, 50, compute_capability="12.0", tflops=210),
+        Device("CUDA1", 24576, 23900, 480, 936, 12, compute_capability="8.6", tflops=71),
+        Device("CUDA2", 12288, 11700, 480, 360, 12, compute_capability="8.6", tflops=51),
+    )
+    return Machine("simulated", devices, Cpu(120000, 80, 24))
+
+
+def workers() -> Machine:
+    """Two workers of unequal memory behind a network, and no card here."""
+    devices = (
+        Device("RPC0", 24000, 24000, 0, 400, 1, address="10.0.0.2:50052"),
+        Device("RPC1", 16000, 16000, 0, 200, 1, address="10.0.0.3:50052"),
+    )
+    return Machine("simulated", devices, Cpu(64000, 50, 8))
+
+
+def no_card() -> Machine:
+    """A host alone."""
+    return Machine("simulated", (), Cpu(120000, 60, 16))
+
+
+MACHINES = {"two cards": bare_machine, "three cards": three_cards, "workers": workers, "no card": no_card}
 
 
 @dataclass(frozen=True)
@@ -66,18 +102,42 @@ def model(name: str) -> Model:
 
 
 @lru_cache(maxsize=8)
-def placements(name: str = "qwen3-30b-a3b-q4", n: int = 40, seed: int = 0) -> tuple[Placed, ...]:
+def two_families(name: str) -> Model:
+    """The model with i-quants for half of its experts and floats for its attention."""
+    plain = model(name)
+
+    def changed(tensor: Tensor) -> Tensor:
+        if "attn_" in tensor.name and len(tensor.shape) > 1:
+            return replace(tensor, type="F16")
+        is_iq = "_exps" in tensor.name and (tensor.layer or 0) % 2
+        return replace(tensor, type="IQ4_XS") if is_iq else tensor
+
+    return replace(plain, name=f"{name}-two", tensors=tuple(map(changed, plain.tensors)))
+
+
+@lru_cache(maxsize=16)
+def placements(
+    name: str = "qwen3-30b-a3b-q4", n: int = 40, seed: int = 0, kind: str = "two cards"
+) -> tuple[Placed, ...]:
     """Random sensible placements of a model: device orders, cuts, experts off their home, ubatches, load modes."""
     rng, found = random.Random(seed), {}
+    chosen = two_families(name.removesuffix("+")) if name.endswith("+") else model(name)
     while len(found) < n:
-        each = _random(model(name), rng, len(found))
+        each = _random(chosen, rng, len(found), MACHINES[kind]())
         found.setdefault((each.assignment, each.problem.workload), each)
     return tuple(found.values())
 
 
-def _random(model: Model, rng: random.Random, number: int) -> Placed:
-    machine = bare_machine()
-    order = rng.choice([("CUDA0", "CUDA1"), ("CUDA1", "CUDA0"), ("CUDA0",), ("CUDA1",), ("CUDA0", "CUDA1")])
+def _orders(machine: Machine) -> list[tuple[str, ...]]:
+    names = tuple(device.name for device in machine.devices)
+    if len(names) == 2:
+        a, b = names
+        return [(a, b), (b, a), (a,), (b,), (a, b)]
+    return [order for n in range(1, len(names) + 1) for order in itertools.permutations(names, n)] or [()]
+
+
+def _random(model: Model, rng: random.Random, number: int, machine: Machine) -> Placed:
+    order = rng.choice(_orders(machine))
     depth = rng.choice([128, 2000, 16000])
     ubatch = rng.choice([256, 512, 1024, 2048])
     settings = Settings(
@@ -85,10 +145,10 @@ def _random(model: Model, rng: random.Random, number: int) -> Placed:
         flash_attention="on", load_mode=rng.choice(["auto", "none"]),
     )  # fmt: skip
     groups = movable_groups(model, n_layers := max(t.layer or 0 for t in model.tensors) + 1)
-    cut = rng.randint(4, n_layers - 4) if len(order) == 2 else n_layers + 1
-    homes = tuple(order[0] if i < cut else order[-1] for i in range(n_layers + 1))
+    cuts = sorted(rng.randint(4, n_layers - 4) for _ in order[1:])
+    homes = tuple(order[sum(i >= cut for cut in cuts)] if order else CPU for i in range(n_layers + 1))
     moved: list[tuple[str, str]] = []
-    target = rng.choice([CPU, CPU, CPU, *(["CUDA1"] if order == ("CUDA0", "CUDA1") else []), ""])
+    target = rng.choice([CPU, CPU, CPU, *(order[-1:] if len(order) > 1 and order[0] < order[-1] else []), ""])
     n_moved, kinds = rng.randint(1, n_layers), rng.choice([(), (), ("down",), ("gate_up",)])
     for layer in sorted(rng.sample(range(n_layers), n_moved)) if target else ():
         if homes[layer] != target:
@@ -112,10 +172,10 @@ def rows_of(placed: Placed) -> tuple[Row, Row]:
 
 @lru_cache(maxsize=8)
 def pool(
-    name: str = "qwen3-30b-a3b-q4", n: int = 40, seed: int = 0
+    name: str = "qwen3-30b-a3b-q4", n: int = 40, seed: int = 0, kind: str = "two cards"
 ) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     """(decode rows, prompt rows) of random placements."""
-    rows = [rows_of(each) for each in placements(name, n, seed)]
+    rows = [rows_of(each) for each in placements(name, n, seed, kind)]
     return tuple(row for row, _ in rows), tuple(row for _, row in rows)
 
 
@@ -123,12 +183,17 @@ class Simulated:
     """A machine whose coefficients are known to it alone."""
 
     def __init__(
-        self, seed: int, spread: float = TRUE_SPREAD, noise: float = 0.01, misfit: float = 0.015
+        self,
+        seed: int,
+        spread: float = TRUE_SPREAD,
+        noise: float = 0.01,
+        misfit: float = 0.015,
+        base: Machine | None = None,
     ) -> None:
         self.rng = random.Random(seed)
         self.noise, self.misfit, self.seed = noise, misfit, seed
-        true = {}
-        for each in (*parameters(bare_machine(), DECODE), *parameters(bare_machine(), PROMPT)):
+        true, base = {}, base or bare_machine()
+        for each in (*parameters(base, DECODE), *parameters(base, PROMPT)):
             if each.is_log:
                 value = each.prior * math.exp(
                     self.rng.gauss(0.0, max(spread, each.spread / 2) if spread else 0.0)
@@ -137,7 +202,7 @@ class Simulated:
             else:
                 value = self.rng.expovariate(1.0 / ZEROS[each.base]) if spread else 0.0
             true[each.name] = Coefficient(value, each.unit)
-        self.machine = replace(bare_machine(), coefficients=true)
+        self.machine = replace(base, coefficients=true)
 
     def true_s(self, row: Row) -> float:
         """What a placement takes when nothing disturbs it: the model's time and the placement's own error."""
@@ -162,6 +227,8 @@ class Simulated:
         round_: int = 1,
         throttle: float = 1.0,
         role: str = "solution",
+        campaign: str = "simulated",
+        repeats: int = 1,
         **key: str | None,
     ) -> list[Record]:
         """The records of one round of a placement: all its phases, `throttle` times slower."""
@@ -180,7 +247,7 @@ class Simulated:
         uses = device_use(problem, assignment, plan)
         planned = {device: use.self_mib for device, use in uses.items()}
         common = {
-            "campaign": "simulated", "at": f"2026-01-01T00:00:{round_:02d}+00:00", "round": round_, "role": role,
+            "campaign": campaign, "at": f"2026-01-01T00:00:{round_:02d}+00:00", "round": round_, "role": role,
             "key": Key(**{**KEY, "machine": machine_key(problem.machine), "model_digest": problem.model.digest, **key}),
             "candidate": name, "run_id": name, "arguments": tuple(arguments), "outcome": "ok", "wall_s": 1.0,
         }  # fmt: skip
@@ -193,7 +260,11 @@ class Simulated:
             Record(**common, phase="plan"),
             Record(**common, phase="start", splits_prompt=counts.splits_prompt, splits_decode=counts.splits_decode,
                    buffers_mib=planned, devices=taken(RUNTIME_MIB)),
-            Record(**common, phase="short prompt", timing=timing(64, 128), devices=taken(RUNTIME_MIB + GROWTH_MIB)),
+            *(
+                Record(**common, phase="short prompt", repeat=i, timing=timing(64, 128),
+                       devices=taken(RUNTIME_MIB + GROWTH_MIB))
+                for i in range(repeats)
+            ),
             Record(**common, phase="long prompt", timing=timing(2000, 16), devices=taken(RUNTIME_MIB + GROWTH_MIB)),
             Record(**common, phase="canary", timing=timing(8000, 64), devices=taken(RUNTIME_MIB + GROWTH_MIB)),
             Record(**common, phase="stop"),
@@ -244,8 +315,10 @@ def tuned_choice(
             rows += [token, read]
             turns[each.key] = seconds
     n_runs = len(turns)
-    for key in worth_again(fits, turns):
-        turns[key] = statistics.median([turns[key], *(turn(by_key[key])[2] for _ in range(2))])
+    predicted = dict(zip(by_key, map(float, outlook(fits, proposals).turns_s), strict=True))
+    for key in worth_again(turns, predicted, noise)[:MOST_AGAIN]:
+        more = rounds_to_tell(noise)
+        turns[key] = statistics.median([turns[key], *(turn(by_key[key])[2] for _ in range(more))])
     true = {
         k: simulated.true_s(e.prompt) + e.generate_tokens * simulated.true_s(e.decode)
         for k, e in by_key.items()

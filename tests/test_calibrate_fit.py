@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from machine_simulator import Simulated, bare_machine, placements, pool
+from machine_simulator import MACHINES, Simulated, bare_machine, no_card, placements, pool
 
 from placement.calibrate.features import Row, predict_s
 from placement.calibrate.fit import Calibration, calibrate, with_values
 from placement.calibrate.parameters import DECODE, PROMPT
 from placement.cost import evaluate
+from placement.machine import Coefficient
 
 DENSE = "gemma-3-27b-q4"
 
@@ -173,3 +174,97 @@ def test_prompts_are_learned_apart() -> None:
     ]
     assert decode_fit.values == alone.values
     assert statistics.median(errors) <= 0.08
+
+
+@pytest.mark.parametrize("n_calm", [0, 2, 3, 7])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_at_a_fifth_of_its_speed_is_never_fitted(
+    decode: tuple[Row, ...], n_calm: int, seed: int
+) -> None:
+    """A machine that swapped through a whole run without saying so: alone, one of three, of four, of eight."""
+    simulated = Simulated(seed)
+    rows = simulated.runs(decode[:n_calm])
+    fit = learn(simulated, [*rows, simulated.run(decode[9], throttle=5.0)])
+    assert [each.run for each in fit.outliers] == [decode[9].run]
+
+
+def test_two_slow_runs_that_agree_are_believed(decode: tuple[Row, ...]) -> None:
+    """A machine may really be three times slower than anybody believes."""
+    slow = replace(bare_machine(), coefficients={"cpu_read_efficiency": Coefficient(0.1, "fraction")})
+    host = on_the_host(decode)
+    rows = [replace(row, measured_s=predict_s(row, slow), noise=0.01) for row in host[:5]]
+    fit = learn(Simulated(1), rows)
+    assert fit.outliers == ()
+    assert fit.predict(host[5:8])[0] == pytest.approx([predict_s(row, slow) for row in host[5:8]], rel=0.1)
+
+
+def on_the_host(rows: tuple[Row, ...]) -> list[Row]:
+    """Rows whose time the host's bandwidth matters to."""
+    return [row for row in rows if any("cpu_read_efficiency" in dict(term.powers) for term in row.terms)]
+
+
+@pytest.mark.parametrize("noise", [0.04, 0.08])
+def test_runs_that_are_noisier_than_they_say_are_not_flagged(decode: tuple[Row, ...], noise: float) -> None:
+    """Where all runs lie far from each other none is an outlier: at most one run in forty is taken for one."""
+    flagged = 0
+    for seed in range(20):
+        simulated = Simulated(seed, noise=noise)
+        rows = [replace(row, noise=0.005) for row in simulated.runs(decode[8:18])]
+        flagged += len(learn(simulated, rows).outliers)
+    assert flagged / 200 <= 1 / 40
+
+
+@pytest.mark.parametrize("kind", ["three cards", "workers", "no card"])
+def test_other_machines_are_learned_as_well(kind: str) -> None:
+    """Three unequal cards, workers, and a host alone: half of the error at most is left after eight runs."""
+    rows, before, after = pool(kind=kind)[0], [], []
+    for seed in range(6):
+        simulated = Simulated(seed, base=MACHINES[kind]())
+        priors = calibrate(MACHINES[kind](), [], with_errors=False)
+        fit = calibrate(MACHINES[kind](), simulated.runs(rows[:8]), with_errors=False)
+        for errors, each in ((before, priors), (after, fit)):
+            seconds = each.predict(rows[8:])[0]
+            errors += [abs(simulated.true_s(r) / p - 1) for r, p in zip(rows[8:], seconds, strict=True)]
+    assert statistics.median(after) <= min(0.05, statistics.median(before) / 2)
+
+
+def test_two_quantisation_families_are_told_apart() -> None:
+    """With i-quants and floats beside other quants, sixteen runs tell that i-quants are read at 70 % of the speed."""
+    rows = pool("qwen3-30b-a3b-q4+")[0]
+    truth = Coefficient(0.7, "fraction")
+    slow = replace(bare_machine(), coefficients={"iq_read_share": truth})
+    runs = [replace(row, measured_s=predict_s(row, slow), noise=0.01) for row in rows[:16]]
+    fit = calibrate(bare_machine(), runs, with_errors=False)
+    assert fit.values["iq_read_share.CPU"] == pytest.approx(
+        0.7, abs=2 * fit.uncertainties["iq_read_share.CPU"]
+    )
+    assert fit.values["iq_read_share.CPU"] < 0.85 < fit.values["float_read_share.CPU"]
+
+
+def test_the_hosts_cache_has_a_rate_of_its_own() -> None:
+    """Placements on the CPU that slow down with depth teach it; weights there keep their rate."""
+    rows = pool(kind="no card")[0]
+    slow = replace(no_card(), coefficients={"kv_read_efficiency.CPU": Coefficient(0.05, "fraction")})
+    runs = [replace(row, measured_s=predict_s(row, slow), noise=0.01) for row in rows[:8]]
+    fit = calibrate(no_card(), runs, with_errors=False)
+    assert fit.values["kv_read_efficiency.CPU"] == pytest.approx(0.05, rel=0.1)
+    assert fit.values["cpu_read_efficiency"] == pytest.approx(0.55, rel=0.15)
+
+
+def test_what_a_probe_found_to_be_nothing_can_grow_again(decode: tuple[Row, ...]) -> None:
+    """A fixed time that was detected as zero is no logarithm: runs may still find 120 us."""
+    nothing = Coefficient(3e-16, "us", "detected", "2026-01-01", 4, 60.0)
+    machine = replace(bare_machine(), coefficients={"token_us": nothing})
+    true = replace(machine, coefficients={"token_us": Coefficient(120.0, "us")})
+    rows = [replace(row, measured_s=predict_s(row, true), noise=0.005) for row in decode[:12]]
+    fit = calibrate(machine, rows, with_errors=False)
+    assert fit.values["token_us"] == pytest.approx(120.0, abs=2.5 * fit.uncertainties["token_us"])
+    assert 0 < fit.uncertainties["token_us"] < 100
+
+
+@pytest.mark.parametrize("name", ["split_us", "boundary_us", "layer_us.CUDA0"])
+def test_a_file_may_say_that_a_time_is_nothing(decode: tuple[Row, ...], name: str) -> None:
+    """A prior of zero is fitted in its unit."""
+    machine = replace(bare_machine(), coefficients={name: Coefficient(0.0, "us")})
+    fit = calibrate(machine, Simulated(1).runs(decode[:8]), with_errors=False)
+    assert all(math.isfinite(each) and each >= 0 for each in fit.values.values())

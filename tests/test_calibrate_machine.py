@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,25 @@ def test_a_shipped_machine_is_never_written_to() -> None:
     assert "placement" not in path.parts
 
 
+def test_a_shipped_file_named_by_its_path_is_not_written_to() -> None:
+    """Nor where somebody points at it inside the package."""
+    from placement.files import PACKAGE_DATA
+    from placement.machine_files import REFERENCE_MACHINE
+
+    shipped = PACKAGE_DATA / "machines" / f"{REFERENCE_MACHINE}.toml"
+    assert shipped.is_file()
+    path = own_machine_path(str(shipped), read_machine(shipped))
+    assert PACKAGE_DATA not in path.resolve().parents
+    assert path.name == shipped.name
+
+
+@pytest.mark.parametrize("name", ["a/b", "../up", "två kort"])
+def test_a_machines_name_is_one_file_name(name: str) -> None:
+    """Whatever a machine is called, its file lies in the user's folder."""
+    path = own_machine_path(None, replace(bare_machine(), name=name))
+    assert path.parent.name == "machines" and path.suffix == ".toml"
+
+
 def test_a_detected_value_is_the_newer_prior() -> None:
     """What a probe found after defaults is what fits start from; what was calibrated is not."""
     probed = Coefficient(1.6, "us", "detected", uncertainty=0.5)
@@ -173,6 +193,18 @@ def test_a_dry_run_shows_the_changes_and_writes_nothing(place: tuple[list[str], 
     assert result.exit_code == 0, result.output
     assert path.read_text() == machine_toml(bare_machine())
     assert "node_us: - →" in result.output and "would change" in result.output
+
+
+def test_a_read_only_file_costs_no_report(place: tuple[list[str], Path]) -> None:
+    """What was found is printed; then one line says that nothing was written, and the exit code is 2."""
+    arguments, path = place
+    path.chmod(0o444)
+    shown = CliRunner().invoke(cli, arguments, standalone_mode=False)
+    assert "median error" in shown.stdout
+    assert "is read-only" in str(shown.exception)
+    row = CliRunner().invoke(cli, [*arguments, "--json"], standalone_mode=False)
+    assert json.loads(row.stdout)["is_written"] is False
+    assert path.read_text() == machine_toml(bare_machine())
 
 
 def test_the_json_holds_errors_and_unknowns(place: tuple[list[str], Path]) -> None:

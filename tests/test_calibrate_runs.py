@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,18 @@ from machine_simulator import (
     solution_file,
 )
 
+from placement.arguments import parse
 from placement.calibrate.features import predict_s
 from placement.calibrate.runs import find_runs
 from placement.calibrate.whole import calibrate_machine, fit_both
-from placement.errors import InputError
+from placement.emit import resolve
+from placement.verify.records import RunLog
 
 NAME = "qwen3-30b-a3b-q4"
+
+
+def run_of(name: str) -> str:
+    return f"{model(NAME).digest}/{name}"
 
 
 @pytest.fixture
@@ -57,7 +65,7 @@ def test_records_of_other_conditions_are_left_out_and_counted(folder: Path, key:
     Simulated(1).keep(folder, placements()[0], **key)
     Simulated(1).keep(folder, placements()[1], round_=2)
     found = find_runs(folder.parent, bare_machine())
-    assert {row.run for row in found.rows} == {"p1"}
+    assert {row.run for row in found.rows} == {run_of("p1")}
     assert [n for _, n in found.left_out] == [6]
     assert next(iter(key.values())) in found.left_out[0][0]
 
@@ -66,7 +74,10 @@ def test_all_conditions_are_fitted_together_when_asked(folder: Path) -> None:
     """`is_mixed` takes every build."""
     Simulated(1).keep(folder, placements()[0], engine_build="b0")
     Simulated(1).keep(folder, placements()[1], round_=2)
-    assert {row.run for row in find_runs(folder.parent, bare_machine(), is_mixed=True).rows} == {"p0", "p1"}
+    assert {row.run for row in find_runs(folder.parent, bare_machine(), is_mixed=True).rows} == {
+        run_of("p0"),
+        run_of("p1"),
+    }
 
 
 def test_records_of_another_machine_are_left_out(folder: Path) -> None:
@@ -86,24 +97,114 @@ def test_a_round_that_is_much_slower_is_doubted(folder: Path) -> None:
     assert sorted({row.doubt.partition(" was")[0] for row in rows}) == ["", "round 2"]
 
 
-def test_a_folder_whose_model_is_gone_is_skipped_with_a_reason(folder: Path) -> None:
-    """A model that is another by now cannot tell what its runs read."""
-    Simulated(1).keep(folder, placements()[0])
+def test_a_model_that_is_gone_is_skipped_with_a_reason(folder: Path) -> None:
+    """Records of a digest that no model here has cannot tell what was read."""
+    Simulated(1).keep(folder, placements()[0], model_digest="0" * 16)
     path = folder / "solution.toml"
     path.write_text(path.read_text().replace(model(NAME).digest, "0" * 16))
     found = find_runs(folder.parent, bare_machine())
     assert (found.rows, len(found.skipped)) == ((), 1)
-    assert "model" in found.skipped[0]
+    assert "its model is not found" in found.skipped[0]
 
 
-def test_a_broken_record_is_an_error_that_names_its_line(folder: Path) -> None:
-    """A line in the middle that is not a record is not skipped silently."""
+def test_runs_without_a_solution_file_are_fitted_too(folder: Path) -> None:
+    """Records in a folder of their own name their model by digest: another folder's solutions know it."""
+    other = folder.with_name("elsewhere--simulated--w--0a1b2c3d")
+    Simulated(1).keep(other, placements()[0])
+    assert {row.run for row in find_runs(folder.parent, bare_machine()).rows} == {run_of("p0")}
+
+
+def test_the_file_that_ran_tells_the_model(tmp_path: Path) -> None:
+    """Without any solutions the record's own file does."""
+    from verify_support import write_model
+
+    from placement.model_files import load_model
+
+    file = write_model(tmp_path / "tiny.gguf")
+    tiny = load_model(file)
+    placed = placements()[0]
+    arguments = ("-ngl", "0", "-c", "4096", "-np", "1", "-fa", "on", "-fit", "off")
+    assignment = resolve(tiny, bare_machine(), parse(list(arguments)), "llama-server")
+    problem = replace(placed.problem, model=tiny, settings=assignment.settings)
+    log = RunLog(tmp_path / "solutions" / "unknown--m--w")
+    for record in Simulated(1).records(problem, assignment, "p", arguments):
+        log.append(record.model_copy(update={"model_file": str(file)}))
+    assert {row.run for row in find_runs(tmp_path / "solutions", bare_machine()).rows} == {f"{tiny.digest}/p"}
+
+
+def test_a_broken_line_is_told_and_the_others_count(folder: Path) -> None:
+    """A line in the middle that is no record is named; a torn last line is nobody's fault."""
     Simulated(1).keep(folder, placements()[0])
     path = folder / "runs.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], "{}", *lines[1:]]) + "\n")
-    with pytest.raises(InputError, match="line 2"):
-        find_runs(folder.parent, bare_machine())
+    path.write_text("\n".join([lines[0], "{}", *lines[1:], lines[1][:40]]))
+    found = find_runs(folder.parent, bare_machine())
+    assert [row.kind for row in found.rows] == ["decode"] * 2 + ["prompt"] * 3
+    assert len(found.skipped) == 1 and f"{path}: line 2" in found.skipped[0]
+
+
+def test_a_record_counts_once_however_often_it_is_kept(folder: Path) -> None:
+    """Copied folders and doubled lines teach nothing more."""
+    Simulated(1).keep(folder, placements()[0])
+    once = find_runs(folder.parent, bare_machine())
+    text = (folder / "runs.jsonl").read_text()
+    (folder / "runs.jsonl").write_text(text + text)
+    shutil.copytree(folder, folder.with_name("z-copy"))
+    assert find_runs(folder.parent, bare_machine()) == once
+
+
+def test_a_placement_is_one_run_in_whatever_folders_it_ran(folder: Path) -> None:
+    """The same arguments and model under two workloads are left out together, and rounds add up."""
+    Simulated(1).keep(folder, placements()[0])
+    Simulated(1).keep(folder.with_name("m--simulated--w2"), placements()[0], campaign="later")
+    found = find_runs(folder.parent, bare_machine())
+    assert (len(found.runs), len(found.rows)) == (1, 5)
+
+
+def test_models_with_the_same_arguments_are_different_runs(folder: Path) -> None:
+    """A run is told from another by its model and its arguments."""
+    Simulated(1).keep(folder, placements()[0])
+    Simulated(1).keep(folder, placements("gemma-3-27b-q4")[0])
+    solution_file(folder.with_name("g"), model("gemma-3-27b-q4"))
+    assert len({row.run for row in find_runs(folder.parent, bare_machine()).rows}) == 2
+
+
+def test_another_depth_is_another_row(folder: Path) -> None:
+    """A campaign that asked for a deeper canary is not averaged with an earlier one."""
+    log = RunLog(folder)
+    Simulated(1).keep(folder, placements()[0])
+    for record in log.read():
+        if record.phase == "canary":
+            deeper = record.timing.model_copy(update={"n_prompt": 16000})
+            log.append(record.model_copy(update={"campaign": "deep", "timing": deeper}))
+    found = [row for row in find_runs(folder.parent, bare_machine()).rows if "canary" in row.label]
+    assert [row.kind for row in found] == ["decode", "decode", "prompt", "prompt"]
+
+
+def test_a_failed_run_of_a_new_build_does_not_hide_what_was_measured(folder: Path) -> None:
+    """The newest conditions are those under which something was timed."""
+    Simulated(1).keep(folder, placements()[0])
+    failed = RunLog(folder).read()[0]
+    key = failed.key.model_copy(update={"engine_build": "b2"})
+    RunLog(folder).append(failed.model_copy(update={"key": key, "at": "2027-01-01", "outcome": "crash"}))
+    found = find_runs(folder.parent, bare_machine())
+    assert found.conditions.engine_build == "b1"
+    assert len(found.rows) == 5 and [n for _, n in found.left_out] == [1]
+
+
+def test_rounds_of_a_noisy_run_are_not_taken_for_disturbed(folder: Path) -> None:
+    """Where the repeats of one round differ by 8 %, a round that is 12 % slower says nothing."""
+    placed, log = placements()[0], RunLog(folder)
+    for number, slower in ((1, 1.0), (2, 1.12)):
+        simulated = Simulated(3, noise=0.0)
+        simulated.keep(folder, placed, round_=number, throttle=slower)
+        short = next(r for r in log.read() if r.phase == "short prompt" and r.round == number)
+        for repeat, off in enumerate((0.92, 1.08), start=1):
+            timing = short.timing.model_copy(update={"generate_s": short.timing.generate_s * off})
+            log.append(short.model_copy(update={"repeat": repeat, "timing": timing}))
+    rows = find_runs(folder.parent, bare_machine()).rows
+    assert {row.doubt for row in rows} == {""}
+    assert min(row.noise for row in rows) > 0.03
 
 
 def test_memory_samples_are_what_was_taken_beside_the_plan(folder: Path) -> None:

@@ -8,18 +8,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from machine_simulator import Simulated, bare_machine
 from verify_support import cluster, cpu_machine
 
+import placement.detect
 from placement.buffers import graph_counts
 from placement.calibrate.features import decode_row, prompt_row
 from placement.calibrate.parameters import prior_of
+from placement.cli import cli
 from placement.compute import plan_compute
 from placement.engine import Engine, rpc_workers
 from placement.errors import EngineFailed, EngineOutputError
 from placement.machine import Coefficient
 from placement.model_files import load_model
-from placement.probe import PROGRAM, Shape, bench_arguments, cases, placed, probe, read_bench, write_model
+from placement.probe import (
+    PROGRAM,
+    Shape,
+    bench_arguments,
+    cases,
+    middle_of,
+    placed,
+    probe,
+    read_bench,
+    write_model,
+)
 from placement.problem import Workload
 
 BENCH = """#!{python}
@@ -119,8 +132,8 @@ def test_wide_models_leave_room(usable_mib: float) -> None:
 
 
 def test_a_machine_without_gpus_is_probed_too() -> None:
-    """The CPU's own case is always there."""
-    assert [case.name for case in cases(cpu_machine())] == ["CPU wide"]
+    """The CPU's own cases are always there: its weights, and a cache that it reads."""
+    assert [case.name for case in cases(cpu_machine())] == ["CPU wide", "CPU wide, deep"]
 
 
 def test_a_probe_finds_the_machines_truth(bench: tuple[Engine, Simulated]) -> None:
@@ -130,6 +143,7 @@ def test_a_probe_finds_the_machines_truth(bench: tuple[Engine, Simulated]) -> No
     values = {each.name: each.new.value for each in found.changes}
     for name in (
         "read_efficiency.CUDA0", "read_efficiency.CUDA1", "cpu_read_efficiency", "split_us", "boundary_us", "node_us",
+        "kv_read_efficiency.CPU",
         "pinned_link_efficiency.CUDA0", "pageable_link_efficiency.CUDA0", "cpu_tflops_per_thread",
     ):  # fmt: skip
         assert values[name] == pytest.approx(simulated.machine.coefficients[name].value, rel=0.2), name
@@ -169,3 +183,29 @@ def test_a_real_engine_is_probed_on_two_workers(engine: Engine) -> None:
         found = probe(machine, engine, "2026-01-02", budget_s=20)
     assert {row.kind for row in found.rows} == {"decode", "prompt"}
     assert found.machine.coefficients["read_efficiency.RPC0"].source == "detected"
+
+
+def test_a_host_without_a_gpu_is_not_taken_for_the_reference_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is measured here belongs to this machine: it must be named where no card tells it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(placement.detect, "detect_machine", lambda: (None, "no GPU here"))
+    ran = CliRunner().invoke(cli, ["machine", "probe"], standalone_mode=False)
+    assert str(ran.exception) == "--machine: no GPU here: name the file of the machine that is measured"
+
+
+def test_one_disturbed_repeat_does_not_count() -> None:
+    """The middle of llama-bench's repeats is taken, and their usual distance is the noise."""
+    seconds, noise = middle_of({"avg_ns": 5e9, "samples_ns": [1.0e9, 1.02e9, 9e9]})
+    assert seconds == pytest.approx(1.02)
+    assert noise < 0.05
+
+
+def test_the_end_of_a_program_is_named(bench: tuple[Engine, Simulated]) -> None:
+    """A build for another processor dies of SIGILL, and the case says so."""
+    engine, _ = bench
+    engine.program(PROGRAM).write_text("#!/bin/sh\nkill -ILL $$\n")
+    with pytest.raises(EngineFailed, match="was ended by SIGILL"):
+        probe(cpu_machine(), engine, "2026-01-02")

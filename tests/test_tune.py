@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from machine_simulator import (
+    KEY,
     PROMPT,
     Simulated,
     bare_machine,
@@ -18,16 +19,24 @@ from machine_simulator import (
 )
 from verify_support import Lines
 
-from placement import tune as tuning
-from placement.calibrate.choosing import Proposal, choose_runs, is_settled, outlook
+from placement.calibrate.choosing import (
+    Proposal,
+    choose_runs,
+    is_settled,
+    outlook,
+    rounds_to_tell,
+    worth_again,
+)
 from placement.calibrate.fit import calibrate
 from placement.cli.tune import Duration
 from placement.engine import Engine
 from placement.machine import Machine
-from placement.tune import Tuned, tune
+from placement.tune import Tuned, loop, tune
 from placement.verify.candidates import FIT, make_candidates
+from placement.verify.keys import machine_key
 from placement.verify.records import RunLog
-from placement.verify.run import Options, show
+from placement.verify.run import Options, asked_of, show
+from placement.verify.schema import Key
 
 NAME = "qwen3-30b-a3b-q4"
 
@@ -100,6 +109,29 @@ def test_it_is_not_settled_while_something_better_is_predicted() -> None:
     assert not is_settled(fits(1, 8), each, {one.key: 1e9 for one in each[:6]}, 0.01)
 
 
+def test_what_is_repeated_may_be_the_fastest() -> None:
+    """What measured nearly the best, and what would have by the other runs, the likeliest first."""
+    turns = {"best": 10.0, "near": 10.2, "hot": 13.0, "slow": 13.0}
+    predicted = {"best": 10.1, "near": 10.3, "hot": 9.8, "slow": 12.8}
+    assert worth_again(turns, predicted, 0.01) == ["best", "near", "hot"]
+    assert worth_again({}, {}, 0.01) == []
+
+
+@pytest.mark.parametrize(("noise", "rounds"), [(0.0, 2), (0.01, 2), (0.015, 3), (0.02, 4), (0.2, 6)])
+def test_noise_asks_for_rounds(noise: float, rounds: int) -> None:
+    """Enough that their middle is known within 1 %, within reason."""
+    assert rounds_to_tell(noise) == rounds
+
+
+def test_a_busy_machine_settles_nothing() -> None:
+    """Rounds that differ by half are no reason to take the best measured for the best there is."""
+    each = proposals()
+    known = fits(1, 8)
+    best_s = float(outlook(known, each).turns_s.min())
+    measured = {one.key: 1.5 * best_s for one in each[:6]}
+    assert not is_settled(known, each, measured, 1.0)
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"), [("20m", 1200), ("90s", 90), ("1h", 3600), ("5", 300), ("1.5m", 90)]
 )
@@ -113,6 +145,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Tunes on a simulated machine: what verify would measure is what the machine's truth says."""
     simulated = Simulated(11)
     calls: list[list[str]] = []
+    build: dict[str, str] = {}
 
     def measure(
         self: Any, outcome: Any, solutions: list[Any], rounds: int = 1, has_fit: bool = False
@@ -131,8 +164,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 assignment = each.solution.assignment if each.solution else named[0].assignment
                 throttle = 1.2 if each.role == FIT else 1.0
                 for record in simulated.records(
-                    problem, assignment, each.name, each.arguments, round_, throttle, each.role
-                ):
+                    problem, assignment, each.name, each.arguments, round_, throttle, each.role,
+                    plan=asked_of(outcome.problem).text(), **build,
+                ):  # fmt: skip
                     more = {
                         "run_id": each.run_id,
                         "fit_arguments": named[0].args if each.role == FIT else None,
@@ -141,10 +175,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         self.report = show(folder, outcome.problem.workload)
         return True
 
-    monkeypatch.setattr(tuning.Tuning, "_verify", measure)
+    monkeypatch.setattr(loop.Tuning, "_verify", measure)
+    now = {"machine": machine_key(bare_machine()), "model_digest": model(NAME).digest, "plan": ""}
+    monkeypatch.setattr(loop, "current_key", lambda *_: Key(**{**KEY, **now, **build}))
 
-    def go(machine: Machine | None = None) -> tuple[Tuned, list[list[str]], list[str]]:
+    def go(
+        machine: Machine | None = None, engine_build: str = "b1"
+    ) -> tuple[Tuned, list[list[str]], list[str]]:
         said: list[str] = []
+        build["engine_build"] = engine_build
         asked = {"engine_name": "off", "ctx_tokens": 16384, "ubatch": "512", "time_limit_s": 3.0, "top": 4}
         engine = Engine(tmp_path, {})
         found = tune(
@@ -176,6 +215,15 @@ def test_a_second_tuning_runs_nothing_new(run: Any, tmp_path: Path) -> None:
     assert [path.read_text() for path in sorted(tmp_path.glob("solutions/*/runs.jsonl"))] == kept
     assert again.lines == ()
     assert again.report.verdict.recommended.arguments == first.report.verdict.recommended.arguments
+
+
+def test_another_build_is_measured_anew(run: Any) -> None:
+    """What an older llama.cpp measured settles nothing; where the search starts from is said."""
+    run()
+    again, calls, said = run(engine_build="b2")
+    assert again.lines != () and calls
+    assert any("starting from b1" in line for line in said)
+    assert all(change.new.n_samples for change in again.changes if change.is_identified)
 
 
 def test_the_choice_was_run_beside_fit(run: Any) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from verify_support import cluster, solution
 
 from placement.engine import EngineDevice
-from placement.machine import Cpu, Device, Machine
+from placement.machine import Coefficient, Cpu, Device, Machine
 from placement.verify.candidates import (
     Candidate,
     caps_mib,
@@ -61,6 +63,14 @@ def test_moderate_cap_leaves_its_reserve() -> None:
     """Moderate may take the usable memory less runtime, the reserve asked and 5 % of the card."""
     assert caps_mib(solution("moderate"), CARDS, 100) == {"CUDA0": 24000 - 480 - 100 - 0.05 * 24576}
     assert caps_mib(solution("aggressive"), CARDS, 100) == {"CUDA0": 24000 - 480 - 100}
+
+
+def test_moderate_cap_leaves_what_runs_have_taught() -> None:
+    """A learned margin stands for the 5 %, as in the solve; aggressive has none."""
+    learned = Coefficient(300.0, "MiB", "calibrated")
+    cards = replace(CARDS, coefficients={"margin_mib.CUDA0": learned})
+    assert caps_mib(solution("moderate"), cards, 100) == {"CUDA0": 24000 - 480 - 100 - 300}
+    assert caps_mib(solution("aggressive"), cards, 100) == {"CUDA0": 24000 - 480 - 100}
 
 
 def test_fit_target_is_free_less_cap() -> None:

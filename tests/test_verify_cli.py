@@ -54,6 +54,22 @@ def test_table_and_command_are_printed(place: Any, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("solutions/*/runs.jsonl"))) == 1
 
 
+@pytest.mark.parametrize("more", [[], ["--ubatch", "256"], ["--objective", "decode"], ["--reserve", "10"]])
+def test_every_run_lies_beside_its_solution_and_is_calibrated_from(
+    place: Any, tmp_path: Path, more: list[str]
+) -> None:
+    """Whatever was asked for: --show finds the runs, and so does `place calibrate`."""
+    ran = place(*more)
+    assert ran.exit_code == 0, ran.output
+    (runs,) = tmp_path.glob("solutions/*/runs.jsonl")
+    assert runs.with_name("solution.toml").is_file()
+    assert place("--show", *more).stdout == ran.stdout
+    learned = CliRunner().invoke(cli, ["calibrate", "--machine", "cpu.toml", "--json"])
+    row = json.loads(learned.stdout)
+    assert learned.exit_code == 0 and row["n_runs"] >= 1
+    assert [each for each in row["skipped"] if "fit:" not in each] == []
+
+
 def test_json_is_one_object(place: Any) -> None:
     """--json prints one object on stdout, whatever is said on stderr."""
     ran = place("--json")

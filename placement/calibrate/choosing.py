@@ -7,19 +7,24 @@ may still be best: the expected fall of their turns' variance, those near the be
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from placement.calibrate.design import Array
 from placement.calibrate.features import Row
-from placement.calibrate.fit import MODEL_NOISE, Calibration
+from placement.calibrate.fit import Calibration
+from placement.calibrate.fit_problem import MODEL_NOISE
 from placement.calibrate.parameters import DECODE
 
 NEAR = 0.1  # a turn so much slower than the best predicted counts less by a factor e
-NEAR_BEST = 1.03  # what takes at most so many times the best turn is run again beside it
+NEAR_BEST = 0.03  # what takes at most so much more than the best turn is run again beside it
+MEANT = 0.01  # how well the turns to choose from shall be known
+MOST_AGAIN = 4  # runs repeated
+LEAST_ROUNDS, MOST_ROUNDS = 2, 6
 LEAST_RUNS = 4  # before anything is settled
+MOST_NOISE = 0.05  # a machine too busy to tell turns apart has settled nothing
 SLOWEST = 3.0  # a run that takes so many times the best turn is not worth its time
 
 
@@ -130,7 +135,8 @@ def is_settled(
     """Whether the best measured turn is within the noise of the best predicted of those not measured.
 
     What is predicted with a spread, the model's own error included, counts as one spread better: a chance worth
-    taking is taken. Before LEAST_RUNS the spreads themselves are guesses.
+    taking is taken. What was measured once counts halfway to what the fits make of all runs: the best of several
+    was lucky, too. Before LEAST_RUNS the spreads themselves are guesses.
     """
     open_ = [i for i, each in enumerate(proposals) if each.key not in measured]
     if len(measured) < LEAST_RUNS or not open_:
@@ -140,16 +146,25 @@ def is_settled(
         float(found.turns_s[i]) * (1.0 - math.hypot(float(found.spreads[i]), MODEL_NOISE[DECODE]))
         for i in open_
     )
-    return min(measured.values()) <= hoped_s * (1.0 + noise)
+    predicted = {each.key: float(found.turns_s[i]) for i, each in enumerate(proposals)}
+    best_s = min(math.sqrt(seconds * predicted.get(key, seconds)) for key, seconds in measured.items())
+    return best_s <= hoped_s * (1.0 + min(noise, MOST_NOISE))
 
 
-def worth_again(fits: Iterable[Calibration], turns_s: Mapping[str, float]) -> list[str]:
-    """Runs to repeat before choosing, the fastest first: those nearly the best, and those that would be by what
-    all other runs say of them, had they not been disturbed."""
+def worth_again(turns_s: Mapping[str, float], predicted_s: Mapping[str, float], noise: float) -> list[str]:
+    """Runs to repeat before choosing, the likeliest to be the fastest first.
+
+    Those that measured nearly the best, and those that would be by what the fits make of all runs, had theirs not
+    been disturbed.
+    """
     if not turns_s:
         return []
-    ratios = {each.run: each.ratio for fit in fits for each in fit.outliers if each.ratio > 1.0}
-    best_s = min(turns_s.values())
-    hoped_s = {run: seconds / ratios.get(run, 1.0) for run, seconds in turns_s.items()}
-    near = [run for run in turns_s if min(turns_s[run], hoped_s[run]) <= best_s * NEAR_BEST]
-    return sorted(near, key=lambda run: min(turns_s[run], hoped_s[run]))
+    hoped_s = {run: min(seconds, predicted_s.get(run, seconds)) for run, seconds in turns_s.items()}
+    middle_s = {run: math.sqrt(seconds * predicted_s.get(run, seconds)) for run, seconds in turns_s.items()}
+    near = min(middle_s.values()) * (1.0 + NEAR_BEST + noise)
+    return sorted((run for run in turns_s if hoped_s[run] <= near), key=lambda run: middle_s[run])
+
+
+def rounds_to_tell(noise: float) -> int:
+    """Rounds after which a turn is known within MEANT, `noise` being what one round is off by: two to six."""
+    return min(MOST_ROUNDS, max(LEAST_ROUNDS, math.ceil((noise / MEANT) ** 2)))

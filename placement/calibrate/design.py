@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from placement.calibrate.features import FIXED, Powers, Row
-from placement.calibrate.parameters import ALIKE, Parameter
+from placement.calibrate.parameters import ALIKE, CPU_KV, Parameter
 
 Array = Any  # numpy.ndarray of floats
 
@@ -147,11 +147,13 @@ def prior_start(parameters: Sequence[Parameter]) -> Array:
 
 
 def prior_precision(parameters: Sequence[Parameter]) -> Array:
-    """The inverse of the priors' covariance; the same coefficient of several devices is believed alike."""
+    """The inverse of the priors' covariance; the same coefficient of several devices is believed alike, but how
+    the host reads a cache tells nothing of cards."""
     spread = np.array([each.spread for each in parameters])
     covariance = np.diag(spread**2)
     for i, a in enumerate(parameters):
         for j, b in enumerate(parameters):
-            if i != j and a.base == b.base and a.is_log and b.is_log:
+            is_host = CPU_KV in (a.name, b.name)
+            if i != j and a.base == b.base and a.is_log and b.is_log and not is_host:
                 covariance[i, j] = ALIKE * spread[i] * spread[j]
     return np.linalg.inv(covariance)

@@ -9,8 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from placement.calibrate.parameters import DECODE, PROMPT
-from placement.cost import READ_CLASSES, CostModel, GraphCounts, Load, coefficient, device_tflops, total
+from placement.calibrate.parameters import CPU_KV, DECODE, PROMPT
+from placement.cost import (
+    READ_CLASSES,
+    CostModel,
+    GraphCounts,
+    Load,
+    boundary_us,
+    coefficient,
+    cpu_kv_efficiency,
+    device_tflops,
+    pipelined_s,
+    total,
+)
 from placement.crossings import count_crossings
 from placement.machine import Machine
 from placement.memory import placed_tensors
@@ -138,8 +149,7 @@ def _decode_terms(machine: Machine, where: str, load: Load) -> Iterator[Term]:
         if family != "quant":
             shares = (*shares, (f"{family}_read_share.{where}", -1))
         yield Term(n_bytes / speed, (*powers, *shares))
-    kv_powers = powers if where == CPU else ((f"kv_read_efficiency.{where}", -1),)
-    yield Term(load.decode_kv_bytes / speed, kv_powers)
+    yield Term(load.decode_kv_bytes / speed, ((f"kv_read_efficiency.{where}", -1),))
     yield Term(1e-6 * load.n_layers, ((f"layer_us.{where}", 1),))
 
 
@@ -185,8 +195,6 @@ def _computing(
 
 def predict_s(row: Row, machine: Machine) -> float:
     """The seconds of a row on a machine; what `cost.evaluate` says of the same placement."""
-    from placement.cost import pipelined_s
-
     stages: dict[str, float] = {}
     for term in row.terms:
         seconds = term.amount
@@ -200,7 +208,9 @@ def predict_s(row: Row, machine: Machine) -> float:
 
 def coefficient_value(machine: Machine, name: str) -> float:
     """A coefficient by its full name, as the speed model reads it."""
-    from placement.cost import boundary_us
-
     base, _, where = name.partition(".")
-    return boundary_us(machine) if base == "boundary_us" else coefficient(machine, base, where or None)
+    if base == "boundary_us":
+        return boundary_us(machine)
+    if name == CPU_KV:
+        return cpu_kv_efficiency(machine)
+    return coefficient(machine, base, where or None)

@@ -9,21 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from placement.calibrate.design import Array, Design, make_design, prior_precision, prior_start
+from placement.calibrate.design import Array, make_design
 from placement.calibrate.features import Row, coefficient_value
+from placement.calibrate.fit_problem import UNIDENTIFIED, FitProblem
+from placement.calibrate.outliers import Outlier, scale_of, without_doubtful
 from placement.calibrate.parameters import DECODE, Parameter, parameters
 from placement.machine import Coefficient, Machine
-
-MODEL_NOISE = {"decode": 0.02, "prompt": 0.05}  # what the model itself is off by, as a share
-UNIDENTIFIED = 0.9  # of the prior's spread is left: the runs say nothing
-ROBUST_SCALES = (30.0, 8.0, 2.5)  # residuals beyond so many standard deviations lose their pull
-OUTLIER_Z, OUTLIER_SHARE = 4.0, 0.10
-MOST_OUTLIERS = 1 / 3  # of the runs
-LEAST_RUNS_TO_DOUBT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +31,6 @@ class RunError:
     before: float
     after: float | None  # None: it is the only run
     is_counted: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Outlier:
-    """A run that does not count, and why; `ratio` is measured over what the others predict."""
-
-    run: str
-    kind: str
-    label: str
-    ratio: float
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -134,8 +117,9 @@ def calibrate(
     mine = [row for row in rows if row.kind == kind and row.measured_s]
     unknowns = parameters(machine, kind)
     values = _known_values(machine, mine, unknowns, known or {})
-    problem = _Problem(unknowns, values, kind)
-    kept, outliers = (mine, []) if is_trusted else problem.without_doubtful(mine)
+    problem = FitProblem(unknowns, values, kind)
+    kept, outliers = (mine, []) if is_trusted else without_doubtful(problem, mine)
+    problem.scale = scale_of(problem, kept)
     x, covariance, left = problem.solve_identified(kept)
     return Calibration(
         kind=kind,
@@ -145,7 +129,7 @@ def calibrate(
         covariance=covariance,
         left=dict(zip((each.name for each in unknowns), map(float, left), strict=True)),
         n_samples=_samples(kept, unknowns),
-        errors=tuple(problem.errors(mine, kept, x)) if with_errors else (),
+        errors=tuple(_errors(problem, mine, kept, x)) if with_errors else (),
         outliers=tuple(outliers),
         n_rows=len(kept),
         n_runs=len({row.run for row in kept}),
@@ -180,179 +164,30 @@ def _samples(rows: Sequence[Row], unknowns: Sequence[Parameter]) -> dict[str, in
     return {name: len(found) for name, found in runs.items()}
 
 
-@dataclass
-class _Problem:
-    """Parameters with their priors, and how to solve for them."""
-
-    parameters: tuple[Parameter, ...]
-    known: dict[str, float]
-    kind: str
-
-    def __post_init__(self) -> None:
-        self.start = prior_start(self.parameters)
-        self.precision = prior_precision(self.parameters)
-        self.lower = np.array([-np.inf if each.is_log else 0.0 for each in self.parameters])
-
-    def design(self, rows: Sequence[Row]) -> Design:
-        return make_design(rows, self.parameters, self.known)
-
-    def sigma(self, rows: Sequence[Row]) -> Array:
-        return np.array([math.hypot(MODEL_NOISE[self.kind], row.noise) for row in rows])
-
-    def solve(self, rows: Sequence[Row], free: Array, start: Array | None = None) -> Array:
-        """The best parameters, those not `free` at their priors."""
-        x = np.where(free, self.start if start is None else start, self.start)
-        if not rows or not free.any():
-            return x
-        design, sigma = self.design(rows), self.sigma(rows)
-        measured = np.array([math.log(row.measured_s or 1.0) for row in rows])
-        scales = ROBUST_SCALES if start is None else ROBUST_SCALES[-1:]
-        for scale in scales:
-            x = self._minimised(design, measured, sigma, free, x, scale)
-        return x
-
-    def _minimised(
-        self, design: Design, measured: Array, sigma: Array, free: Array, x: Array, scale: float
-    ) -> Array:
-        from scipy.optimize import least_squares
-
-        root = np.linalg.cholesky(self.precision).T
-        at = np.flatnonzero(free)
-
-        def full(part: Array) -> Array:
-            whole = self.start.copy()
-            whole[at] = part
-            return whole
-
-        def residuals(part: Array) -> Array:
-            whole = full(part)
-            seconds, _ = design.seconds(whole)
-            off = (np.log(seconds) - measured) / sigma
-            return np.concatenate([_tamed(off, scale)[0], root @ (whole - self.start)])
-
-        def jacobian(part: Array) -> Array:
-            seconds, slope = design.seconds(full(part))
-            off = (np.log(seconds) - measured) / sigma
-            rows = slope / seconds[:, None] / sigma[:, None] * _tamed(off, scale)[1][:, None]
-            return np.concatenate([rows[:, at], root[:, at]])
-
-        begin = np.maximum(x[at], self.lower[at] + 1e-9)
-        bounds = (self.lower[at], np.full(len(at), np.inf))
-        found: Any = least_squares(
-            residuals, begin, jacobian, bounds=bounds, xtol=1e-7, ftol=1e-7, max_nfev=60
-        )
-        return full(found.x)
-
-    def information(self, rows: Sequence[Row], x: Array) -> Array:
-        """What the rows add to the precision, doubtful ones less."""
-        if not rows:
-            return np.zeros_like(self.precision)
-        seconds, slope = self.design(rows).seconds(x)
-        sigma = self.sigma(rows)
-        measured = np.array([row.measured_s or 1.0 for row in rows])
-        off = (np.log(seconds) - np.log(measured)) / sigma
-        weight = 1.0 / (1.0 + (off / ROBUST_SCALES[-1]) ** 2) / sigma**2
-        share = slope / seconds[:, None]
-        return np.asarray(share.T @ (weight[:, None] * share))
-
-    def solve_identified(self, rows: Sequence[Row]) -> tuple[Array, Array, Array]:
-        """(parameters, covariance, share of each prior's spread left), what stays unknown at its prior."""
-        free = np.ones(len(self.parameters), dtype=bool)
-        x = self.solve(rows, free)
-        covariance = np.linalg.inv(self.precision + self.information(rows, x))
-        spread = np.sqrt(np.diag(np.linalg.inv(self.precision)))
-        left = np.sqrt(np.diag(covariance)) / spread
-        known = left <= UNIDENTIFIED
-        if rows and not known.all():
-            x = self.solve(rows, known, x)
-        return x, covariance, left
-
-    def n_directions(self, rows: Sequence[Row], x: Array) -> int:
-        """Combinations of the parameters that the rows tell better than the priors do."""
-        root = np.linalg.cholesky(np.linalg.inv(self.precision))
-        values = np.linalg.svd(root.T @ self.information(rows, x) @ root, compute_uv=False)
-        return int((values > 1.0).sum())
-
-    def without_doubtful(self, rows: Sequence[Row]) -> tuple[list[Row], list[Outlier]]:
-        """The rows that count, and the runs that do not: they say so themselves, or the others contradict."""
-        kept = [row for row in rows if not row.doubt]
-        outliers = [self._told(row) for row in rows if row.doubt]
-        n_runs = len({row.run for row in kept})
-        while len({row.run for row in kept}) >= max(
-            LEAST_RUNS_TO_DOUBT, math.ceil(n_runs * (1 - MOST_OUTLIERS))
-        ):
-            worst = self._worst(kept)
-            if worst is None:
-                break
-            outliers.append(worst)
-            kept = [row for row in kept if row.run != worst.run]
-        return kept, outliers
-
-    def _told(self, row: Row) -> Outlier:
-        seconds, _ = self.design([row]).seconds(self.start)
-        return Outlier(row.run, row.kind, row.label, (row.measured_s or 0.0) / float(seconds[0]), row.doubt)
-
-    def _worst(self, rows: Sequence[Row]) -> Outlier | None:
-        """The run that the others contradict most, if any does clearly: its prediction from them alone, by one
-        Gauss-Newton step without it."""
-        x = self.solve(rows, np.ones(len(self.parameters), dtype=bool))
-        whole = self.precision + self.information(rows, x)
-        worst: tuple[float, Outlier] | None = None
-        for run in dict.fromkeys(row.run for row in rows):
-            mine = [row for row in rows if row.run == run]
-            covariance = np.linalg.inv(whole - self.information(mine, x))
-            seconds, slope = self.design(mine).seconds(x)
-            share, sigma = slope / seconds[:, None], self.sigma(mine)
-            off = np.log(seconds) - np.log([row.measured_s or 1.0 for row in mine])
-            weight = 1.0 / (1.0 + (off / sigma / ROBUST_SCALES[-1]) ** 2) / sigma**2
-            others = x + covariance @ (share.T @ (weight * off))
-            predicted, _ = self.design(mine).seconds(np.maximum(others, self.lower))
-            spread = np.sqrt(np.einsum("ij,jk,ik->i", share, covariance, share) + sigma**2)
-            gap = np.log([row.measured_s or 1.0 for row in mine]) - np.log(predicted)
-            i = int(np.argmax(np.abs(gap) / spread))
-            z = abs(float(gap[i])) / float(spread[i])
-            if z > OUTLIER_Z and abs(gap[i]) > OUTLIER_SHARE and (worst is None or z > worst[0]):
-                worst = z, _contradicted(mine[i], math.exp(float(gap[i])))
-        return None if worst is None else worst[1]
-
-    def errors(self, rows: Sequence[Row], kept: Sequence[Row], x: Array) -> list[RunError]:
-        """Each row's error with the priors, and with what all other runs teach."""
-        if not rows:
-            return []
-        before, _ = self.design(rows).seconds(self.start)
-        counted = {row.run for row in kept}
-        after: dict[str, Array] = {}
-        for run in dict.fromkeys(row.run for row in rows):
-            others = [row for row in kept if row.run != run]
-            if others:
-                y, _, _ = self.solve_identified(others)
-                after[run] = y
-        return [
-            self._error(row, float(before[i]), after.get(row.run), row.run in counted)
-            for i, row in enumerate(rows)
-        ]
-
-    def _error(self, row: Row, before_s: float, others: Array | None, is_counted: bool) -> RunError:
-        measured = row.measured_s or 1.0
-        after = None if others is None else float(self.design([row]).seconds(others)[0][0]) / measured - 1.0
-        return RunError(row.run, row.kind, row.label, measured, before_s / measured - 1.0, after, is_counted)
+def _errors(problem: FitProblem, rows: Sequence[Row], kept: Sequence[Row], x: Array) -> list[RunError]:
+    """Each row's error with the priors, and with what all other runs teach."""
+    if not rows:
+        return []
+    before, _ = problem.design(rows).seconds(problem.start)
+    counted = {row.run for row in kept}
+    after: dict[str, Array] = {}
+    for run in dict.fromkeys(row.run for row in rows):
+        others = [row for row in kept if row.run != run]
+        if others:
+            y, _, _ = problem.solve_identified(others)
+            after[run] = y
+    return [
+        _error(problem, row, float(before[i]), after.get(row.run), row.run in counted)
+        for i, row in enumerate(rows)
+    ]
 
 
-def _contradicted(row: Row, ratio: float) -> Outlier:
-    if ratio > 1:
-        reason = f"{ratio - 1:.0%} slower than the other runs say: a hot or busy machine?"
-    else:
-        reason = f"{1 - ratio:.0%} faster than the other runs say: was something else measured?"
-    return Outlier(row.run, row.kind, row.label, ratio, reason)
-
-
-def _tamed(off: Array, scale: float) -> tuple[Array, Array]:
-    """Residuals whose squares grow like logarithms beyond `scale` (Cauchy), and their slopes."""
-    ratio = (off / scale) ** 2
-    size = scale * np.sqrt(np.log1p(ratio))
-    tamed = np.where(ratio > 1e-12, np.sign(off) * size, off)
-    slope = np.where(ratio > 1e-12, off / (1.0 + ratio) / np.where(ratio > 1e-12, tamed, 1.0), 1.0)
-    return tamed, slope
+def _error(
+    problem: FitProblem, row: Row, before_s: float, others: Array | None, is_counted: bool
+) -> RunError:
+    measured = row.measured_s or 1.0
+    after = None if others is None else float(problem.design([row]).seconds(others)[0][0]) / measured - 1.0
+    return RunError(row.run, row.kind, row.label, measured, before_s / measured - 1.0, after, is_counted)
 
 
 def with_values(machine: Machine, *fits: Calibration) -> Machine:

@@ -38,6 +38,9 @@ SPREADS = {
     "pipeline_overlap": 0.4,
     "cpu_tflops_per_thread": 0.6,
 }
+CPU_KV = f"kv_read_efficiency.{CPU}"
+CPU_KV_SPREAD = 1.0  # a processor's attention is seldom as fast as its memory
+MAY_BE_ZERO = ("layer_us", "token_us")
 RPC_SPREAD = 1.5  # nobody knows a worker, or the network, before they are measured
 ALIKE = 0.5  # correlation between the devices of one machine: they share a build and a driver
 LEAST_SPREAD = 0.05
@@ -50,7 +53,7 @@ _DECODE_EACH = (
     "iq_read_share",
     "layer_us",
 )
-_DECODE_CPU = ("expert_read_share", "float_read_share", "iq_read_share", "layer_us")
+_DECODE_CPU = ("kv_read_efficiency", "expert_read_share", "float_read_share", "iq_read_share", "layer_us")
 _DECODE_ONCE = ("cpu_read_efficiency", "split_us", "boundary_us", "node_us", "token_us", "rpc_split_us")
 _PROMPT_EACH = ("dense_compute_efficiency", "expert_compute_efficiency", "attention_compute_efficiency")
 _PROMPT_CUDA = ("pinned_link_efficiency", "pageable_link_efficiency")
@@ -63,8 +66,7 @@ _RPC_WAITS = ("split_us", "boundary_us", "rpc_split_us")
 class Parameter:
     """One coefficient to fit: its name in the machine file, its prior, and the prior's spread.
 
-    `is_log`: the spread is a share, and the value stays positive; else both are in the unit, and it stays
-    at zero or above.
+    `is_log`: the spread is a share, and the value stays positive; else both are in the unit, and it may be zero.
     """
 
     name: str
@@ -98,15 +100,18 @@ def parameters(machine: Machine, kind: str) -> tuple[Parameter, ...]:
 def _parameter(machine: Machine, name: str, device: Device | None) -> Parameter:
     base = name.partition(".")[0]
     prior = prior_of(machine, name)
-    is_log = prior.value > 0
+    is_log = prior.value > 0 and base not in MAY_BE_ZERO
     spread = SPREADS[base]
+    if not is_log and base not in MAY_BE_ZERO:
+        spread *= DEFAULTS[base][0]  # a file says that it is nothing
     has_rpc = any(each.is_rpc for each in machine.devices)
     is_rpc_rate = device is not None and device.is_rpc and base in _RPC_RATES
     if is_rpc_rate or (has_rpc and base in _RPC_WAITS):
         spread = RPC_SPREAD
-    if is_log and base in ("layer_us", "token_us"):
-        spread = 1.0  # a probe found some: its own uncertainty says how much to believe it
-    if prior.source == "detected" and prior.uncertainty is not None:
+    if name == CPU_KV:
+        spread = CPU_KV_SPREAD
+    is_own = name in machine.coefficients or any(each.name == name for each in machine.history)
+    if is_own and prior.source == "detected" and prior.uncertainty is not None:
         spread = max(prior.uncertainty / prior.value, LEAST_SPREAD) if is_log else max(prior.uncertainty, 1.0)
     return Parameter(name, prior.value, spread, is_log, DEFAULTS[base][1])
 
@@ -122,6 +127,8 @@ def prior_of(machine: Machine, name: str) -> Coefficient:
     if values:
         return values[0]  # came with the file
     base, _, where = name.partition(".")
+    if name == CPU_KV:
+        return prior_of(machine, "cpu_read_efficiency")
     if where:
         return prior_of(machine, base)
     if base == "boundary_us":

@@ -1,7 +1,8 @@
 """Run records of a machine → the rows and memory samples to fit; what does not belong together is told, not mixed.
 
 Records belong together when they are of the same machine, engine build, driver and memory clocks; the newest
-such group is used. A folder of `solutions/` gives the model; a run's arguments give its placement again.
+such group is used. Their folders and the records themselves name the model; a run's arguments give its placement
+again. The same record in two folders counts once, and a placement is one run however often it was run.
 """
 
 from __future__ import annotations
@@ -11,30 +12,28 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from placement.arguments import parse
 from placement.buffers import graph_counts
-from placement.calibrate.features import Row, decode_row, prompt_row
+from placement.calibrate.features import Row
+from placement.calibrate.models import Models
+from placement.calibrate.timings import Run, run_rows, timing_noise
 from placement.compute import plan_compute
-from placement.cost import GraphCounts
 from placement.emit import resolve
 from placement.errors import InputError
 from placement.machine import Machine
 from placement.model import Model
-from placement.problem import Assignment, Problem, Workload
+from placement.problem import Problem, Workload
 from placement.verify.candidates import FIT, without_placement
-from placement.verify.phases import CANARY, LONG, PLAN, SHORT, START
+from placement.verify.keys import machine_key
+from placement.verify.phases import PLAN, START
 from placement.verify.records import OK, RUNS, RunLog
 
 if TYPE_CHECKING:
-    from placement.verify.schema import Key, Record, Timing
+    from placement.verify.schema import Key, Record
 
 PROGRAM = "llama-server"
-LEAST_NOISE = 0.005
-SHORT_PROMPT_NOISE = 0.15  # a prompt of one small ubatch measures start-up as much as work
-SLOW_ROUND = 0.08  # slower than the run's own best by so much: disturbed
-SWAPPED_MIB = 16.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +64,6 @@ class MemorySample:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A placement that was run, and what its records say."""
-
-    name: str
-    problem: Problem
-    assignment: Assignment
-    counts: GraphCounts
-
-
-@dataclass(frozen=True)
 class Found:
     """What there is to fit. `left_out` counts records of other conditions, `skipped` says what could not be used."""
 
@@ -91,103 +80,100 @@ def conditions_of(key: Key) -> Conditions:
     return Conditions(key.engine_build, key.engine_fingerprint, key.driver, key.memory_clock)
 
 
-def find_runs(root: Path, machine: Machine, is_mixed: bool = False) -> Found:
-    """Read every `runs.jsonl` below a solutions folder; `is_mixed` takes all builds and drivers together.
+def find_runs(
+    root: Path, machine: Machine, is_mixed: bool = False, conditions: Conditions | None = None
+) -> Found:
+    """Read every `runs.jsonl` below a solutions folder: those under `conditions`, or the newest that timed anything.
+
+    `is_mixed` takes all builds and drivers together. A line that is no record is told, and the others count.
 
     Raises:
-        InputError: a file of records is broken.
+        InputError: a file of records cannot be read.
     """
-    from placement.verify.run import machine_key
-
-    key = machine_key(machine)
-    folders = sorted(path.parent for path in root.glob(f"*/{RUNS}"))
-    kept = {folder: RunLog(folder).read() for folder in folders}
-    everything = [record for records in kept.values() for record in records]
-    mine = [record for record in everything if record.key.machine == key]
-    chosen = max(mine, key=lambda record: record.at, default=None)
-    conditions = None if chosen is None else conditions_of(chosen.key)
-    left_out = Counter(f"another machine ({r.key.machine})" for r in everything if r.key.machine != key)
+    kept, skipped = _read_all(root)
+    everything = [record for _, record in kept]
+    mine = [record for record in everything if record.key.machine == machine_key(machine)]
+    if conditions is None:
+        newest = max(filter(_is_timed, mine), key=lambda record: record.at, default=None)
+        conditions = None if newest is None else conditions_of(newest.key)
+    left_out = Counter(
+        f"another machine ({record.key.machine})"
+        for record in everything
+        if record.key.machine != machine_key(machine)
+    )
+    usable = [record for record in mine if is_mixed or conditions_of(record.key) == conditions]
     if not is_mixed:
         left_out.update(
             conditions_of(record.key).words() for record in mine if conditions_of(record.key) != conditions
         )
-    found = Found(conditions=conditions, left_out=tuple(left_out.items()))
-    for folder, records in kept.items():
-        usable = [
-            record
-            for record in records
-            if record.key.machine == key and (is_mixed or conditions_of(record.key) == conditions)
-        ]
-        if usable:
-            found = _joined(found, read_folder(folder, usable, machine))
-    return found
-
-
-def _joined(a: Found, b: Found) -> Found:
+    ids = {id(record) for record in usable}
+    pairs = [(folder, record) for folder, record in kept if id(record) in ids]
+    found = _found(root, pairs, machine)
     return replace(
-        a,
-        rows=a.rows + b.rows,
-        memory=a.memory + b.memory,
-        runs=a.runs + b.runs,
-        skipped=a.skipped + b.skipped,
+        found, conditions=conditions, left_out=tuple(left_out.items()), skipped=(*skipped, *found.skipped)
     )
 
 
-def read_folder(
-    folder: Path, records: Sequence[Record], machine: Machine, model: Model | None = None
-) -> Found:
-    """Rows and memory samples of one folder's records; the folder's solution.toml names the model."""
-    try:
-        model = model or _model(folder)
-    except InputError as error:
-        return Found(skipped=(f"{folder.name}: {error}",))
-    found = Found()
-    for run_id in dict.fromkeys(record.run_id for record in records):
-        mine = [record for record in records if record.run_id == run_id]
-        name = f"{folder.name}/{mine[0].candidate}" if mine[0].candidate else run_id
+def _read_all(root: Path) -> tuple[list[tuple[Path, Record]], list[str]]:
+    """(folder and record, each record once; what was skipped, and why)."""
+    kept: dict[tuple[object, ...], tuple[Path, Record]] = {}
+    skipped: list[str] = []
+    for path in sorted(root.glob(f"*/{RUNS}")):
+        records, broken = RunLog(path.parent).read_whole_lines()
+        skipped += broken
+        for each in records:
+            key = (each.campaign, each.at, each.run_id, each.round, each.phase, each.repeat, each.timing)
+            kept.setdefault(key, (path.parent, each))
+    return list(kept.values()), skipped
+
+
+def _is_timed(record: Record) -> bool:
+    return record.timing is not None and record.outcome == OK
+
+
+def _found(root: Path, pairs: Sequence[tuple[Path, Record]], machine: Machine) -> Found:
+    """Rows and memory samples of records that belong together, by run."""
+    runs: dict[str, list[tuple[Path, Record]]] = {}
+    for folder, record in pairs:
+        runs.setdefault(run_name(record.key.model_digest, record.run_id), []).append((folder, record))
+    models, noises = Models(root), {}
+    for name, mine in runs.items():
+        noises[name] = timing_noise([record for _, record in mine])
+    usual = statistics.median([each for each in noises.values() if each is not None] or [0.0])
+    found, skipped = Found(), dict[str, None]()
+    for name, mine in runs.items():
+        folder, records = mine[0][0], [record for _, record in mine]
+        words = f"{folder.name}/{records[0].candidate}"
         try:
-            run = _run(name, mine, model, machine)
+            run = _run(name, words, records, models.find(folder, records), machine)
         except InputError as error:
-            found = _joined(found, Found(skipped=(f"{name}: {error}",)))
+            skipped[f"{words}: {error}"] = None
             continue
         if run is not None:
-            rows = tuple(_rows(run_id, run, mine))
-            found = _joined(found, Found(rows, tuple(_memory(run_id, mine, machine)), (run,) if rows else ()))
-    return found
+            own = noises[name]
+            rows = tuple(run_rows(run, records, usual if own is None else max(own, usual / 2)))
+            memory = tuple(_memory(name, records, machine))
+            found = replace(
+                found,
+                rows=found.rows + rows,
+                memory=found.memory + memory,
+                runs=found.runs + ((run,) if rows else ()),
+            )
+    return replace(found, skipped=tuple(skipped))
 
 
-def _model(folder: Path) -> Model:
-    """The model that the folder's solutions are for.
-
-    Raises:
-        InputError: there is no solution.toml, or its model is not found any more, or has changed.
-    """
-    from placement.model_files import resolve_model
-    from placement.store import read_solutions
-
-    path = folder / "solution.toml"
-    table = read_solutions(path)
-    words = [word for row in table["solutions"] for word in str(row.get("command", "")).split()]
-    files = [word for word in words if word.endswith(".gguf") and Path(word).is_file()]
-    for name in (table["model"], *dict.fromkeys(files)):
-        try:
-            model = resolve_model(str(name))
-        except InputError:
-            continue
-        if model.digest == table["model_digest"]:
-            return model
-    raise InputError(
-        path, "its model is not found, or is another by now", field="model", value=table["model"]
-    )
+def run_name(model_digest: str, run_id: str) -> str:
+    """What tells a run from those of other models with the same arguments."""
+    return f"{model_digest}/{run_id}"
 
 
-def _run(name: str, records: Sequence[Record], model: Model, machine: Machine) -> Run | None:
+def _run(id_: str, name: str, records: Sequence[Record], model: Model, machine: Machine) -> Run | None:
     """The placement of a run; None where nothing of it was timed.
 
     Raises:
         InputError: its arguments do not say where things are.
     """
-    if not any(record.timing is not None and record.outcome == OK for record in records):
+    if not any(map(_is_timed, records)):
         return None
     last = next((r for r in reversed(records) if r.phase == PLAN and r.outcome == OK), records[-1])
     arguments = last.arguments
@@ -202,105 +188,12 @@ def _run(name: str, records: Sequence[Record], model: Model, machine: Machine) -
         prompt = started.splits_prompt if started.splits_prompt is not None else counts.splits_prompt
         counts = replace(counts, splits_decode=started.splits_decode or 0, splits_prompt=prompt)
     problem = Problem(model, machine, assignment.settings, Workload(), PROGRAM)
-    return Run(name, problem, assignment, counts)
-
-
-@dataclass(frozen=True, slots=True)
-class _Value:
-    """One measured time: of a token at a depth, or of a whole prompt."""
-
-    round: int
-    n_tokens: int
-    seconds: float
-    doubt: str
-    noise: float = LEAST_NOISE
-
-
-def _rows(run_id: str, run: Run, records: Sequence[Record]) -> Iterable[Row]:
-    for phase in (SHORT, CANARY):
-        values = [
-            _Value(
-                record.round,
-                timing.n_prompt + timing.n_generated // 2,
-                timing.generate_s / timing.n_generated,
-                doubt,
-            )
-            for record, timing, doubt in _timings(records, phase)
-            if timing.n_generated and timing.generate_s > 0
-        ]
-        yield from _phase_rows(run_id, run, phase, values, is_prompt=False)
-    for phase in (SHORT, LONG, CANARY):
-        values = [
-            _Value(record.round, timing.n_prompt, timing.prompt_s, doubt)
-            for record, timing, doubt in _timings(records, phase)
-            if timing.n_prompt and timing.prompt_s > 0
-        ]
-        yield from _phase_rows(run_id, run, phase, values, is_prompt=True)
-
-
-def _timings(records: Sequence[Record], phase: str) -> Iterable[tuple[Record, Timing, str]]:
-    for record in records:
-        if record.phase == phase and record.outcome == OK and record.timing is not None:
-            swapped = (record.host.swapped_mib or 0.0) if record.host is not None else 0.0
-            doubt = f"the host swapped {swapped:.0f} MiB meanwhile" if swapped >= SWAPPED_MIB else ""
-            yield record, record.timing, doubt
-
-
-def _phase_rows(run_id: str, run: Run, phase: str, values: list[_Value], is_prompt: bool) -> Iterable[Row]:
-    """One row of what was undisturbed, its noise from the rounds' spread; one more of each disturbed round."""
-    by_round: dict[int, list[_Value]] = {}
-    for value in values:
-        by_round.setdefault(value.round, []).append(value)
-    medians = {number: _median(found) for number, found in by_round.items()}
-    good = [value for value in medians.values() if not value.doubt]
-    best = min((value.seconds for value in good), default=0.0)
-    calm = [value for value in good if value.seconds <= best * (1 + SLOW_ROUND)]
-    if calm:
-        yield _row(run_id, run, phase, calm, is_prompt, "")
-    for number, value in medians.items():
-        if value in calm:
-            continue
-        slower = value.seconds / best - 1 if best else 0.0
-        doubt = (
-            value.doubt
-            or f"round {number} was {slower:.0%} slower than the run's best: a hot or busy machine?"
-        )
-        yield _row(run_id, run, phase, [value], is_prompt, doubt)
-
-
-def _median(values: Sequence[_Value]) -> _Value:
-    every = [value.seconds for value in values]
-    seconds = statistics.median(every)
-    noise = max(LEAST_NOISE, _spread(every))
-    doubt = next((value.doubt for value in values if value.doubt), "")
-    return replace(values[0], seconds=seconds, doubt=doubt, noise=noise)
-
-
-def _spread(seconds: Sequence[float]) -> float:
-    """Standard error of the middle of some times, as a share."""
-    if len(seconds) < 2:
-        return LEAST_NOISE
-    return float(statistics.stdev(seconds) / statistics.median(seconds) / len(seconds) ** 0.5)
-
-
-def _row(run_id: str, run: Run, phase: str, values: Sequence[_Value], is_prompt: bool, doubt: str) -> Row:
-    seconds = [value.seconds for value in values]
-    middle, n_tokens = statistics.median(seconds), values[0].n_tokens
-    noise = max(_spread(seconds), *(value.noise / len(values) ** 0.5 for value in values))
-    if is_prompt and phase == SHORT:
-        noise = max(noise, SHORT_PROMPT_NOISE)
-    workload = Workload(n_tokens, 1, 0) if is_prompt else Workload(1, 1, n_tokens)
-    make: Any = prompt_row if is_prompt else decode_row
-    row: Row = make(
-        replace(run.problem, workload=workload), run.assignment, run.counts, run=run_id,
-        measured_s=middle, noise=noise, label=f"{run.name}, {phase}", doubt=doubt,
-    )  # fmt: skip
-    return row
+    return Run(id_, name, problem, assignment, counts)
 
 
 def _memory(run_id: str, records: Sequence[Record], machine: Machine) -> Iterable[MemorySample]:
-    for number in sorted({record.round for record in records}):
-        mine = [record for record in records if record.round == number]
+    for number in dict.fromkeys((record.campaign, record.round) for record in records):
+        mine = [record for record in records if (record.campaign, record.round) == number]
         planned = next((r.buffers_mib for r in reversed(mine) if r.buffers_mib), None)
         predicted = next((r.predicted.self_mib for r in reversed(mine) if r.predicted is not None), None)
         for device in machine.devices:

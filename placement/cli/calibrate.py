@@ -42,21 +42,23 @@ def command(machine_name: str | None, is_json: bool, **asked: Any) -> None:
 
     from placement.calibrate.report import report_row
     from placement.calibrate.whole import calibrate_machine
-    from placement.machine_files import own_machine_path, save_machine
+    from placement.recognise import learned_path
 
     machine = options.load_machine(machine_name)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     root = Path(asked["out_folder"] or "solutions")
     changed, report = calibrate_machine(machine, root, date, asked["is_mixed"], asked["chance"])
-    path = own_machine_path(machine_name, machine)
-    if report.changes and not asked["is_dry"]:
-        save_machine(changed, path)
+    path = learned_path(machine_name, machine)
+    is_wanted = bool(report.changes) and not asked["is_dry"]
+    is_written, failure = options.keep_learned(changed, path, is_wanted)
     if is_json:
-        is_written = bool(report.changes) and not asked["is_dry"]
         options.echo_json({**report_row(report), "path": str(path), "is_written": is_written})
     else:
         print_report(report)
-        click.echo(_ending(report, path, asked["is_dry"]))
+        if failure is None:
+            click.echo(_ending(report, path, asked["is_dry"]))
+    if failure is not None:
+        raise failure
     if not report.found.rows:
         raise click.exceptions.Exit(1)
 

@@ -49,7 +49,12 @@ def command(
     model = options.load(model_name)
     environment = {name: value for name, value in os.environ.items() if name.startswith("LLAMA_ARG_")}
     parsed = parse(arguments, environment)
-    asked = {"engine_name": engine_name, "rpc": parsed.rpc, "program": program}
+    asked = {
+        "engine_name": engine_name,
+        "rpc": parsed.rpc,
+        "program": program,
+        "is_detected": not machine_name,
+    }
     machine, judge = with_engine(asked, options.load_machine(machine_name, parsed.rpc), options.warn)
     result = check(
         model, machine, parsed, program,

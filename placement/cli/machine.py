@@ -43,7 +43,7 @@ def detect(out: Path | None, is_json: bool) -> None:
     Example:
       place machine detect -o machines/mine.toml
     """
-    machine = options.load_machine(None)
+    machine = options.detected_machine()
     if out is not None:
         from placement.machine_files import save_machine
 

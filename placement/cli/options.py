@@ -6,6 +6,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -13,6 +14,7 @@ import click
 from placement.problem import PROGRAMS
 
 if TYPE_CHECKING:
+    from placement.errors import PlacementError
     from placement.machine import Machine
     from placement.model import Model
 
@@ -91,24 +93,66 @@ def load(model_name: str) -> Model:
 
 
 def load_machine(name: str | None, rpc: Sequence[str] = ()) -> Machine:
-    """The machine of a --machine option; without one the GPUs here, or the reference machine and a line.
+    """The machine of a --machine option; without one the machine here, or the reference machine and a line.
 
-    With RPC servers and no GPU it is this host alone: its devices are the servers'.
+    Where a file has learned of the machine here it counts, and a line names it; with RPC servers that file is
+    looked for once their devices are known. With RPC servers and no GPU it is this host alone.
     """
-    from placement.machine_files import REFERENCE_MACHINE, resolve_machine
+    from placement.machine_files import resolve_machine
+    from placement.recognise import with_learned
 
     if name is not None:
         return resolve_machine(name)
-    from placement.detect import detect_machine
+    found, reason = _machine_here(bool(rpc))
+    if found is None:
+        return _reference_machine(reason)
+    return found if rpc else with_learned(found, warn)
+
+
+def own_machine(name: str | None) -> Machine:
+    """As `load_machine`, for what is measured here and kept: never the reference machine in its stead.
+
+    Raises:
+        InputError: no machine is named, and there is no GPU to know this one by.
+    """
+    from placement.errors import InputError
+
+    reason = "" if name is not None else _machine_here(has_rpc=False)[1]
+    if reason:
+        raise InputError("--machine", f"{reason}: name the file of the machine that is measured")
+    return load_machine(name)
+
+
+def keep_learned(machine: Machine, path: Path, is_wanted: bool) -> tuple[bool, PlacementError | None]:
+    """Write what was learned; (whether it was written, why not). What was found is shown before the error is."""
+    from placement.errors import InputError
+    from placement.recognise import save_learned
+
+    try:
+        if is_wanted:
+            save_learned(machine, path)
+    except InputError as error:
+        return False, error
+    return is_wanted, None
+
+
+def detected_machine() -> Machine:
+    """The machine here as its driver describes it; without a GPU the reference machine, and a line says so."""
+    found, reason = _machine_here(has_rpc=False)
+    return _reference_machine(reason) if found is None else found
+
+
+def _machine_here(has_rpc: bool) -> tuple[Machine | None, str]:
+    from placement.detect import detect_cpu, detect_machine
+    from placement.machine import Machine
 
     found, reason = detect_machine()
-    if found is not None:
-        return found
-    if rpc:
-        from placement.detect import detect_cpu
-        from placement.machine import Machine
+    return (Machine("rpc", (), detect_cpu()) if found is None and has_rpc else found), reason
 
-        return Machine("rpc", (), detect_cpu())
+
+def _reference_machine(reason: str) -> Machine:
+    from placement.machine_files import REFERENCE_MACHINE, resolve_machine
+
     click.echo(
         f"place: {reason}: using the reference machine {REFERENCE_MACHINE} (choose with --machine)", err=True
     )

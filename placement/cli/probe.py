@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -39,23 +40,30 @@ def command(machine_name: str | None, engine_name: str, is_json: bool, **asked: 
     import datetime
 
     from placement.cli.verify import running_engine
-    from placement.machine_files import own_machine_path, save_machine
     from placement.probe import probe
+    from placement.recognise import learned_path
 
-    machine = options.load_machine(machine_name)
+    machine = options.own_machine(machine_name)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     found = probe(machine, running_engine(engine_name), date, asked["budget_s"], options.warn)
-    path = own_machine_path(machine_name, machine)
-    if found.changes and not asked["is_dry"]:
-        save_machine(found.machine, path)
+    path = learned_path(machine_name, machine)
+    is_wanted = bool(found.changes) and not asked["is_dry"]
+    is_written, failure = options.keep_learned(found.machine, path, is_wanted)
     if is_json:
-        options.echo_json(probe_row(found, str(path), bool(found.changes) and not asked["is_dry"]))
-        return
+        options.echo_json(probe_row(found, str(path), is_written))
+    else:
+        _print(found, path if is_written or asked["is_dry"] else None, asked["is_dry"])
+    if failure is not None:
+        raise failure
+
+
+def _print(found: Probed, path: Path | None, is_dry: bool) -> None:
     for each in found.changes:
         old = "-" if each.old is None else f"{each.old.value:g}"
         spread = "" if each.new.uncertainty is None else f" ± {each.new.uncertainty:.2g}"
         click.echo(f"{each.name}: {old} → {each.new.value:g}{spread} {each.new.unit}")
-    click.echo(f"{path}: {len(found.changes)} values {'would change' if asked['is_dry'] else 'written'}")
+    if path is not None:
+        click.echo(f"{path}: {len(found.changes)} values {'would change' if is_dry else 'written'}")
 
 
 def probe_row(found: Probed, path: str, is_written: bool) -> dict[str, Any]:

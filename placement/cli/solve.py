@@ -87,6 +87,7 @@ def command(
 
     model = options.load(model_name)
     machine = options.load_machine(machine_name, asked["rpc"])
+    asked["is_detected"] = machine_name is None
     if asked["rivals"]:
         models = [model, *map(options.load, asked["rivals"])]
         rows, rated = run_compare(models, machine, asked)

@@ -81,28 +81,36 @@ def command(model_name: str, machine_name: str | None, is_json: bool, **asked: A
     Example:
       place tune qwen3-coder-q5 --model-file Qwen3-Coder-Next-Q5.gguf --budget 20m
     """
-    from placement.cli.verify import print_report
-    from placement.machine_files import own_machine_path, save_machine
+    from placement.recognise import learned_path
 
     model = options.load(model_name)
     machine = options.load_machine(machine_name)
     model_path = Path(asked["model_file"] or (model.files[0] if model.files else f"{model.name}.gguf"))
     tuned = _tune(model, machine, model_path, asked, is_json)
-    path = own_machine_path(machine_name, machine)
-    if tuned.changes and not asked["is_dry"]:
-        save_machine(tuned.machine, path)
+    path = learned_path(machine_name, machine)
+    is_wanted = bool(tuned.changes) and not asked["is_dry"]
+    is_written, failure = options.keep_learned(tuned.machine, path, is_wanted)
     if is_json:
-        options.echo_json(_row(tuned, model.name, str(model_path)))
+        kept = {"path": str(path), "is_written": is_written}
+        options.echo_json({**_row(tuned, model.name, str(model_path)), **kept})
     else:
-        if tuned.report is not None:
-            print_report(tuned.report, str(model_path))
-        click.echo(f"- ended: {tuned.why}")
-        if tuned.changes:
-            click.echo(
-                f"- {path}: {len(tuned.changes)} values {'would change' if asked['is_dry'] else 'written'}"
-            )
+        _print(tuned, str(model_path), path if is_written or asked["is_dry"] else None, asked["is_dry"])
+    if failure is not None:
+        raise failure
     if tuned.report is None or tuned.report.verdict.recommended is None:
         raise click.exceptions.Exit(1)
+
+
+def _print(tuned: Tuned, model_path: str, path: Path | None, is_dry: bool) -> None:
+    from placement.cli.verify import print_report
+
+    if tuned.report is not None:
+        print_report(tuned.report, model_path)
+    click.echo(f"- ended: {tuned.why}")
+    if tuned.error is not None:
+        click.echo(f"- decode speeds predicted from the other runs are off by {tuned.error:.1%}, the median")
+    if tuned.changes and path is not None:
+        click.echo(f"- {path}: {len(tuned.changes)} values {'would change' if is_dry else 'written'}")
 
 
 def _tune(model: Any, machine: Any, model_path: Path, asked: dict[str, Any], is_quiet: bool) -> Tuned:
@@ -131,6 +139,7 @@ def _row(tuned: Tuned, model: str, model_path: str) -> dict[str, Any]:
         "machine": tuned.machine.name,
         "is_settled": tuned.is_settled,
         "why": tuned.why,
+        "error": None if tuned.error is None else round(tuned.error, 5),
         "steps": [
             {
                 "step": each.step,

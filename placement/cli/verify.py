@@ -82,18 +82,17 @@ def command(model_name: str, machine_name: str | None, is_json: bool, **asked: A
 
 def _show(model: Model, machine: Any, asked: dict[str, Any]) -> Report:
     from placement.solve import make_problem
-    from placement.solving import make_request
-    from placement.store import solution_folder
+    from placement.solving import kept_folder, make_request
     from placement.verify.run import show
 
-    problem, _ = make_problem(model, machine, make_request(asked, model))
-    return show(solution_folder(Path(asked["out_folder"] or "solutions"), problem), problem.workload)
+    request = make_request(asked, model)
+    problem, _ = make_problem(model, machine, request)
+    return show(kept_folder(asked["out_folder"], problem, request), problem.workload)
 
 
 def _verify(model: Model, machine: Any, path: Path, asked: dict[str, Any], is_json: bool) -> Report:
     from placement.errors import InputError
     from placement.solving import run_solve
-    from placement.store import solution_folder
     from placement.verify.lock import require_free
     from placement.verify.run import verify
 
@@ -102,10 +101,11 @@ def _verify(model: Model, machine: Any, path: Path, asked: dict[str, Any], is_js
     engine = running_engine(asked["engine_name"])
     require_free()  # the solve would plan on the workers that another verify measures
     outcome = run_solve(model, machine, asked, asked["out_folder"], lambda text: click.echo(text, err=True))
-    folder = solution_folder(Path(asked["out_folder"] or "solutions"), outcome.problem)
+    if outcome.path is None:
+        raise InputError("verify", f"there is no solution to run: {outcome.found.message}")
     with progress_listener(is_json) as listener:
         wanted = _options(asked, outcome.problem)
-        return verify(outcome.problem, outcome.found, path, engine, folder, wanted, listener)
+        return verify(outcome.problem, outcome.found, path, engine, outcome.path.parent, wanted, listener)
 
 
 def running_engine(name: str) -> Engine:

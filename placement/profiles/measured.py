@@ -11,7 +11,7 @@ from placement.machine import Machine
 from placement.model import Model
 from placement.profiles.choice import Choice, Measured
 from placement.solve import Request, make_problem
-from placement.store import solution_folder
+from placement.store import solution_folders
 
 if TYPE_CHECKING:
     from placement.verify.schema import Record
@@ -35,13 +35,11 @@ def measured_of(
         InputError: the run records cannot be read.
     """
     from placement.verify.decide import result_of
-    from placement.verify.records import RUNS, RunLog
+    from placement.verify.records import RunLog
 
     problem, _ = make_problem(model, machine, request)
-    folder = solution_folder(root, problem)
-    if not (folder / RUNS).is_file():
-        return None
-    runs = [each for each in RunLog(folder).read() if _is_of(each, model.digest, choice)]
+    everything = [each for folder in solution_folders(root, problem) for each in RunLog(folder).read()]
+    runs = sorted((r for r in everything if _is_of(r, model.digest, choice)), key=lambda record: record.at)
     newest = [each for each in runs if each.run_id == runs[-1].run_id and each.key == runs[-1].key]
     result = result_of(newest, problem.workload) if newest else None
     if result is None or not result.n_good:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from placement.machine import Machine
+from placement.machine import Device, Machine, margin_mib
 from placement.solution import Solution
 from placement.solve import AGGRESSIVE, MODERATE, MODERATE_RESERVE
 
@@ -112,10 +112,19 @@ def make_candidates(
 
 
 def caps_mib(solution: Solution, machine: Machine, reserve_mib: float) -> dict[str, float]:
-    """Return what a solution was allowed to take of every GPU of the machine, the runtime not counted."""
-    share = MODERATE_RESERVE if solution.name == MODERATE else 0.0
+    """Return what a solution was allowed to take of every GPU of the machine, the runtime not counted.
+
+    Moderate keeps what runs have taught to keep free, or a share of the card.
+    """
+
+    def kept_mib(device: Device) -> float:
+        learned = margin_mib(machine, device.name)
+        if solution.name != MODERATE:
+            return 0.0
+        return MODERATE_RESERVE * device.total_mib if learned is None else learned
+
     return {
-        each.name: each.usable_mib - each.runtime_mib - reserve_mib - share * each.total_mib
+        each.name: each.usable_mib - each.runtime_mib - reserve_mib - kept_mib(each)
         for each in machine.devices
     }
 

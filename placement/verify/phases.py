@@ -81,6 +81,7 @@ class Bench:
     folder: Path
     nvml: Any | None
     write: Callable[[Record], None]
+    solved_digest: str | None = None  # of the model that was solved for, where it is laid out as the file is
     tell: Callable[[Candidate, int, str, int], None] = lambda *_: None
     on_server: Callable[[int], None] | None = None
     on_sample: Callable[[Sample], None] | None = None
@@ -298,6 +299,8 @@ class Visit:
                 wall_s=round(wall_s, 3),
                 devices=devices,
                 host=host,
+                model_file=str(bench.model_file.absolute()),
+                solved_digest=bench.solved_digest,
                 **self._facts,
             )
         )

@@ -73,6 +73,21 @@ class RunLog:
         lines, torn = self._lines()
         return [self._record(number, line) for number, line in lines if number not in torn]
 
+    def read_whole_lines(self) -> tuple[list[Record], list[str]]:
+        """Return the records in their order, and what is wrong with each line that is none, a torn last one apart.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        lines, torn = self._lines()
+        found, broken = [], []
+        for number, line in lines:
+            try:
+                found.append(self._record(number, line))
+            except InputError as error:
+                broken += [] if number in torn else [str(error)]
+        return found, broken
+
     def mend(self) -> str | None:
         """Move a torn last line to `runs.jsonl.torn`, so that appending is safe again; say so, or None.
 

@@ -7,8 +7,6 @@ that finished. `show` decides again from the records alone.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import signal
 import statistics
 import threading
@@ -19,9 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from placement.engine import Engine, describe
+from placement.engine import Engine
 from placement.errors import InputError
-from placement.machine import Machine
 from placement.model import Model
 from placement.model_files import load_model
 from placement.problem import Problem, Workload
@@ -29,14 +26,15 @@ from placement.solution import SolutionSet
 from placement.verify import records
 from placement.verify.candidates import FIT, Candidate, choose, make_candidates
 from placement.verify.decide import Round, Verdict, decide, rounds_of
+from placement.verify.keys import make_key
 from placement.verify.lock import machine_lock
 from placement.verify.phases import PLAN, SHORT, Bench, BudgetSpent, Limits, Visit
 from placement.verify.prompts import Asked
 from placement.verify.records import RunLog, latest_campaign, of_campaign
-from placement.verify.watch import Sample, driver_version, load_nvml, memory_clock
+from placement.verify.watch import Sample, load_nvml
 
 if TYPE_CHECKING:
-    from placement.verify.schema import Record
+    from placement.verify.schema import Key, Record
 
 _FATAL = (
     records.CRASH,
@@ -118,13 +116,6 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def machine_key(machine: Machine) -> str:
-    """Return the machine's name and a digest of its hardware; caps and addresses stand in the arguments."""
-    facts = [[each.name, each.description, float(each.total_mib), each.uuid] for each in machine.devices]
-    digest = hashlib.sha256(json.dumps([facts, machine.cpu.description]).encode()).hexdigest()[:8]
-    return f"{machine.name}/{digest}"
-
-
 def mismatch(expected: Model, found: Model) -> str | None:
     """Say how a model file differs from the model that was solved for; None if it is the same.
 
@@ -191,14 +182,16 @@ def verify(
         )
 
 
-def show(folder: Path, workload: Workload) -> Report:
+def show(folder: Path, workload: Workload, key: Key | None = None) -> Report:
     """Decide again from the records of the newest campaign that measured anything, running nothing.
+
+    `key`: only what was measured under it counts.
 
     Raises:
         InputError: nothing was measured there, or the records cannot be read.
     """
     log = RunLog(folder)
-    known = log.read()
+    known = [record for record in log.read() if key is None or record.key == key]
     measured = [record for record in known if record.timing is not None]
     campaign = latest_campaign(measured or known)
     if campaign is None:
@@ -216,23 +209,13 @@ def _prepare(
     options: Options,
     listener: Listener,
 ) -> _Work:
-    from placement.verify.schema import Key
-
     log = RunLog(folder)
     if (said := log.mend()) is not None:
         listener.say(said)
     actual = load_model(model_file)
     asked = options.asked or asked_of(problem, options.is_full_depth)
     nvml = load_nvml()
-    key = Key(
-        engine_build=describe(engine).version,
-        engine_fingerprint=engine.fingerprint(),
-        model_digest=actual.digest,
-        machine=machine_key(problem.machine),
-        driver=driver_version(nvml),
-        memory_clock=memory_clock(problem.machine, nvml),
-        plan=asked.text(),
-    )
+    key = make_key(engine, problem.machine, actual, asked, nvml)
     known = log.read()
     campaign = None if options.is_fresh else latest_campaign(known, key)
     run = of_campaign(known, campaign) if campaign is not None else []
@@ -251,6 +234,7 @@ def _prepare(
         folder=folder,
         nvml=nvml,
         write=log.append,
+        solved_digest=problem.model.digest,
         deadline_s=None if options.budget_s is None else time.monotonic() + options.budget_s,
     )
     solutions = choose(found.solutions, options.top)
@@ -381,6 +365,7 @@ class _Work:
                     outcome=records.MODEL_MISMATCH,
                     detail=f"{self.bench.model_file} is not the model that was solved for: {reason}",
                     wall_s=0.0,
+                    model_file=str(self.bench.model_file.absolute()),
                 )
             )
             self.listener.say(f"{candidate.name}: {records.MODEL_MISMATCH}: {reason}")

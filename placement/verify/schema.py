@@ -88,3 +88,7 @@ class Record(_Base):
     predicted: Predicted | None = None
     n_host_layers: int | None = None
     fit_arguments: tuple[str, ...] | None = None  # what --fit chose, as llama-fit-params says it
+    model_file: str | None = None  # as it was found by whoever ran it
+    solved_digest: str | None = (
+        None  # of the description that was solved for: laid out alike, named otherwise
+    )

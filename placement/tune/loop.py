@@ -13,22 +13,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from placement.buffers import graph_counts
 from placement.calibrate.applied import Change, apply_fit
-from placement.calibrate.choosing import Proposal, choose_runs, is_settled, outlook, worth_again
-from placement.calibrate.features import decode_row, prompt_row
+from placement.calibrate.choosing import (
+    LEAST_ROUNDS,
+    MOST_AGAIN,
+    Proposal,
+    choose_runs,
+    is_settled,
+    outlook,
+    rounds_to_tell,
+    worth_again,
+)
 from placement.calibrate.fit import Calibration
 from placement.calibrate.memory import fit_memory
-from placement.calibrate.runs import Found, find_runs
-from placement.calibrate.telling import trials
+from placement.calibrate.report import median_error
+from placement.calibrate.runs import Found, conditions_of, find_runs
 from placement.calibrate.whole import fit_both
-from placement.compute import plan_compute
-from placement.cost import GraphCounts
 from placement.errors import InputError
 from placement.machine import Machine
 from placement.model import Model
 from placement.problem import Problem
 from placement.solution import Solution, SolutionSet
+from placement.tune.lines import Line, Tuned, what_was_learned
+from placement.tune.proposals import Proposed, proposals, proposed
 from placement.verify.candidates import FIT
 from placement.verify.decide import LEAST_NOISE, Result
 
@@ -36,51 +43,11 @@ if TYPE_CHECKING:
     from placement.engine import Engine
     from placement.solving import Outcome
     from placement.verify.run import Listener, Options, Report
+    from placement.verify.schema import Key
 
 PER_STEP = 2
 MAX_STEPS = 12
-FINAL_ROUNDS = 2
 STEPS_SHARE = 0.7  # of the budget; the rest is for running the best again beside --fit
-LEARNED = 0.03  # a smaller change of a coefficient is not told
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One run of one step: predicted before it, measured, and what its step taught."""
-
-    step: int
-    candidate: str
-    predicted_tps: float
-    predicted_turn_s: float
-    measured_tps: float | None
-    measured_turn_s: float | None
-    status: str
-    learned: tuple[str, ...]
-
-    @property
-    def error(self) -> float | None:
-        """Predicted over measured decode speed, less one."""
-        return None if self.measured_tps is None else self.predicted_tps / self.measured_tps - 1.0
-
-    def words(self) -> str:
-        """The line of the log."""
-        said = f"step {self.step}: {self.candidate}: predicted {self.predicted_tps:.1f} t/s"
-        if self.measured_tps is None or self.error is None:
-            return f"{said}, {self.status}"
-        taught = f"; learned {', '.join(self.learned)}" if self.learned else ""
-        return f"{said}, measured {self.measured_tps:.1f} t/s, error {self.error:+.1%}{taught}"
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What came out: the verdict on all that was run, the machine with what was learned, and why it ended."""
-
-    report: Report | None
-    machine: Machine
-    changes: tuple[Change, ...]
-    lines: tuple[Line, ...]
-    is_settled: bool
-    why: str
 
 
 @dataclass
@@ -98,6 +65,8 @@ class Tuning:
     tell: Callable[[str], None]
 
     def __post_init__(self) -> None:
+        self.key = current_key(self.engine, self.base, self.model_file)
+        self.is_told_old = False
         self.lines: list[Line] = []
         self.n_steps = 0
         self.report: Report | None = None
@@ -154,7 +123,10 @@ class Tuning:
         return {each.run_id: each.turn_s for each in results if each.role == FIT and each.turn_s is not None}
 
     def _ended(self, why: str, settled: bool) -> Tuned:
-        return Tuned(self.report, self.machine, self.changes, tuple(self.lines), settled, why)
+        found = find_runs(self.root, self.base, conditions=conditions_of(self.key))
+        decode, _ = fit_both(self.base, found)
+        error = median_error(decode.errors, is_after=True)
+        return Tuned(self.report, self.machine, self.changes, tuple(self.lines), settled, why, error)
 
     def _is_late(self) -> bool:
         return self.steps_until_s is not None and time.monotonic() > self.steps_until_s
@@ -170,31 +142,27 @@ class Tuning:
         return outcome.path.parent
 
     def _refit(self) -> tuple[Calibration, Calibration]:
-        """Learn from all records of this machine, those of other models too."""
-        found = find_runs(self.root, self.base)
+        """Learn from all records of this machine and build, those of other models too.
+
+        Before the first of them the fits are those of the newest other build or driver; the machine stays.
+        """
+        found = find_runs(self.root, self.base, conditions=conditions_of(self.key))
+        if not found.rows:
+            found = find_runs(self.root, self.base)
+            if found.conditions is not None and not self.is_told_old:
+                self.is_told_old = True
+                self.tell(f"place: nothing was run as now yet: starting from {found.conditions.words()}")
+            return fit_both(self.base, found, with_errors=False)
         fits = fit_both(self.base, found, with_errors=False)
         self._apply(found, fits)
         return fits
 
     def _apply(self, found: Found, fits: tuple[Calibration, Calibration]) -> None:
-        if found.rows:
-            date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            self.machine, self.changes = apply_fit(self.base, fits, fit_memory(self.base, found.memory), date)
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.machine, self.changes = apply_fit(self.base, fits, fit_memory(self.base, found.memory), date)
 
     def _proposals(self, outcome: Outcome) -> dict[str, Proposed]:
-        """What could be run: the solver's solutions, and simple placements that may tell more."""
-        problem = replace(outcome.problem, machine=self.base)
-        found: dict[str, Proposed] = {}
-        for solution in outcome.found.solutions:
-            each = _proposed(problem, solution, _counts(problem, solution))
-            found.setdefault(each.proposal.key, each)
-        first = outcome.found.solutions[0]
-        settings = replace(first.assignment.settings, has_overrides=False)
-        for trial in trials(replace(problem, settings=settings)):
-            like = replace(first, name=trial.name, args=trial.arguments, assignment=trial.assignment)
-            each = _proposed(problem, replace(like, devices=trial.devices, gap=None), trial.counts)
-            found.setdefault(each.proposal.key, each)
-        return found
+        return proposals(replace(outcome.problem, machine=self.base), outcome.found.solutions)
 
     def _measured(self, outcome: Outcome) -> dict[str, float]:
         """Measured turns by proposal key; what failed counts as endless."""
@@ -205,10 +173,12 @@ class Tuning:
 
     def _results(self, outcome: Outcome) -> tuple[Result, ...]:
         """What the newest campaign measured of solutions; all that ran or failed for good."""
-        from placement.verify.run import show
+        from placement.verify.run import asked_of, show
 
+        asked = self.options.asked or asked_of(outcome.problem, self.options.is_full_depth)
+        key = self.key.model_copy(update={"plan": asked.text()})
         try:
-            self.report = show(self._folder(outcome), outcome.problem.workload)
+            self.report = show(self._folder(outcome), outcome.problem.workload, key)
         except InputError:
             return ()  # nothing was run yet
         over = ("not run", "not finished")
@@ -281,59 +251,53 @@ class Tuning:
         """Run what is nearly the best again, `--fit` beside it, so that the choice stands on more than one round;
         whether there was anything to run.
 
-        A run that the others contradict gets a third round: of two, one disturbed would count half.
+        As many rounds as the noise asks for, and the budget allows; at last the choice itself, if it had fewer.
         """
         outcome = self._solve()
-        results = {each.run_id: each for each in self._results(outcome) if each.turn_s is not None}
-        again = worth_again(fits, {run: each.turn_s or 0.0 for run, each in results.items()})[:PER_STEP]
-        if not again or not outcome.found.solutions:
+        if not outcome.found.solutions or not self._results(outcome):
             return False
-        is_doubted = any(each.run in again for fit in fits for each in fit.outliers)
-        proposals = self._proposals(outcome)
-        keys = [" ".join(_placing(results[run], outcome.found)) for run in again]
-        kept = [proposals[k].solution if k in proposals else self._again(outcome, k) for k in keys]
-        self._verify(outcome, kept, rounds=FINAL_ROUNDS + is_doubted, has_fit=True)
+        rounds = LEAST_ROUNDS
+        while self._verify(outcome, self._nearly_best(outcome, fits), rounds, has_fit=True):
+            fits = self._refit()
+            wanted = rounds_to_tell(self._noise() / 2)  # a noise floor is twice what one round is off by
+            if wanted <= rounds:
+                break
+            rounds = min(wanted, rounds + 2)
+        chosen = None if self.report is None else self.report.verdict.recommended
+        if chosen is not None and chosen.role != FIT and chosen.n_good < LEAST_ROUNDS:
+            self._verify(outcome, [self._again(outcome, chosen).solution], LEAST_ROUNDS, has_fit=True)
         self._refit()
         self._results(outcome)
         return True
 
-    def _again(self, outcome: Outcome, key: str) -> Solution:
-        """A measured placement that is not proposed any more, to run it once more."""
+    def _nearly_best(self, outcome: Outcome, fits: tuple[Calibration, Calibration]) -> list[Solution]:
+        """What may be the fastest of all that was measured, by its own runs and by those of the others."""
+        known = {
+            " ".join(_placing(each, outcome.found)): each for each in self._results(outcome) if each.turn_s
+        }
+        if not known:
+            return []
+        offered = self._proposals(outcome)
+        mine = {key: offered.get(key) or self._again(outcome, each) for key, each in known.items()}
+        turns_s = outlook(fits, [each.proposal for each in mine.values()]).turns_s
+        predicted = dict(zip(mine, map(float, turns_s), strict=True))
+        again = worth_again(
+            {key: each.turn_s or 0.0 for key, each in known.items()}, predicted, self._noise() / 2
+        )
+        return [mine[key].solution for key in again[:MOST_AGAIN]]
+
+    def _again(self, outcome: Outcome, result: Result) -> Proposed:
+        """A measured placement that may not be proposed any more, to run it once more."""
         from placement.arguments import parse
         from placement.emit import resolve
 
-        result = next(r for r in self._results(outcome) if " ".join(_placing(r, outcome.found)) == key)
-        arguments = _placing(result, outcome.found)
-        assignment = resolve(
-            self.model, outcome.problem.machine, parse(list(arguments)), outcome.problem.program
-        )
+        arguments, problem = _placing(result, outcome.found), replace(outcome.problem, machine=self.base)
+        assignment = resolve(self.model, problem.machine, parse(list(arguments)), problem.program)
         first = outcome.found.solutions[0]
-        return replace(first, name=result.name, args=arguments, assignment=assignment, devices={}, gap=None)
-
-
-@dataclass(frozen=True)
-class Proposed:
-    """A proposal with the solution that verify runs."""
-
-    proposal: Proposal
-    solution: Solution
-
-
-def _proposed(problem: Problem, solution: Solution, counts: GraphCounts) -> Proposed:
-    turn = problem.workload
-    depth = turn.depth_tokens + turn.prompt_tokens + turn.generate_tokens // 2
-    deep = replace(problem, workload=replace(turn, depth_tokens=depth))
-    decode = decode_row(deep, solution.assignment, counts, run=solution.name)
-    prompt = prompt_row(problem, solution.assignment, counts, run=solution.name)
-    return Proposed(Proposal(" ".join(solution.args), decode, prompt, turn.generate_tokens), solution)
-
-
-def _counts(problem: Problem, solution: Solution) -> GraphCounts:
-    """Simulated nodes, and the splits that the solution has, planned where an engine planned it."""
-    plan = plan_compute(problem.model, problem.machine, solution.assignment, problem.program)
-    return replace(
-        graph_counts(plan), splits_decode=solution.splits_decode, splits_prompt=solution.splits_prompt
-    )
+        solution = replace(
+            first, name=result.name, args=arguments, assignment=assignment, devices={}, gap=None
+        )
+        return proposed(problem, solution)
 
 
 def _placing(result: Result, found: SolutionSet) -> tuple[str, ...]:
@@ -342,20 +306,19 @@ def _placing(result: Result, found: SolutionSet) -> tuple[str, ...]:
     return result.arguments[:-n_extra] if n_extra else result.arguments
 
 
-def what_was_learned(
-    before: tuple[Calibration, Calibration], after: tuple[Calibration, Calibration], most: int = 3
-) -> tuple[str, ...]:
-    """The coefficients that a step taught most about: "split_us 45 → 61 ± 4 us"."""
-    found = []
-    for old, new in zip(before, after, strict=True):
-        spreads = new.uncertainties
-        for each in new.parameters:
-            a, b = old.values[each.name], new.values[each.name]
-            is_moved = abs(b - a) > LEARNED * max(abs(a), 1e-9)
-            fall = old.left[each.name] - new.left[each.name]
-            if is_moved and each.name not in new.unidentified:
-                found.append((fall, f"{each.name} {a:.3g} → {b:.3g} ± {spreads[each.name]:.2g} {each.unit}"))
-    return tuple(words for _, words in sorted(found, reverse=True)[:most])
+def current_key(engine: Engine, machine: Machine, model_file: Path) -> Key:
+    """What is measured now depends on this, and on what is asked.
+
+    Raises:
+        InputError: the model file cannot be read.
+        EngineError: the engine does not answer.
+    """
+    from placement.model_files import load_model
+    from placement.verify.keys import make_key
+    from placement.verify.prompts import Asked
+    from placement.verify.watch import load_nvml
+
+    return make_key(engine, machine, load_model(model_file), Asked(), load_nvml())
 
 
 def tune(
