@@ -11,11 +11,17 @@ DEFAULTS: dict[str, tuple[float, str, str]] = {
         "share of a GPU's bandwidth that reading the KV cache reaches; .CPU: of the host's [cpu_read_efficiency]",
     ),
     "cpu_read_efficiency": (0.55, "fraction", "share of the host's bandwidth that weights on the CPU reach"),
+    "cpu_thread_gb_per_s": (
+        10.0,
+        "GB/s",
+        "weights that one CPU thread reads; together at most the host's share",
+    ),
     "expert_read_share": (1.0, "fraction", "bandwidth that reading experts reaches, beside dense weights"),
     "float_read_share": (1.0, "fraction", "bandwidth that f16, bf16 and f32 weights reach, beside quantised"),
     "iq_read_share": (1.0, "fraction", "bandwidth that i-quants reach, beside other quantised weights"),
     "layer_us": (0.0, "us", "time of one layer while decoding, beside its bytes and nodes"),
     "split_us": (45.0, "us", "time of one graph split while decoding, to or from the host"),
+    "thread_us": (0.0, "us", "what each CPU thread adds to a split to or from the host"),
     "boundary_us": (45.0, "us", "time of one graph split between two GPUs [split_us]"),
     "node_us": (1.3, "us", "time of one graph node (kernel launch) while decoding"),
     "token_us": (0.0, "us", "fixed time of a token outside the graph"),
@@ -38,4 +44,6 @@ MEMORY: dict[str, tuple[str, str]] = {
 }
 
 # What numbers are divided by may not be 0.
-DIVISORS = frozenset(name for name in DEFAULTS if "efficiency" in name or "tflops" in name or "share" in name)
+DIVISORS = frozenset(
+    name for name in DEFAULTS if any(word in name for word in ("efficiency", "tflops", "share", "gb_per_s"))
+)

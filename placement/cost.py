@@ -160,6 +160,18 @@ def cpu_kv_efficiency(machine: Machine) -> float:
     return kept.value if kept is not None else coefficient(machine, "cpu_read_efficiency")
 
 
+def cpu_threads(machine: Machine, settings: Settings) -> int:
+    """The threads that the engine works with: its own choice is one a core."""
+    return settings.n_threads or machine.cpu.threads
+
+
+def are_threads_few(machine: Machine, threads: int) -> bool:
+    """Whether fewer threads than cores read weights more slowly than the host's memory gives them."""
+    together = threads * coefficient(machine, "cpu_thread_gb_per_s")
+    at_most = machine.cpu.bandwidth_gb_per_s * coefficient(machine, "cpu_read_efficiency")
+    return threads < machine.cpu.threads and together < at_most
+
+
 def device_tflops(machine: Machine, device: Device) -> float:
     """The device's matrix throughput in 1e12 operations per second, guessed from its bandwidth if unknown."""
     return device.tflops or device.bandwidth_gb_per_s * coefficient(
@@ -172,9 +184,11 @@ def rates(machine: Machine, devices: tuple[str, ...], settings: Settings) -> Rat
     tables: list[dict[str, float]] = [{} for _ in range(5)]
     read, kv, dense, expert, attention = tables
     cpu_bandwidth = machine.cpu.bandwidth_gb_per_s * 1e9
-    threads = settings.n_threads or machine.cpu.threads
+    threads = cpu_threads(machine, settings)
     cpu_flops = threads * coefficient(machine, "cpu_tflops_per_thread") * 1e12
     read[CPU] = 1.0 / (cpu_bandwidth * coefficient(machine, "cpu_read_efficiency"))
+    if are_threads_few(machine, threads):
+        read[CPU] = 1.0 / (threads * coefficient(machine, "cpu_thread_gb_per_s") * 1e9)
     kv[CPU] = 1.0 / (cpu_bandwidth * cpu_kv_efficiency(machine))
     dense[CPU] = expert[CPU] = attention[CPU] = 1.0 / cpu_flops
     stream_device = None
@@ -199,7 +213,7 @@ def rates(machine: Machine, devices: tuple[str, ...], settings: Settings) -> Rat
         {name: tuple(read[name] / share for share in class_shares(machine, name)) for name in read},
         {name: coefficient(machine, "layer_us", name) * 1e-6 for name in read},
         kv, dense, expert, attention, stream, stream_device,
-        split_s=coefficient(machine, "split_us") * 1e-6,
+        split_s=(coefficient(machine, "split_us") + threads * coefficient(machine, "thread_us")) * 1e-6,
         boundary_s=boundary_us(machine) * 1e-6,
         rpc_split_s=coefficient(machine, "rpc_split_us") * 1e-6,
         node_s=coefficient(machine, "node_us") * 1e-6,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from placement.buffers import Buffers, Planner, compute_table, graph_counts
 from placement.compute import ComputePlan, plan_compute
-from placement.cost import Speed, evaluate, rates
+from placement.cost import Speed, coefficient, evaluate, rates
 from placement.outlook import outlook
 from placement.pieces import N_EARLY_LAYERS, NO_PINS, Pieces, Pins
 from placement.problem import Assignment, Problem, Settings
@@ -36,6 +36,7 @@ MAX_CORRECTIONS = 9
 FEW_CORRECTIONS = 4  # after that many, or
 FEW_PATTERNS = 4  # where more than that many are new at once, what lacks is charged to every placement
 WORK_LIMIT = 10.0  # CP-SAT's deterministic time for one proof
+FEWER_THREADS = (0.25, 0.5, 0.75)  # of the cores
 OTHER_WEIGHTS = ((1, 1), (1, 30), (30, 1))
 WASTE_BYTES = 24 * MIB  # buffers assumed too large by more than this are corrected
 
@@ -140,7 +141,20 @@ def ways(problem: Problem, freedom: Freedom) -> Iterator[Way]:
             yield Way(order, settings, uses_host=False)
         if len(order) > 1 and settings.is_kv_offloaded:
             yield Way(order, settings, uses_host=False, is_pipelined=True)
-        yield Way(order, _fastest_loading(problem, order, settings, freedom.load_modes), uses_host=True)
+        loaded = _fastest_loading(problem, order, settings, freedom.load_modes)
+        for n_threads in thread_counts(problem):
+            yield Way(order, replace(loaded, n_threads=n_threads), uses_host=True)
+
+
+def thread_counts(problem: Problem) -> tuple[int | None, ...]:
+    """CPU threads worth trying where the host is used; None leaves them to the engine, which takes one a core.
+
+    Fewer are worth it only where the machine knows that each costs something.
+    """
+    fixed, n_cores = problem.settings.n_threads, problem.machine.cpu.threads
+    if fixed is not None or coefficient(problem.machine, "thread_us") <= 0:
+        return (fixed,)
+    return (None, *sorted({max(1, round(n_cores * share)) for share in FEWER_THREADS} - {n_cores}))
 
 
 def _fastest_loading(
@@ -440,9 +454,7 @@ class Search:
         gap: float,
     ) -> tuple[ProgramResult, Answer | None]:
         """CP-SAT's result below a target, and its answer."""
-        placing = Placing(
-            lead.table.frame, *lead.relaxation.weights, homes=homes, has_symmetry=not excluded
-        )
+        placing = Placing(lead.table.frame, *lead.relaxation.weights, homes=homes, has_symmetry=not excluded)
         for each in excluded:
             placing.exclude(each)
         if target < float("inf"):

@@ -85,6 +85,7 @@ def make_request(asked: dict[str, Any], model: Model, machine: Machine | None = 
         time_limit_s=asked.get("time_limit_s") or 10.0,
         seed=int(asked.get("seed", 1)),
         min_decode_tps=asked.get("min_decode_tps"),
+        fixed=(("n_threads", asked["n_threads"]),) if asked.get("n_threads") else (),
     )
     if machine is None:
         return request
@@ -131,7 +132,7 @@ def _kept(request: Request, model: Model, machine: Machine, text: str) -> Reques
         ctx_tokens=request.ctx_tokens or kept.ctx_tokens,
         n_slots=request.n_slots or kept.n_slots,
         wishes=(*request.wishes, *wishes),
-        fixed=tuple((name, value) for name, value in fields.items() if value is not None),
+        fixed=(*request.fixed, *((name, value) for name, value in fields.items() if value is not None)),
         extra_args=tuple(word for words in kept.other for word in words),
     )
 

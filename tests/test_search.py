@@ -7,8 +7,9 @@ from solving_support import card, dense_model, expert_model, one_card, problem, 
 
 from placement.buffers import graph_counts
 from placement.check import device_use
-from placement.cost import evaluate
-from placement.machine import Machine
+from placement.coefficients import DEFAULTS
+from placement.cost import evaluate, rates
+from placement.machine import Coefficient, Machine
 from placement.search import UBATCHES, Freedom, Search, device_orders, shortfall, ways
 from placement.solver.frame import is_valid
 
@@ -163,3 +164,43 @@ def test_shortfall_is_the_least() -> None:
     lacking = sum(float(part.split()[2].replace(",", "")) for part in words.split(" and "))
     size_mib = asked.model.n_bytes / 2**20
     assert size_mib - 320 <= lacking <= size_mib - 320 + 150
+
+
+def knowing(**values: float) -> Machine:
+    """A card that holds a third of the model, on a host of eight cores that knows these coefficients."""
+    known = {name: Coefficient(value, DEFAULTS[name][1]) for name, value in values.items()}
+    return dataclasses.replace(one_card(300), coefficients=known)
+
+
+def threads_of(machine: Machine, **settings: int) -> tuple[set[int | None], int | None]:
+    """The thread counts tried for the experts' model, and the one chosen."""
+    asked = problem(expert_model(8), machine)
+    asked = dataclasses.replace(asked, settings=dataclasses.replace(asked.settings, **settings))
+    freedom = Freedom(ubatches=(512,))
+    search = Search(asked)
+    found = search.best(freedom, search.hopes(freedom))
+    assert found is not None
+    tried = {each.settings.n_threads for each in ways(asked, freedom) if each.uses_host}
+    return tried, found.assignment.settings.n_threads
+
+
+def test_threads_are_the_engines_by_default() -> None:
+    """Where nothing is known of what a thread costs, the engine's own choice stands."""
+    assert threads_of(knowing()) == ({None}, None)
+
+
+def test_fewer_threads_where_each_costs_more_than_it_reads() -> None:
+    """Where threads cost time at every split and few read all that memory gives, few are chosen; else all."""
+    dear = threads_of(knowing(thread_us=100.0, cpu_thread_gb_per_s=100.0))
+    assert dear == ({None, 2, 4, 6}, 2)
+    assert threads_of(knowing(thread_us=0.01, cpu_thread_gb_per_s=1.0))[1] is None
+
+
+def test_fixed_threads_stay() -> None:
+    """A number of threads that the user keeps is the only one tried, and is priced."""
+    assert threads_of(knowing(thread_us=100.0), n_threads=5) == ({5}, 5)
+    few, many = (
+        rates(one_card(300), ("CUDA0",), dataclasses.replace(EXPERTS.settings, n_threads=n)) for n in (1, 8)
+    )
+    assert few.read_s_per_byte["CPU"] == pytest.approx(1 / 10e9)
+    assert many.read_s_per_byte["CPU"] == pytest.approx(1 / (50e9 * DEFAULTS["cpu_read_efficiency"][0]))

@@ -15,9 +15,11 @@ from placement.cost import (
     CostModel,
     GraphCounts,
     Load,
+    are_threads_few,
     boundary_us,
     coefficient,
     cpu_kv_efficiency,
+    cpu_threads,
     device_tflops,
     pipelined_s,
     total,
@@ -72,13 +74,16 @@ def decode_row(
     """A token's time at the problem's depth."""
     loads, contexts = _loads(problem, assignment)
     crossings = count_crossings(problem, assignment, counts.splits_decode)
+    threads = cpu_threads(problem.machine, assignment.settings)
+    n_host = counts.splits_decode - crossings.n_between
     terms = [
         term
         for where in loads
-        for term in _decode_terms(problem.machine, where, loads[where] + contexts[where][0])
+        for term in _decode_terms(problem.machine, where, loads[where] + contexts[where][0], threads)
     ]
     terms += [
-        Term(1e-6 * (counts.splits_decode - crossings.n_between), (("split_us", 1),)),
+        Term(1e-6 * n_host, (("split_us", 1),)),
+        Term(1e-6 * n_host * threads, (("thread_us", 1),)),
         Term(1e-6 * crossings.n_between, (("boundary_us", 1),)),
         Term(1e-6 * counts.n_nodes_decode, (("node_us", 1),)),
         Term(1e-6, (("token_us", 1),)),
@@ -109,6 +114,10 @@ def prompt_row(
     terms += [
         Term(1e-6 * counts.n_nodes_prompt * n, (("node_us", 1),)),
         Term(1e-6 * counts.splits_prompt * n, (("split_us", 1),)),
+        Term(
+            1e-6 * counts.splits_prompt * n * cpu_threads(problem.machine, assignment.settings),
+            (("thread_us", 1),),
+        ),
         Term(2e-6 * crossings.n_rpc * n, (("rpc_split_us", 1),)),
     ]
     kept = tuple(term for term in terms if term.amount)
@@ -135,21 +144,24 @@ def _loads(
     return {name: total(parts[name]) for name in names}, contexts
 
 
-def reading(machine: Machine, where: str) -> tuple[float, Powers]:
+def reading(machine: Machine, where: str, threads: int) -> tuple[float, Powers]:
     """(bytes per second, powers of the coefficients) at which a location reads plain weights."""
+    if where == CPU and are_threads_few(machine, threads):
+        return threads * 1e9, (("cpu_thread_gb_per_s", -1),)
     if where == CPU:
         return machine.cpu.bandwidth_gb_per_s * 1e9, (("cpu_read_efficiency", -1),)
     return machine.device(where).bandwidth_gb_per_s * 1e9, ((f"read_efficiency.{where}", -1),)
 
 
-def _decode_terms(machine: Machine, where: str, load: Load) -> Iterator[Term]:
-    speed, powers = reading(machine, where)
+def _decode_terms(machine: Machine, where: str, load: Load, threads: int) -> Iterator[Term]:
+    speed, powers = reading(machine, where, threads)
+    bandwidth = machine.cpu.bandwidth_gb_per_s * 1e9 if where == CPU else speed
     for n_bytes, (is_expert, family) in zip(load.reads, READ_CLASSES, strict=True):
         shares: Powers = ((f"expert_read_share.{where}", -1),) if is_expert else ()
         if family != "quant":
             shares = (*shares, (f"{family}_read_share.{where}", -1))
         yield Term(n_bytes / speed, (*powers, *shares))
-    yield Term(load.decode_kv_bytes / speed, ((f"kv_read_efficiency.{where}", -1),))
+    yield Term(load.decode_kv_bytes / bandwidth, ((f"kv_read_efficiency.{where}", -1),))
     yield Term(1e-6 * load.n_layers, ((f"layer_us.{where}", 1),))
 
 
@@ -165,7 +177,8 @@ def _prompt_terms(
         link = machine.device(at).link_gb_per_s * 1e9
         amount = (load.prompt_bytes + load.prompt_kv_bytes) / link
         yield Term(amount, ((f"{kind}_link_efficiency.{at}", -1),), where)
-    speed, powers = reading(machine, at)
+    threads = cpu_threads(machine, assignment.settings)
+    speed, powers = reading(machine, at, threads)
     yield Term(load.prompt_bytes / speed, powers, where)
     n_tokens = float(sum(model.ubatches))
     for flops, what in (
@@ -186,7 +199,7 @@ def _computing(
     machine: Machine, assignment: Assignment, at: str, flops: float, what: str
 ) -> tuple[float, Powers]:
     if at == CPU:
-        threads = assignment.settings.n_threads or machine.cpu.threads
+        threads = cpu_threads(machine, assignment.settings)
         return flops / (threads * 1e12), (("cpu_tflops_per_thread", -1),)
     return flops / (device_tflops(machine, machine.device(at)) * 1e12), (
         (f"{what}_compute_efficiency.{at}", -1),

@@ -16,7 +16,7 @@ from placement.calibrate.design import Array, make_design
 from placement.calibrate.features import Row, coefficient_value
 from placement.calibrate.fit_problem import UNIDENTIFIED, FitProblem
 from placement.calibrate.outliers import Outlier, scale_of, without_doubtful
-from placement.calibrate.parameters import DECODE, Parameter, parameters
+from placement.calibrate.parameters import DECODE, NEVER_FITTED, Parameter, parameters
 from placement.machine import Coefficient, Machine
 
 
@@ -145,7 +145,7 @@ def _known_values(
     for kind in ("decode", "prompt"):
         names |= {each.name for each in parameters(machine, kind)}
     names -= {each.name for each in unknowns}
-    names.add("rpc_split_us")
+    names |= NEVER_FITTED | {"rpc_split_us"}
     return {
         name: known[name] if name in known else coefficient_value(machine, name) for name in sorted(names)
     }

@@ -40,6 +40,7 @@ SPREADS = {
 }
 CPU_KV = f"kv_read_efficiency.{CPU}"
 CPU_KV_SPREAD = 1.0  # a processor's attention is seldom as fast as its memory
+NEVER_FITTED = frozenset({"thread_us", "cpu_thread_gb_per_s"})  # runs have one number of threads
 MAY_BE_ZERO = ("layer_us", "token_us")
 RPC_SPREAD = 1.5  # nobody knows a worker, or the network, before they are measured
 ALIKE = 0.5  # correlation between the devices of one machine: they share a build and a driver

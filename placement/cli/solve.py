@@ -31,6 +31,13 @@ from placement.cli import options
 @click.option("--ts", metavar="A,B,…", help="Keep these layer counts.")
 @click.option("--devices", metavar="DEV,…", help="Use these cards in this order (none: the CPU).")
 @click.option("--max-cpu-layers", type=click.IntRange(min=0), help="Layers that may use the CPU.")
+@click.option(
+    "--threads",
+    "n_threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Keep -t N: CPU threads [one a core, or fewer where thread_us says so].",
+)
 @click.option("--keep", metavar="'ARGS'", help="llama.cpp arguments that stay; the rest is solved.")
 @click.option("--min-decode", "min_decode_tps", type=options.Finite(min=0, min_open=True), metavar="T",
               help="At least T tokens per second.")  # fmt: skip
