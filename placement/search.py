@@ -179,6 +179,7 @@ class Search:
         self.deadline_s = time.monotonic() + time_limit_s
         self._pieces: dict[Pins, Pieces] = {}
         self._builders: dict[tuple[Pins, Way], TableBuilder] = {}
+        self._outlooks: dict[tuple[object, ...], float] = {}
         self._plans: dict[Assignment, ComputePlan] = {}
         self._learned: set[Assignment] = set()
         self._lacking: dict[str, int] = {}  # bytes by device that the engine plans beyond our estimates
@@ -197,11 +198,17 @@ class Search:
         builder = self._builder(hope.way, freedom)
         fixed_us = builder.fixed_us(compute.counts)
         caps = builder.caps_kib(compute, freedom.reserve_fraction)
+
+        def promised(weights: tuple[int, int]) -> float:
+            key = freedom.pins, hope.way, fixed_us, caps, weights
+            if key not in self._outlooks:
+                self._outlooks[key] = outlook(builder, fixed_us, caps, weights)
+            return self._outlooks[key]
+
         for limit_us, alone in zip(self._limits_us(freedom), ((1, 0), (0, 1)), strict=True):
-            if limit_us is not None and outlook(builder, fixed_us, caps, alone) > limit_us:
+            if limit_us is not None and promised(alone) > limit_us:
                 return replace(hope, bound=float("inf"), is_planned=is_planned)
-        bound = max(hope.bound, outlook(builder, fixed_us, caps, freedom.weights))
-        return replace(hope, bound=bound, is_planned=is_planned)
+        return replace(hope, bound=max(hope.bound, promised(freedom.weights)), is_planned=is_planned)
 
     def _known(self, way: Way) -> ComputeTable:
         """The way's buffers: a typical placement's until one is found, then corrected by that one's."""
