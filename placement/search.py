@@ -83,14 +83,14 @@ class Hope:
     """
 
     way: Way
-    number: int  # among the ways
+    order: int  # of its devices, among the orders
     bound: float
     is_planned: bool = False
 
     @property
-    def rank(self) -> tuple[float, int]:
-        """Best first; of those within a percent, in the order of the ways: the engine's own device order first."""
-        return round(math.log(max(self.bound, 1.0)), 2), self.number
+    def rank(self) -> tuple[float, int, float]:
+        """Best first; of those within a percent, the engine's own order of devices first."""
+        return round(math.log(max(self.bound, 1.0)), 2), self.order, self.bound
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,12 @@ class Lead:
     compute: ComputeTable
     relaxation: Relaxation
     relaxed: Relaxed
+    promised: float = 0.0  # the outlook's bound
 
     @property
     def bound(self) -> float:
         """Least objective in microseconds; infinite when nothing can fit."""
-        return float("inf") if self.relaxed.bound is None else self.relaxed.bound
+        return float("inf") if self.relaxed.bound is None else max(self.relaxed.bound, self.promised)
 
 
 def device_orders(problem: Problem) -> list[tuple[str, ...]]:
@@ -187,9 +188,12 @@ class Search:
 
     def hopes(self, freedom: Freedom) -> list[Hope]:
         """Every way that may be worth a look, the most promising first."""
+        order: dict[tuple[str, ...], int] = {}
         found = (
-            self._hope(Hope(way, number, 0.0), freedom, self.buffers.nothing(way))
-            for number, way in enumerate(ways(self.problem, freedom))
+            self._hope(
+                Hope(way, order.setdefault(way.devices, len(order)), 0.0), freedom, self.buffers.nothing(way)
+            )
+            for way in ways(self.problem, freedom)
         )
         possible = [hope for hope in found if hope.bound < float("inf")]
         return sorted(self._without_needless_cards(possible, freedom), key=lambda hope: hope.bound)
@@ -286,17 +290,19 @@ class Search:
         """
         best: Found | None = None
         open_bound, is_proven = float("inf"), True
-        queue: list[tuple[tuple[float, int], Hope, Lead | None]] = [(hope.rank, hope, None) for hope in hopes]
+        queue: list[tuple[tuple[float, int, float], int, Hope, Lead | None]] = [
+            (hope.rank, number, hope, None) for number, hope in enumerate(hopes)
+        ]
         heapq.heapify(queue)
         while queue:
-            _, hope, lead = heapq.heappop(queue)
+            _, number, hope, lead = heapq.heappop(queue)
             limit = best.objective * (1 - gap) if best else float("inf")
             if hope.bound >= limit:
                 open_bound = min(open_bound, hope.bound)
                 continue
             if lead is None:
                 if (closer := self._closer(hope, freedom)) is not None:
-                    heapq.heappush(queue, (closer[0].rank, *closer))
+                    heapq.heappush(queue, (closer[0].rank, number, *closer))
                 continue
             found, bound, is_done = self.settle(lead, freedom, limit, gap, taken)
             open_bound, is_proven = min(open_bound, bound), is_proven and is_done
@@ -310,7 +316,10 @@ class Search:
         """The way with its buffers, or then with its frame; None when it cannot fit."""
         if hope.is_planned:
             lead = self.lead(hope.way, freedom)
-            return (replace(hope, bound=max(hope.bound, lead.bound)), lead) if lead is not None else None
+            if lead is None:
+                return None
+            lead = replace(lead, promised=hope.bound)
+            return replace(hope, bound=lead.bound), lead
         planned = self._hope(hope, freedom, self._known(hope.way), is_planned=True)
         return (planned, None) if planned.bound < float("inf") else None
 
@@ -338,6 +347,7 @@ class Search:
             real = compute_table(lead.way, plan)
             if not self._fits(lead, answer, real):
                 again = self._correct(lead, answer, real, freedom, n_before)
+                again = replace(again, promised=lead.promised) if again is not None else None
                 continue
             speed = evaluate(self.problem, assignment, graph_counts(plan))
             objective = lead.relaxation.objective(answer)
@@ -423,7 +433,7 @@ class Search:
         relaxation, bound = lead.relaxation, lead.bound
         if bound >= limit:
             return None, bound, True
-        answer, low = _first_answer(lead, gap / 2, limit, excluded)
+        answer, low = _first_answer(lead, gap / 4 if gap <= GAP else gap / 2, limit, excluded)
         bound = max(bound, low)
         value = float("inf") if answer is None else relaxation.objective(answer)
         while bound < (target := limit if limit < value else value * (1 - gap)):
