@@ -25,6 +25,7 @@ from placement.calibrate.choosing import (
     is_settled,
     outlook,
     rounds_to_tell,
+    surprising,
     worth_again,
 )
 from placement.calibrate.fit import calibrate
@@ -115,6 +116,16 @@ def test_what_is_repeated_may_be_the_fastest() -> None:
     predicted = {"best": 10.1, "near": 10.3, "hot": 9.8, "slow": 12.8}
     assert worth_again(turns, predicted, 0.01) == ["best", "near", "hot"]
     assert worth_again({}, {}, 0.01) == []
+
+
+def test_a_run_that_is_slower_than_predicted_is_surprising() -> None:
+    """One that took half as long again is run once more; one at its prediction, or faster, is not."""
+    known, each = fits(1, 8), proposals()[8:11]
+    turns_s = [float(seconds) for seconds in outlook(known, each).turns_s]
+    factors = (1.5, 1.0, 0.6)
+    measured = {one.key: s * factor for one, s, factor in zip(each, turns_s, factors, strict=True)}
+    assert surprising(known, each, measured) == [each[0]]
+    assert surprising(known, each, {each[0].key: float("inf")}) == []
 
 
 @pytest.mark.parametrize(("noise", "rounds"), [(0.0, 2), (0.01, 2), (0.015, 3), (0.02, 4), (0.2, 6)])
