@@ -24,6 +24,7 @@ from placement.calibrate.choosing import (
     is_settled,
     outlook,
     rounds_to_tell,
+    surprising,
     worth_again,
 )
 from placement.calibrate.features import Row, decode_row, predict_s, prompt_row
@@ -312,6 +313,8 @@ def tuned_choice(
             break
         for each in choose_runs(fits, proposals, turns):
             token, read, seconds = turn(each)
+            if surprising(fits, [each], {each.key: seconds}):
+                token, read, seconds = min((token, read, seconds), turn(each), key=lambda found: found[2])
             rows += [token, read]
             turns[each.key] = seconds
     n_runs = len(turns)

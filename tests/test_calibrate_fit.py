@@ -268,3 +268,14 @@ def test_a_file_may_say_that_a_time_is_nothing(decode: tuple[Row, ...], name: st
     machine = replace(bare_machine(), coefficients={name: Coefficient(0.0, "us")})
     fit = calibrate(machine, Simulated(1).runs(decode[:8]), with_errors=False)
     assert all(math.isfinite(each) and each >= 0 for each in fit.values.values())
+
+
+def test_an_overlap_is_never_more_than_all() -> None:
+    """Pipelined prompts that are faster than any overlap explains: the machine file still takes what is learned."""
+    stages = [{term.stage for term in row.terms if term.stage} for row in pool()[1]]
+    both = [row for row, found in zip(pool()[1], stages, strict=True) if len(found) > 1][:6]
+    rows = [replace(row, n_copies=4, n_ubatches=8) for row in both]
+    fast = [replace(row, measured_s=0.4 * predict_s(row, bare_machine()), noise=0.01) for row in rows]
+    fit = calibrate(bare_machine(), fast, PROMPT, with_errors=True)
+    assert fit.values["pipeline_overlap"] <= 1.0
+    assert (fit.predict(rows)[0] > 0).all()

@@ -25,6 +25,7 @@ from placement.calibrate.choosing import (
     is_settled,
     outlook,
     rounds_to_tell,
+    surprising,
     worth_again,
 )
 from placement.calibrate.fit import calibrate
@@ -85,15 +86,20 @@ def test_nothing_measured_is_chosen_again() -> None:
     assert [one.key for one in choose_runs(fits(1, 4), each, measured)] == [each[0].key]
 
 
-def test_a_second_run_tells_more_than_a_random_one() -> None:
-    """The variance left on what may be best is smaller than after the median proposal."""
+def test_the_second_run_tells_most_once_the_first_is_known() -> None:
+    """Of what is not far slower than the best, nothing leaves less variance on what may be the best."""
     known, each = fits(2, 2), proposals()
     found = outlook(known, each)
-    from placement.calibrate.choosing import _gain
+    from placement.calibrate.choosing import SLOWEST, _after, _gain
 
-    second = choose_runs(known, each, {}, 2)[1]
-    gains = [_gain(known, found, i, found.covariance, each) for i in range(len(each))]
-    assert gains[each.index(second)] > statistics.median(gains)
+    first, second = choose_runs(known, each, {}, 2)
+    covariance = _after(known, found, each.index(first), found.covariance, each)
+    gains = {
+        i: _gain(known, found, i, covariance, each)
+        for i in range(len(each))
+        if found.turns_s[i] <= SLOWEST * found.turns_s.min() and each[i] is not first
+    }
+    assert each.index(second) == max(gains, key=lambda i: gains[i])
 
 
 def test_it_is_not_settled_before_four_runs() -> None:
@@ -115,6 +121,16 @@ def test_what_is_repeated_may_be_the_fastest() -> None:
     predicted = {"best": 10.1, "near": 10.3, "hot": 9.8, "slow": 12.8}
     assert worth_again(turns, predicted, 0.01) == ["best", "near", "hot"]
     assert worth_again({}, {}, 0.01) == []
+
+
+def test_a_run_that_is_slower_than_predicted_is_surprising() -> None:
+    """One that took half as long again is run once more; one at its prediction, or faster, is not."""
+    known, each = fits(1, 8), proposals()[8:11]
+    turns_s = [float(seconds) for seconds in outlook(known, each).turns_s]
+    factors = (1.5, 1.0, 0.6)
+    measured = {one.key: s * factor for one, s, factor in zip(each, turns_s, factors, strict=True)}
+    assert surprising(known, each, measured) == [each[0]]
+    assert surprising(known, each, {each[0].key: float("inf")}) == []
 
 
 @pytest.mark.parametrize(("noise", "rounds"), [(0.0, 2), (0.01, 2), (0.015, 3), (0.02, 4), (0.2, 6)])

@@ -20,6 +20,7 @@ from placement.calibrate.parameters import DECODE
 
 NEAR = 0.1  # a turn so much slower than the best predicted counts less by a factor e
 NEAR_BEST = 0.03  # what takes at most so much more than the best turn is run again beside it
+SURPRISE, SURPRISE_Z = 0.1, 1.0  # slower than predicted by so much, and by so many spreads
 MEANT = 0.01  # how well the turns to choose from shall be known
 MOST_AGAIN = 4  # runs repeated
 LEAST_ROUNDS, MOST_ROUNDS = 2, 6
@@ -163,6 +164,19 @@ def worth_again(turns_s: Mapping[str, float], predicted_s: Mapping[str, float], 
     middle_s = {run: math.sqrt(seconds * predicted_s.get(run, seconds)) for run, seconds in turns_s.items()}
     near = min(middle_s.values()) * (1.0 + NEAR_BEST + noise)
     return sorted((run for run in turns_s if hoped_s[run] <= near), key=lambda run: middle_s[run])
+
+
+def surprising(
+    fits: tuple[Calibration, Calibration], proposals: Sequence[Proposal], turns_s: Mapping[str, float]
+) -> list[Proposal]:
+    """Those that ran clearly slower than was predicted: run once more before anything is learned from them."""
+    known = [each for each in proposals if math.isfinite(turns_s.get(each.key, math.inf))]
+    if not known:
+        return []
+    found = outlook(fits, known)
+    slower = [math.log(turns_s[each.key] / float(found.turns_s[i])) for i, each in enumerate(known)]
+    spreads = [math.hypot(float(spread), MODEL_NOISE[DECODE]) for spread in found.spreads]
+    return [each for i, each in enumerate(known) if slower[i] > max(SURPRISE, SURPRISE_Z * spreads[i])]
 
 
 def rounds_to_tell(noise: float) -> int:

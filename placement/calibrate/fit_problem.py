@@ -36,6 +36,9 @@ class FitProblem:
         self.start = prior_start(self.parameters)
         self.precision = prior_precision(self.parameters)
         self.lower = np.array([-np.inf if each.is_log else 0.0 for each in self.parameters])
+        self.upper = np.array(
+            [0.0 if each.name == "pipeline_overlap" else np.inf for each in self.parameters]
+        )
         self.scale = 1.0
 
     def design(self, rows: Sequence[Row]) -> Design:
@@ -83,8 +86,8 @@ class FitProblem:
             rows = slope / seconds[:, None] / sigma[:, None] * tamed(off, scale)[1][:, None]
             return np.concatenate([rows[:, at], root[:, at]])
 
-        begin = np.maximum(x[at], self.lower[at] + 1e-9)
-        bounds = (self.lower[at], np.full(len(at), np.inf))
+        begin = np.clip(x[at], self.lower[at] + 1e-9, self.upper[at] - 1e-9)
+        bounds = (self.lower[at], self.upper[at])
         found: Any = least_squares(
             residuals, begin, jacobian, bounds=bounds, xtol=1e-7, ftol=1e-7, max_nfev=60
         )

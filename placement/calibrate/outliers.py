@@ -131,7 +131,7 @@ def _stepped(problem: FitProblem, x: Array, mine: Sequence[Row], rest: Sequence[
     off = np.log(seconds) - np.log([row.measured_s or 1.0 for row in mine])
     weight = 1.0 / (1.0 + (off / sigma / ROBUST_SCALES[-1]) ** 2) / sigma**2
     covariance = np.linalg.inv(problem.precision + problem.information(rest, x))
-    return np.asarray(np.maximum(x + covariance @ (share.T @ (weight * off)), problem.lower))
+    return np.asarray(np.clip(x + covariance @ (share.T @ (weight * off)), problem.lower, problem.upper))
 
 
 def _contradicted(row: Row, ratio: float) -> Outlier:

@@ -22,12 +22,13 @@ from placement.calibrate.choosing import (
     is_settled,
     outlook,
     rounds_to_tell,
+    surprising,
     worth_again,
 )
 from placement.calibrate.fit import Calibration
 from placement.calibrate.memory import fit_memory
 from placement.calibrate.report import median_error
-from placement.calibrate.runs import Found, conditions_of, find_runs
+from placement.calibrate.runs import Found, conditions_of, find_runs, run_name
 from placement.calibrate.whole import fit_both
 from placement.errors import InputError
 from placement.machine import Machine
@@ -107,6 +108,8 @@ class Tuning:
                 return fits, "every proposed placement has been run", False
             self.n_steps += 1
             is_whole = self._verify(outcome, [proposals[each.key].solution for each in chosen])
+            if again := surprising(fits, chosen, self._measured(outcome)):
+                is_whole = self._verify(outcome, [proposals[each.key].solution for each in again], rounds=2)
             before, fits = fits, self._refit()
             self._log(self.n_steps, outcome, before, fits, chosen)
             if not is_whole or self._is_late():
@@ -257,8 +260,11 @@ class Tuning:
         if not outcome.found.solutions or not self._results(outcome):
             return False
         rounds = LEAST_ROUNDS
-        while self._verify(outcome, self._nearly_best(outcome, fits), rounds, has_fit=True):
+        while self._verify(outcome, again := self._nearly_best(outcome, fits), rounds, has_fit=True):
             fits = self._refit()
+            if rounds == LEAST_ROUNDS and self._has_doubt(fits, outcome, again):
+                rounds += 1  # of two rounds a disturbed one counts half
+                continue
             wanted = rounds_to_tell(self._noise() / 2)  # a noise floor is twice what one round is off by
             if wanted <= rounds:
                 break
@@ -269,6 +275,18 @@ class Tuning:
         self._refit()
         self._results(outcome)
         return True
+
+    def _has_doubt(
+        self, fits: tuple[Calibration, Calibration], outcome: Outcome, solutions: list[Solution]
+    ) -> bool:
+        """Whether a round of one of these was disturbed, or is contradicted by what else ran."""
+        keys = {" ".join(each.args) for each in solutions}
+        runs = {
+            run_name(self.key.model_digest, each.run_id)
+            for each in self._results(outcome)
+            if " ".join(_placing(each, outcome.found)) in keys
+        }
+        return any(each.run in runs for fit in fits for each in fit.outliers)
 
     def _nearly_best(self, outcome: Outcome, fits: tuple[Calibration, Calibration]) -> list[Solution]:
         """What may be the fastest of all that was measured, by its own runs and by those of the others."""
