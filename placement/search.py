@@ -133,6 +133,9 @@ def ways(problem: Problem, freedom: Freedom) -> Iterator[Way]:
     smallest = min(freedom.ubatches)
     longest = max(2 * problem.workload.prompt_tokens, smallest + 1)
     orders = freedom.orders if freedom.orders is not None else tuple(device_orders(problem))
+    # what a pipeline gains by finer ubatches is believed only once it was measured: each reads all weights again
+    is_known = "pipeline_overlap" in problem.machine.coefficients
+    least_pipelined = smallest if is_known else min(DEFAULT_UBATCH, max(freedom.ubatches))
     for order, ubatch in itertools.product(orders or ((),), freedom.ubatches):
         if ubatch >= longest:
             continue
@@ -140,7 +143,7 @@ def ways(problem: Problem, freedom: Freedom) -> Iterator[Way]:
         settings = replace(problem.settings, ubatch_tokens=ubatch, batch_tokens=batch)
         if order:
             yield Way(order, settings, uses_host=False)
-        if len(order) > 1 and settings.is_kv_offloaded:
+        if len(order) > 1 and settings.is_kv_offloaded and ubatch >= least_pipelined:
             yield Way(order, settings, uses_host=False, is_pipelined=True)
         loaded = _fastest_loading(problem, order, settings, freedom.load_modes)
         for n_threads in thread_counts(problem):

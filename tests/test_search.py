@@ -204,3 +204,17 @@ def test_fixed_threads_stay() -> None:
     )
     assert few.read_s_per_byte["CPU"] == pytest.approx(1 / 10e9)
     assert many.read_s_per_byte["CPU"] == pytest.approx(1 / (50e9 * DEFAULTS["cpu_read_efficiency"][0]))
+
+
+def test_fine_pipelines_only_where_they_were_measured() -> None:
+    """Several ubatches of less than 512 tokens in flight are tried where the overlap is known, or nothing else is."""
+    freedom, fixed = Freedom(ubatches=(256, 512, 1024)), Freedom(ubatches=(256,))
+
+    def pipelined(machine: Machine, allowed: Freedom) -> set[int]:
+        asked = dataclasses.replace(EXPERTS, machine=machine)
+        return {each.settings.ubatch_tokens for each in ways(asked, allowed) if each.is_pipelined}
+
+    measured = {"pipeline_overlap": Coefficient(0.4, "fraction", "calibrated")}
+    assert pipelined(TWO, freedom) == {512, 1024}
+    assert pipelined(TWO, fixed) == {256}
+    assert pipelined(dataclasses.replace(TWO, coefficients=measured), freedom) == {256, 512, 1024}
