@@ -177,15 +177,18 @@ def _why_not(search: Search, request: Request) -> str:
     conflict = smallest_conflict(request.wishes, is_possible) if request.wishes else []
     if conflict:
         return "these wishes cannot hold together: " + ", ".join(wish.text for wish in conflict)
-    if request.min_decode_tps is not None and is_possible_at_all(search, request):
-        return f"no placement decodes {request.min_decode_tps:g} tokens per second"
+    if request.min_decode_tps is not None and (fastest := _fastest_decode(search, request)) is not None:
+        return (
+            f"no placement decodes {request.min_decode_tps:g} tokens per second:"
+            f" the fastest that fits decodes {fastest.speed.decode_tps:.2f}"
+        )
     return f"{shortfall(search, base)}; {_what_fits(search.problem, request)}"
 
 
-def is_possible_at_all(search: Search, request: Request) -> bool:
-    """Whether anything fits once the wished decode speed is dropped."""
-    freedom = _freedom(replace(request, min_decode_tps=None))
-    return search.best(freedom, search.hopes(freedom), gap=0.5) is not None
+def _fastest_decode(search: Search, request: Request) -> Found | None:
+    """The fastest decode that fits once the wished one is dropped; None where nothing does."""
+    freedom = granted(_freedom(replace(request, min_decode_tps=None, objective="decode")), request.wishes)
+    return search.best(freedom, search.hopes(freedom))
 
 
 def _what_fits(problem: Problem, request: Request) -> str:
