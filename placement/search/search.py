@@ -30,7 +30,7 @@ class Search:
         self.leads = Leads(problem, planner)
         self.buffers = self.leads.buffers
         self.seed = seed
-        self.deadline_s = time.monotonic() + time_limit_s
+        self.time_limit_s = time_limit_s  # of each question
 
     def plan(self, assignment: Assignment) -> ComputePlan:
         """The plan of a placement: simulated, or the engine's once it is known."""
@@ -85,7 +85,8 @@ class Search:
         A way is looked at more closely (its buffers, its frame, CP-SAT) only while nothing found is within the gap
         of what it still promises.
         """
-        settling = Settling(self.leads, freedom, gap, taken, self.seed, self.deadline_s)
+        deadline_s = time.monotonic() + self.time_limit_s
+        settling = Settling(self.leads, freedom, gap, taken, self.seed, deadline_s)
         best: Found | None = None
         open_bound, is_proven = float("inf"), True
         queue: list[tuple[tuple[float, int, float], int, Hope, Lead | None]] = [
