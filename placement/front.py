@@ -33,7 +33,9 @@ def walk(search: Search, freedom: Freedom, tell: Callable[[str], None]) -> Itera
         while (found := search.best(limited, search.hopes(limited), FRONT_GAP)) is not None:
             tell(f"the front: {found.speed.prompt_tps or 0:,.0f} t/s prompt")
             yield found
-            limited = replace(limited, max_prompt_s=found.speed.prompt_s * FASTER)
+            # a frame's prompt may be counted a few splits shorter than it is: the limit falls all the same
+            last_s = min(found.speed.prompt_s, limited.max_prompt_s or math.inf)
+            limited = replace(limited, max_prompt_s=last_s * FASTER)
 
 
 def best_different(

@@ -174,3 +174,13 @@ def test_walk_ends_where_nothing_is_faster() -> None:
     for one, other in itertools.pairwise(steps):
         if other.speed.prompt_s <= one.speed.prompt_s:
             assert other.speed.decode_s >= one.speed.decode_s * (1 - 2 * FRONT_GAP)
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 20, 40])
+@pytest.mark.parametrize("name", CASES)
+def test_walk_ends(name: str, prompt_tokens: int) -> None:
+    """However short the prompt, where a frame's splits are off by most of it, the walk takes few steps."""
+    model, machine = CASES[name]
+    asked = problem(model, machine, prompt_tokens=prompt_tokens)
+    steps = walk(Search(asked, time_limit_s=60.0), Freedom(), lambda _text: None)
+    assert len(list(itertools.islice(steps, 100))) < 100

@@ -69,7 +69,7 @@ from placement.cli import options
 )
 @click.option(
     "--time-limit", "time_limit_s", type=options.Finite(min=0.05), default=10.0, show_default=True,
-    metavar="SECONDS", help="Then the best placement so far is taken, with its gap.",
+    metavar="SECONDS", help="Of each search: then the best so far is taken, with its gap.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="CP-SAT's seed.")
 @options.program_option
