@@ -74,6 +74,15 @@ def test_difference_beyond_the_noise_is_no_tie() -> None:
     assert chosen(*run) == "moderate"
 
 
+def test_more_rounds_tell_less_apart() -> None:
+    """A difference of 20 % is a tie after two rounds that differ by 30 %, and none after eight such pairs."""
+    few = verdict(rounds("moderate", 0.010, 0.013), rounds("aggressive", 0.012, 0.0156), FIT)
+    many = verdict(rounds("moderate", *[0.010, 0.013] * 8), rounds("aggressive", *[0.012, 0.0156] * 8), FIT)
+    assert few.ties == ("moderate", "aggressive")
+    assert many.ties == ()
+    assert many.recommended is not None and many.recommended.name == "moderate"
+
+
 @pytest.mark.parametrize(
     ("phase", "outcome"), [("start", "oom-at-start"), ("long prompt", "oom-in-inference"), ("canary", "crash"),
                            ("short prompt", "hang"), ("start", "refused")],

@@ -244,7 +244,7 @@ def decide(run: Sequence[Record], workload: Workload) -> Verdict:
     if chosen is not None and chosen.role == SOLUTION and fits:
         fit = min(fits, key=_turn)
         faster = _turn(fit) / _turn(chosen) - 1
-        inside = ", inside the noise" if faster <= (noise or LEAST_NOISE) else ""
+        inside = ", inside the noise" if faster <= _telling(noise or LEAST_NOISE, fit, chosen) else ""
         reasons.append(f"{chosen.name} is {faster:.1%} faster than llama.cpp's own {fit.name}{inside}")
     if noise is None:
         reasons.append(
@@ -296,17 +296,23 @@ def _pick(
         reasons.append("aggressive ran out of memory in some rounds only: moderate is recommended")
         return named[MODERATE], reasons, ()
     fastest = min(eligible, key=_turn)
-    ties = [each for each in eligible if _turn(each) <= _turn(fastest) * (1 + noise)]
+    ties = [each for each in eligible if _turn(each) / _turn(fastest) - 1 <= _telling(noise, each, fastest)]
     if len(ties) == 1:
         reasons.append(f"{fastest.name} is the fastest of the stable: a turn takes {_turn(fastest):.3g} s")
         return fastest, reasons, ()
     names = tuple(each.name for each in ties)
     chosen = min(ties, key=lambda each: (each.name != AGGRESSIVE, _host_layers(each), _turn(each)))
     reasons.append(
-        f"{', '.join(names)} tie: their turns differ by less than the noise of {noise:.1%}; "
+        f"{', '.join(names)} tie: over their rounds, turns differ by less than a noise of {noise:.1%} a round; "
         f"{chosen.name} has more on the GPUs"
     )
     return chosen, reasons, names
+
+
+def _telling(noise: float, one: Result, other: Result) -> float:
+    """What two turns must differ by to be told apart: the more rounds they had, the less."""
+    rounds = (max(len(each.turns_s), 1) for each in (one, other))
+    return max(LEAST_NOISE, noise * math.sqrt(sum(1 / n for n in rounds) / 2))
 
 
 def _host_layers(result: Result) -> int:

@@ -84,7 +84,9 @@ def summary(report: Report) -> list[str]:
     verdict = report.verdict
     lines = [*verdict.reasons]
     if verdict.noise is not None:
-        lines.append(f"noise floor of a turn: ±{verdict.noise:.1%}; smaller differences are ties")
+        lines.append(
+            f"noise floor of a turn: ±{verdict.noise:.1%} in one round; more rounds tell smaller differences apart"
+        )
     if not report.is_complete:
         lines.append("not all rounds were run: place verify again measures the rest")
     return lines
