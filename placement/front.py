@@ -16,6 +16,7 @@ from placement.search import Found, Freedom, Search
 RESERVES = (0.0, 0.05, 0.15)  # of each card's total
 FASTER = 0.8  # each step's prompt takes at most that share of the last one's
 FRONT_GAP = 0.02
+FRONT_WORK = 0.1  # CP-SAT's deterministic time for one proof; what is then open stands as the row's gap
 DECODE_FIRST = (1000, 1)
 
 Merit = tuple[float, float, float]  # decode and prompt tokens per second, MiB of headroom
@@ -30,12 +31,16 @@ def walk(search: Search, freedom: Freedom, tell: Callable[[str], None]) -> Itera
             prompt_weight=DECODE_FIRST[1],
             reserve_fraction=max(reserve, freedom.reserve_fraction),
         )
-        while (found := search.best(limited, search.hopes(limited), FRONT_GAP)) is not None:
+        while (found := _next(search, limited)) is not None:
             tell(f"the front: {found.speed.prompt_tps or 0:,.0f} t/s prompt")
             yield found
             # a frame's prompt may be counted a few splits shorter than it is: the limit falls all the same
             last_s = min(found.speed.prompt_s, limited.max_prompt_s or math.inf)
             limited = replace(limited, max_prompt_s=last_s * FASTER)
+
+
+def _next(search: Search, freedom: Freedom) -> Found | None:
+    return search.best(freedom, search.hopes(freedom), FRONT_GAP, work_limit=FRONT_WORK)
 
 
 def best_different(

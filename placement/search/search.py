@@ -12,7 +12,7 @@ from placement.compute import ComputePlan
 from placement.pieces import Pieces
 from placement.problem import Assignment, Problem
 from placement.search.leads import Found, Hope, Lead, Leads
-from placement.search.settle import GAP, Settling
+from placement.search.settle import GAP, WORK_LIMIT, Settling
 from placement.search.ways import DEFAULT_UBATCH, Freedom, ways
 from placement.solver.placing import Placing
 from placement.tables import TableBuilder, Way
@@ -78,7 +78,12 @@ class Search:
         return hopes
 
     def best(
-        self, freedom: Freedom, hopes: list[Hope], gap: float = GAP, taken: Sequence[Found] = ()
+        self,
+        freedom: Freedom,
+        hopes: list[Hope],
+        gap: float = GAP,
+        taken: Sequence[Found] = (),
+        work_limit: float = WORK_LIMIT,
     ) -> Found | None:
         """The best placement over the ways that is like none of the `taken`, its bound that of all ways together.
 
@@ -86,7 +91,7 @@ class Search:
         of what it still promises.
         """
         deadline_s = time.monotonic() + self.time_limit_s
-        settling = Settling(self.leads, freedom, gap, taken, self.seed, deadline_s)
+        settling = Settling(self.leads, freedom, gap, taken, self.seed, deadline_s, work_limit)
         best: Found | None = None
         open_bound, is_proven = float("inf"), True
         queue: list[tuple[tuple[float, int, float], int, Hope, Lead | None]] = [

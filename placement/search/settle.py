@@ -41,6 +41,7 @@ class Settling:
     taken: Sequence[Found]
     seed: int
     deadline_s: float  # by time.monotonic
+    work_limit: float  # CP-SAT's deterministic time for one proof
 
     def settle(self, lead: Lead, limit: float) -> tuple[Found | None, float, bool]:
         """Solve one way below a limit: a placement that fits or None, the way's bound, whether it is proven.
@@ -192,7 +193,7 @@ class Settling:
             placing.cut_off(int(target))
         if answer is not None:
             placing.hint(answer)
-        result = placing.program.solve(left_s, self.gap / 2, self.seed, work_limit=WORK_LIMIT)
+        result = placing.program.solve(left_s, self.gap / 2, self.seed, work_limit=self.work_limit)
         return result, placing.answer(result.values) if result.values else None
 
 
