@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from placement.engine import Engine, describe, find_engine, plan, plan_many, run, run_many
+from placement.engine.run import kill_group, start_logged
 from placement.errors import (
     EngineError,
     EngineFailed,
@@ -275,3 +276,14 @@ def test_stop_at_a_line() -> None:
     finished = run(["sh", "-c", "echo one; echo two; sleep 1000"], stop_when=lambda line: line == "two")
     assert finished.is_stopped
     assert finished.stdout == "one\ntwo\n"
+
+
+def test_programs_outlive_a_reader_that_goes_away(tmp_path: Path) -> None:
+    """What we start ignores SIGPIPE: an RPC worker goes on when its client is ended in the middle of an answer."""
+    process = start_logged(["sleep", "30"], tmp_path / "log")
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    finally:
+        kill_group(process)
+    ignored = int(next(line for line in status.splitlines() if line.startswith("SigIgn")).split()[1], 16)
+    assert ignored >> (signal.SIGPIPE - 1) & 1

@@ -93,6 +93,8 @@ def _start(arguments: Sequence[str | Path], *, stdout: int | IO[bytes], stderr: 
             stderr=stderr,
             env=isolated_environment(),
             start_new_session=True,
+            # an RPC worker whose client is ended in the middle of an answer writes on, and would die of SIGPIPE
+            restore_signals=False,
         )
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
