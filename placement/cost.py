@@ -91,11 +91,6 @@ class Load:
             self.prompt_kv_bytes,
         )
 
-    @property
-    def decode_bytes(self) -> float:
-        """Weight bytes read per generated token."""
-        return sum(self.reads)
-
 
 @dataclass(frozen=True, slots=True)
 class Speed:

@@ -15,7 +15,7 @@ from placement.compute import ComputePlan
 from placement.cost import evaluate
 from placement.emit import emit_arguments
 from placement.errors import InputError
-from placement.front import best_different, is_dominated, spread, walk
+from placement.front import DECODE_FIRST, best_different, is_dominated, spread, walk
 from placement.graph.rows import ROWS
 from placement.machine import Machine
 from placement.model import Model
@@ -56,7 +56,7 @@ class Request:
     seed: int = 1
 
 
-OBJECTIVES = {"turn": (1, 1), "decode": (1000, 1), "prompt": (1, 1000)}
+OBJECTIVES = {"turn": (1, 1), "decode": DECODE_FIRST, "prompt": (1, 1000)}
 
 
 def make_problem(model: Model, machine: Machine, request: Request) -> tuple[Problem, list[str]]:

@@ -18,10 +18,6 @@ from placement.problem import CPU, Assignment, Settings
 from placement.solver.frame import Answer, Choice, Extra, Frame, LayerTable
 from placement.units import KIB, MIB
 
-# A real override that changes nothing: the engine looks the embedding up on the CPU anyway, and with any
-# override it gives up pipeline parallelism and the fourfold buffers that come with it.
-NO_PIPELINE_TENSOR = "token_embd.weight"
-
 
 @dataclass(frozen=True, slots=True)
 class Way:
