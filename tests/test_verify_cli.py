@@ -39,7 +39,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     ]
 
     def go(*arguments: str, model: str = "tiny.gguf") -> Result:
-        return CliRunner().invoke(cli, ["verify", model, *given, "--repeats", "1", *arguments])
+        return CliRunner().invoke(
+            cli, ["verify", model, *given, "--repeats", "1", "--seconds", "0", *arguments]
+        )
 
     return go
 

@@ -34,6 +34,7 @@ from verify_support import (
 from placement.engine import Engine, rpc_workers
 from placement.model_files import load_model
 from placement.solve import Request, make_problem, solve
+from placement.verify.phases import MOST_REPEATS
 from placement.verify.records import RunLog
 from placement.verify.run import Report, verify
 
@@ -92,6 +93,25 @@ def test_speed_is_what_the_server_measures(engine: Engine, dense: Path, tmp_path
     assert record.timing is not None
     logged = re.findall(r" eval time = +([\d.]+) ms / +16 tokens", Path(record.log).read_text())
     assert any(abs(float(ms) - record.timing.generate_s * 1e3) < 0.011 for ms in logged)
+
+
+def test_phases_are_repeated_for_a_while(engine: Engine, dense: Path, tmp_path: Path) -> None:
+    """Small models are asked again until a phase took its seconds; a rerun that wants more adds what is missing."""
+    problem = problem_of(load_model(dense), cpu_machine())
+    found = set_of(problem, solution("aggressive", *CPU_ARGS))
+    counts = []
+    for seconds in (0.2, 0.4):
+        options = replace(quick(tmp_path, has_fit=False), asked=replace(SMALL, least_s=seconds))
+        report = verify(problem, found, dense, engine, tmp_path / "runs", options, Lines())
+        timed = [each for each in RunLog(tmp_path / "runs").read() if each.timing is not None]
+        for phase in ("short prompt", "long prompt", "canary"):
+            mine = [each for each in timed if each.phase == phase]
+            took_s = sum(each.timing.prompt_s + each.timing.generate_s for each in mine if each.timing)
+            assert took_s >= seconds or len(mine) == MOST_REPEATS
+            assert [each.repeat for each in mine] == list(range(len(mine)))
+        counts.append(len(timed))
+    assert report.is_complete and counts[0] <= counts[1]
+    assert len({each.campaign for each in timed}) == 1
 
 
 def test_moe_model_on_two_workers(engine: Engine, moe: Path, tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ SMALL = Asked(
     long_prompt=200,
     canary=256,
     repeats=1,
+    least_s=0,
     short_prompt=16,
     short_generate=16,
     long_generate=4,

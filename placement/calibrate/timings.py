@@ -16,6 +16,7 @@ from placement.cost import GraphCounts
 from placement.problem import Assignment, Problem, Workload
 from placement.verify.phases import CANARY, LONG, SHORT
 from placement.verify.records import OK
+from placement.verify.times import undisturbed
 
 if TYPE_CHECKING:
     from placement.verify.schema import Record, Timing
@@ -111,13 +112,13 @@ def _rows_alike(run: Run, phase: str, values: list[_Value], is_prompt: bool) -> 
     by_round: dict[tuple[str, int], list[_Value]] = {}
     for value in values:
         by_round.setdefault(value.round, []).append(value)
-    medians = {number: _median(found) for number, found in by_round.items()}
-    good = [value for value in medians.values() if not value.doubt]
+    each_round = {number: _of_round(found) for number, found in by_round.items()}
+    good = [value for value in each_round.values() if not value.doubt]
     usual_s, most_s = _usual(good)
     calm = [value for value in good if value.seconds <= most_s]
     if calm:
         yield _row(run, phase, calm, is_prompt, "")
-    for (_, number), value in medians.items():
+    for (_, number), value in each_round.items():
         if value in calm:
             continue
         slower = value.seconds / usual_s - 1 if usual_s else 0.0
@@ -140,11 +141,12 @@ def _usual(values: Sequence[_Value]) -> tuple[float, float]:
     return usual_s, usual_s * (1.0 + max(SLOW_ROUND, NOISE_OF_SLOW * off))
 
 
-def _median(values: Sequence[_Value]) -> _Value:
+def _of_round(values: Sequence[_Value]) -> _Value:
+    """The repeats of one round as one value."""
     every = [value.seconds for value in values]
     noise = max(_spread(every), values[0].noise / len(every) ** 0.5)
     doubt = next((value.doubt for value in values if value.doubt), "")
-    return replace(values[0], seconds=statistics.median(every), doubt=doubt, noise=noise)
+    return replace(values[0], seconds=undisturbed(every), doubt=doubt, noise=noise)
 
 
 def _spread(seconds: Sequence[float]) -> float:

@@ -40,8 +40,12 @@ if TYPE_CHECKING:
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds of all.")
 @click.option(
-    "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Short prompts each."
+    "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Short prompts, at least."
 )
+@click.option(
+    "--seconds", "least_s", type=click.FloatRange(min=0), default=3.0, show_default=True,
+    help="Repeat each prompt for so long: small models are done in no time.",
+)  # fmt: skip
 @click.option("--budget", "budget_min", type=click.FloatRange(min=0.05), metavar="MINUTES", help="Stop then.")
 @click.option("--full-depth", "is_full_depth", is_flag=True, help="Fill the whole context, not a quarter.")
 @click.option(
@@ -131,7 +135,9 @@ def _options(asked: dict[str, Any], problem: Any) -> Options:
         rounds=asked["rounds"],
         budget_s=None if budget_min is None else budget_min * 60,
         is_fresh=asked["is_fresh"],
-        asked=replace(asked_of(problem, asked["is_full_depth"]), repeats=asked["repeats"]),
+        asked=replace(
+            asked_of(problem, asked["is_full_depth"]), repeats=asked["repeats"], least_s=asked["least_s"]
+        ),
         limits=Limits(start_s=timeout_s, prompt_s=timeout_s, canary_s=4 * timeout_s),
     )
 
@@ -171,9 +177,11 @@ def progress_listener(is_quiet: bool) -> Iterator[_Lines]:
 
 
 def _place_of(progress: Progress) -> str:
+    from placement.verify.phases import MEASURED_PHASES
+
     speed = "" if progress.decode_tps is None else f", {progress.decode_tps:.1f} t/s so far"
     left = "" if progress.left_s is None else f", about {_time(progress.left_s)} left"
-    number = f" {progress.repeat + 1}" if progress.phase == "short prompt" else ""
+    number = f" {progress.repeat + 1}" if progress.phase in MEASURED_PHASES else ""
     done = f"[{progress.n_done}/{progress.n_visits}]"
     return f"{done} round {progress.round}: {progress.candidate}: {progress.phase}{number}{speed}{left}"
 

@@ -18,12 +18,14 @@ from placement.solve import AGGRESSIVE, MODERATE
 from placement.verify import records
 from placement.verify.candidates import FIT, SOLUTION
 from placement.verify.phases import CANARY, LONG, MEASURED_PHASES, PLAN, SHORT, STOP
+from placement.verify.times import middle, undisturbed
 
 if TYPE_CHECKING:
     from placement.verify.schema import DevicePeak, Predicted, Record, Timing
 
 NOT_RUN, PARTIAL = "not run", "not finished"
 LEAST_NOISE = 0.01  # no difference below this is told from chance, however alike the rounds are
+MEDIAN_OFF = 0.6745  # of a normal distribution with a standard deviation of 1
 _OOM = (records.OOM_START, records.OOM_INFERENCE)
 
 
@@ -35,7 +37,6 @@ class Round:
     detail: str
     log: str
     timings: dict[str, tuple[Timing, ...]]
-    done: frozenset[tuple[str, int]]
 
     @property
     def is_over(self) -> bool:
@@ -45,7 +46,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What is known of one candidate. Speeds are medians over its good rounds, in tokens per second.
+    """What is known of one candidate. Speeds are those of its good rounds, in tokens per second.
 
     `depth_tps` is the decode speed at the canary's depth. None where nothing was measured.
     """
@@ -71,8 +72,8 @@ class Result:
 
     @property
     def turn_s(self) -> float | None:
-        """Seconds of the workload's turn: the median of the rounds."""
-        return statistics.median(self.turns_s) if self.turns_s else None
+        """Seconds of the workload's turn: the middle of the rounds."""
+        return middle(self.turns_s) if self.turns_s else None
 
     @property
     def is_stable(self) -> bool:
@@ -117,7 +118,6 @@ def _round(run: Sequence[Record]) -> Round:
         detail,
         log,
         {phase: tuple(found.values()) for phase, found in timings.items()},
-        frozenset((phase, repeat) for phase, found in timings.items() for repeat in found),
     )
 
 
@@ -134,9 +134,15 @@ def status_of(rounds: Iterable[Round]) -> str:
 
 
 def _per_token(timings: Sequence[Timing]) -> float | None:
-    """Seconds of a generated token: the median."""
+    """Seconds of a generated token."""
     values = [each.generate_s / each.n_generated for each in timings if each.n_generated]
-    return statistics.median(values) if values else None
+    return undisturbed(values) if values else None
+
+
+def _per_prompt_token(timings: Sequence[Timing]) -> float | None:
+    """Seconds of a token that is read."""
+    values = [each.prompt_s / each.n_prompt for each in timings if each.n_prompt]
+    return undisturbed(values) if values else None
 
 
 def turn_seconds(found: Round, workload: Workload) -> float | None:
@@ -145,8 +151,8 @@ def turn_seconds(found: Round, workload: Workload) -> float | None:
     A token's time is linear in the depth it is generated at: the short prompt and the canary give the line.
     """
     shorts, longs, canaries = (found.timings[phase] for phase in (SHORT, LONG, CANARY))
-    short_s = _per_token(shorts)
-    if short_s is None or not longs or not longs[0].n_prompt:
+    short_s, prompt_s = _per_token(shorts), _per_prompt_token(longs)
+    if short_s is None or prompt_s is None:
         return None
     token_s = short_s
     deep_s = _per_token(canaries)
@@ -157,7 +163,6 @@ def turn_seconds(found: Round, workload: Workload) -> float | None:
         if at_deep > at_short:
             slope = max(0.0, (deep_s - short_s) / (at_deep - at_short))
             token_s = max(min(short_s, deep_s), short_s + slope * (wanted - at_short))
-    prompt_s = longs[0].prompt_s / longs[0].n_prompt
     return workload.prompt_tokens * prompt_s + workload.generate_tokens * token_s
 
 
@@ -166,11 +171,6 @@ def result_of(run: Sequence[Record], workload: Workload) -> Result:
     rounds = rounds_of(run)
     good = [each for each in rounds.values() if each.status == records.OK]
     turns = [turn for turn in (turn_seconds(each, workload) for each in good) if turn is not None]
-    shorts = [timing for each in good for timing in each.timings[SHORT]]
-    deep = [timing for each in good for timing in each.timings[CANARY]]
-    prompts = [
-        timing.n_prompt / timing.prompt_s for each in good for timing in each.timings[LONG] if timing.prompt_s
-    ]
     starts = [record for record in run if record.phase == "start" and record.outcome == records.OK]
     plans = [record for record in run if record.phase == PLAN and record.outcome == records.OK]
     last = (plans or run)[-1]
@@ -182,9 +182,9 @@ def result_of(run: Sequence[Record], workload: Workload) -> Result:
         status=status_of(rounds.values()),
         n_good=len(good),
         n_rounds=len(rounds),
-        decode_tps=_inverse(_per_token(shorts)),
-        depth_tps=_inverse(_per_token(deep)),
-        prompt_tps=statistics.median(prompts) if prompts else None,
+        decode_tps=_speed(_per_token(each.timings[SHORT]) for each in good),
+        depth_tps=_speed(_per_token(each.timings[CANARY]) for each in good),
+        prompt_tps=_speed(_per_prompt_token(each.timings[LONG]) for each in good),
         turns_s=tuple(turns),
         load_s=statistics.median(record.wall_s for record in starts) if starts else None,
         splits_decode=starts[-1].splits_decode if starts else None,
@@ -196,8 +196,10 @@ def result_of(run: Sequence[Record], workload: Workload) -> Result:
     )
 
 
-def _inverse(value: float | None) -> float | None:
-    return 1.0 / value if value else None
+def _speed(seconds: Iterable[float | None]) -> float | None:
+    """Tokens per second over some rounds."""
+    known = [each for each in seconds if each]
+    return 1.0 / middle(known) if known else None
 
 
 def _peaks(run: Sequence[Record]) -> dict[str, DevicePeak]:
@@ -222,16 +224,18 @@ def _notes(run: Sequence[Record], rounds: dict[int, Round]) -> tuple[str, ...]:
 
 
 def noise_floor(results: Iterable[Result]) -> float | None:
-    """Return the share below which turns are equal: twice the pooled spread of rounds about their medians.
+    """Return the share below which turns are equal: twice the spread of rounds about their medians.
 
-    None where no candidate has two good rounds.
+    The spread is that of the usual round: a few that were disturbed do not make the others unsure. None where no
+    candidate has two good rounds.
     """
-    squares, freedom = 0.0, 0
-    for result in results:
-        if len(result.turns_s) >= 2 and result.turn_s:
-            squares += sum((turn / result.turn_s - 1) ** 2 for turn in result.turns_s)
-            freedom += len(result.turns_s) - 1
-    return max(LEAST_NOISE, 2 * math.sqrt(squares / freedom)) if freedom else None
+    off = [
+        abs(turn / statistics.median(result.turns_s) - 1) * math.sqrt(n / (n - 1))
+        for result in results
+        if (n := len(result.turns_s)) >= 2
+        for turn in result.turns_s
+    ]
+    return max(LEAST_NOISE, 2 * statistics.median(off) / MEDIAN_OFF) if off else None
 
 
 def decide(run: Sequence[Record], workload: Workload) -> Verdict:

@@ -10,7 +10,7 @@ import datetime
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from placement.engine import (
     EnginePlan,
     Server,
     ServerFailed,
-    Timings,
     fit_arguments,
     list_devices,
     plan,
@@ -37,12 +36,15 @@ from placement.verify.watch import MemoryWatch, Sample
 
 if TYPE_CHECKING:
     from placement.engine import EngineDevice
-    from placement.verify.schema import Key, Predicted, Record
+    from placement.verify.schema import Key, Predicted, Record, Timing
 
 PLAN, START, WARM_UP, SHORT, LONG, CANARY, STOP = (
     "plan", "start", "warm-up", "short prompt", "long prompt", "canary", "stop",
 )  # fmt: skip
 MEASURED_PHASES = (SHORT, LONG, CANARY)
+MOST_REPEATS = 24
+
+Measured = Mapping[str, "Sequence[Timing]"]  # of each measured phase, by repeat
 
 _GREW = re.compile(r"compute buffer size of .* does not match expectation of .*")
 
@@ -102,12 +104,18 @@ class Visit:
     _tokens: list[int] = field(default_factory=list)
     _facts: dict[str, Any] = field(default_factory=dict)
 
-    def steps(self) -> list[tuple[str, int]]:
-        """The measured phases of a whole visit, as (phase, repeat)."""
-        return [(SHORT, i) for i in range(self.bench.asked.repeats)] + [(LONG, 0), (CANARY, 0)]
+    def is_measured(self, known: Measured) -> bool:
+        """Whether every measured phase was repeated often enough."""
+        return all(self._is_enough(phase, known.get(phase, ())) for phase in MEASURED_PHASES)
 
-    def run(self, done: set[tuple[str, int]]) -> None:
-        """Run what is not done yet, writing a record of each phase; a failure ends the visit, not the run.
+    def _is_enough(self, phase: str, found: Sequence[Timing]) -> bool:
+        asked = self.bench.asked
+        seconds = sum(each.prompt_s + each.generate_s for each in found)
+        least = asked.repeats if phase == SHORT else 1
+        return len(found) >= least and (seconds >= asked.least_s or len(found) >= MOST_REPEATS)
+
+    def run(self, known: Measured) -> None:
+        """Run what was not measured yet, writing a record of each phase; a failure ends the visit, not the run.
 
         Raises:
             BudgetSpent: the time given was over between two phases.
@@ -125,9 +133,9 @@ class Visit:
                 self.candidate.caps_mib,
             )
             with exclusive(endpoints, self.bench.limits.plan_s), watch as self._watch:
-                self._serve([step for step in self.steps() if step not in done])
+                self._serve(known)
 
-    def _serve(self, steps: list[tuple[str, int]]) -> None:
+    def _serve(self, known: Measured) -> None:
         bench = self.bench
         self._log = self._new_log()
         context = serve(
@@ -144,9 +152,11 @@ class Visit:
                 self._started(server)
             with self._phase(WARM_UP):
                 self._warm_up(server)
-            for phase, repeat in steps:
-                with self._phase(phase, repeat):
-                    self._ask(server, phase)
+            for phase in MEASURED_PHASES:
+                found = list(known.get(phase, ()))
+                while not self._is_enough(phase, found):
+                    with self._phase(phase, len(found)):
+                        found.append(self._ask(server, phase))
             with self._phase(STOP):
                 stack.close()
                 self._stopped(server)
@@ -170,14 +180,14 @@ class Visit:
         self._tokens = prompt_tokens(server, longest, self.bench.asked.seed)
         self._ask(server, WARM_UP)
 
-    def _ask(self, server: Server, phase: str) -> None:
+    def _ask(self, server: Server, phase: str) -> Timing:
         from placement.verify.schema import Timing
 
         limits, seed = self.bench.limits, self.bench.asked.seed
         n_prompt, n_generate = self._lengths(phase)
         limit_s = limits.canary_s if phase == CANARY else limits.prompt_s
-        found: Timings = server.completion(self._tokens[:n_prompt], n_generate, timeout_s=limit_s, seed=seed)
-        self._facts["timing"] = Timing(
+        found = server.completion(self._tokens[:n_prompt], n_generate, timeout_s=limit_s, seed=seed)
+        timing = self._facts["timing"] = Timing(
             n_prompt=found.n_prompt,
             prompt_s=round(found.prompt_ms / 1e3, 6),
             n_generated=found.n_generated,
@@ -186,6 +196,7 @@ class Visit:
         if found.n_generated < n_generate or found.n_cached:
             said = f"{found.n_generated} of {n_generate} tokens, {found.n_cached} taken from a cache"
             raise EngineFailed(f"llama-server measured something else than asked: {said}")
+        return timing
 
     def _plan(self) -> None:
         bench, candidate = self.bench, self.candidate

@@ -26,7 +26,8 @@ class Asked:
 
     long_prompt: int = 2000
     canary: int = 0  # 0: a quarter of the slot's context
-    repeats: int = 3
+    repeats: int = 3  # of the short prompt, at least
+    least_s: float = 3.0  # each prompt is repeated for so long: a small model is done in no time
     short_prompt: int = 64
     short_generate: int = 128
     long_generate: int = 16

@@ -301,8 +301,9 @@ class _Work:
         known = rounds.get(number)
         if any(each.status in _FATAL for each in rounds.values()):
             return True
-        has_all = known is not None and known.done >= set(Visit(self.bench, candidate, number).steps())
-        return known is not None and known.is_over and (known.status != records.OK or has_all)
+        if known is None or not known.is_over:
+            return False
+        return known.status != records.OK or Visit(self.bench, candidate, number).is_measured(known.timings)
 
     def _visit(self, candidate: Candidate, number: int) -> None:
         known = self._rounds(candidate).get(number)
@@ -312,7 +313,7 @@ class _Work:
         if self.bench.deadline_s is not None and time.monotonic() > self.bench.deadline_s:
             raise BudgetSpent
         began_s = time.monotonic()
-        Visit(self.bench, candidate, number).run(set(known.done) if known is not None else set())
+        Visit(self.bench, candidate, number).run(known.timings if known is not None else {})
         self._durations_s.append(time.monotonic() - began_s)
         after = self._rounds(candidate)[number]
         if after.status != records.OK:
