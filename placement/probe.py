@@ -43,6 +43,8 @@ N_VOCAB = 1024
 LEAST_NOISE = 0.01
 MEDIAN_OFF = 0.6745  # of a normal distribution with a standard deviation of 1
 LEAST_UNCERTAINTY = 0.1  # of a value: zeros of one shape are not every model
+NARROW_EMBD = 256
+LEAST_DEPTH, MOST_DEPTH = 256, 4096
 FAST_GB_PER_S = 200.0  # slower devices get smaller models: a probe is short
 _DROPPED = {"-c": 1, "-np": 1, "-fit": 1, "-kvu": 0}
 _RENAMED = {"--rpc": "-rpc", "--no-op-offload": "-nopo"}
@@ -58,6 +60,11 @@ class Shape:
     n_layer: int
     n_embd: int
     n_ff: int
+
+    @property
+    def kind(self) -> str:
+        """What it is for: reading much, or doing many small things."""
+        return "narrow" if self.n_embd <= NARROW_EMBD else "wide"
 
 
 @dataclass(frozen=True)
@@ -100,17 +107,26 @@ def cases(machine: Machine) -> Iterator[Case]:
         yield Case(f"{device.name} wide, FFN on the CPU", wide, own, CPU, n_prompt=512)
         if device.is_cuda:
             yield Case(f"{device.name} wide, FFN pinned", wide, own, CPU, "none", n_prompt=512)
-        yield Case(f"{device.name} wide, deep", wide, own, depth=4096 if is_fast else 512)
+        yield _deep(device.name, wide if is_fast else narrow, own, device.usable_mib)
         yield Case(
             f"{device.name} wide, small ubatch", wide, own, ubatch_tokens=64, n_prompt=512, n_generate=0
         )
-    host = _shapes(machine.cpu.usable_mib, is_fast=False)[0]
-    yield Case("CPU wide", host, (), n_prompt=64, is_op_offloaded=False)
-    yield Case("CPU wide, deep", host, (), depth=512, is_op_offloaded=False)
+    wide, narrow = _shapes(machine.cpu.usable_mib, is_fast=False)
+    yield Case("CPU wide", wide, (), n_prompt=64, is_op_offloaded=False)
+    yield Case("CPU narrow", narrow, (), n_generate=64, is_op_offloaded=False)
+    yield replace(_deep(CPU, narrow, (), machine.cpu.usable_mib), is_op_offloaded=False)
     for a, b in itertools.pairwise(device.name for device in machine.devices):
         narrow = _shapes(min(machine.device(each).usable_mib for each in (a, b)), is_fast=False)[1]
         yield Case(f"{a}+{b} narrow", narrow, (a, b), n_generate=64)
         yield Case(f"{a} narrow, FFN on {b}", narrow, (a, b), b, n_generate=64)
+
+
+def _deep(name: str, shape: Shape, devices: tuple[str, ...], usable_mib: float) -> Case:
+    """A cache that takes a good part of a token's time: deep in a wide model, or most of a narrow one's bytes."""
+    depth = MOST_DEPTH
+    while depth > LEAST_DEPTH and usable_mib / 4 < 2 * 2 * shape.n_layer * shape.n_embd * depth / 2**20:
+        depth //= 2
+    return Case(f"{name} {shape.kind}, deep", shape, devices, depth=depth)
 
 
 def _shapes(usable_mib: float, is_fast: bool) -> tuple[Shape, Shape]:
@@ -118,7 +134,7 @@ def _shapes(usable_mib: float, is_fast: bool) -> tuple[Shape, Shape]:
     n_embd = 4096 if is_fast else 1024
     while n_embd > 256 and usable_mib / 8 < _wide_mib(n_embd):
         n_embd //= 2
-    return Shape(f"wide{n_embd}", 4, n_embd, 4 * n_embd), Shape("narrow", 24, 256, 512)
+    return Shape(f"wide{n_embd}", 4, n_embd, 4 * n_embd), Shape("narrow", 24, NARROW_EMBD, 2 * NARROW_EMBD)
 
 
 def _wide_mib(n_embd: int) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +17,8 @@ from typing import Any
 
 from placement.buffers import graph_counts
 from placement.calibrate.choosing import (
-    MOST_AGAIN,
+    LEAST_ROUNDS,
+    MORE_ROUNDS,
     Proposal,
     choose_runs,
     is_settled,
@@ -43,6 +43,7 @@ from placement.verify.decide import LEAST_NOISE
 from placement.verify.keys import machine_key
 from placement.verify.records import RunLog
 from placement.verify.schema import DevicePeak, Key, Record, Timing
+from placement.verify.times import middle
 
 TRUE_SPREAD = 0.22  # how far true coefficients lie from the defaults
 RUNTIME_MIB, GROWTH_MIB = 430.0, 60.0
@@ -319,11 +320,15 @@ def tuned_choice(
             turns[each.key] = seconds
     n_runs = len(turns)
     predicted = dict(zip(by_key, map(float, outlook(fits, proposals).turns_s), strict=True))
-    for key in worth_again(turns, predicted, noise)[:MOST_AGAIN]:
-        more = rounds_to_tell(noise)
-        turns[key] = statistics.median([turns[key], *(turn(by_key[key])[2] for _ in range(more))])
+    rounds_s, most = {key: [seconds] for key, seconds in turns.items()}, rounds_to_tell(noise)
+    for n_rounds in (*range(LEAST_ROUNDS, most, MORE_ROUNDS), most):
+        again = worth_again(rounds_s, predicted, noise)
+        if n_rounds > LEAST_ROUNDS and len(again) == 1:
+            break
+        for key in again:
+            rounds_s[key] += [turn(by_key[key])[2] for _ in range(n_rounds - len(rounds_s[key]))]
     true = {
         k: simulated.true_s(e.prompt) + e.generate_tokens * simulated.true_s(e.decode)
         for k, e in by_key.items()
     }
-    return true[min(turns, key=lambda key: turns[key])] / min(true.values()) - 1.0, n_runs
+    return true[min(rounds_s, key=lambda key: middle(rounds_s[key]))] / min(true.values()) - 1.0, n_runs

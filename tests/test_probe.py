@@ -132,8 +132,17 @@ def test_wide_models_leave_room(usable_mib: float) -> None:
 
 
 def test_a_machine_without_gpus_is_probed_too() -> None:
-    """The CPU's own cases are always there: its weights, and a cache that it reads."""
-    assert [case.name for case in cases(cpu_machine())] == ["CPU wide", "CPU wide, deep"]
+    """The CPU's own cases are always there: its weights, its layers, and a cache that it reads."""
+    assert [case.name for case in cases(cpu_machine())] == ["CPU wide", "CPU narrow", "CPU narrow, deep"]
+
+
+@pytest.mark.parametrize("usable_mib", [60.0, 300.0, 24000.0])
+def test_a_deep_cache_takes_much_of_a_token_and_fits(usable_mib: float) -> None:
+    """At most a quarter of the memory, and on slow devices more bytes than the weights, where there is room."""
+    case = next(each for each in cases(cluster("127.0.0.1:1", usable_mib=usable_mib)) if each.depth)
+    cache_mib = 4 * case.shape.n_layer * case.shape.n_embd * case.depth / 2**20
+    assert cache_mib <= max(usable_mib / 4, 7)
+    assert cache_mib >= 64 or usable_mib < 512
 
 
 def test_a_probe_finds_the_machines_truth(bench: tuple[Engine, Simulated]) -> None:

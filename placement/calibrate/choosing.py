@@ -17,13 +17,15 @@ from placement.calibrate.features import Row
 from placement.calibrate.fit import Calibration
 from placement.calibrate.fit_problem import MODEL_NOISE
 from placement.calibrate.parameters import DECODE
+from placement.verify.times import middle
 
 NEAR = 0.1  # a turn so much slower than the best predicted counts less by a factor e
 NEAR_BEST = 0.03  # what takes at most so much more than the best turn is run again beside it
 SURPRISE, SURPRISE_Z = 0.1, 1.0  # slower than predicted by so much, and by so many spreads
 MEANT = 0.01  # how well the turns to choose from shall be known
+CLEAR = 2.5  # middles that lie so many times their spread apart are told apart
 MOST_AGAIN = 4  # runs repeated
-LEAST_ROUNDS, MOST_ROUNDS = 2, 6
+LEAST_ROUNDS, MOST_ROUNDS, MORE_ROUNDS = 2, 12, 2
 LEAST_RUNS = 4  # before anything is settled
 MOST_NOISE = 0.05  # a machine too busy to tell turns apart has settled nothing
 SLOWEST = 3.0  # a run that takes so many times the best turn is not worth its time
@@ -152,18 +154,23 @@ def is_settled(
     return best_s <= hoped_s * (1.0 + min(noise, MOST_NOISE))
 
 
-def worth_again(turns_s: Mapping[str, float], predicted_s: Mapping[str, float], noise: float) -> list[str]:
-    """Runs to repeat before choosing, the likeliest to be the fastest first.
+def worth_again(
+    rounds_s: Mapping[str, Sequence[float]], predicted_s: Mapping[str, float], noise: float
+) -> list[str]:
+    """Runs to repeat before choosing, the likeliest to be the fastest first; `noise` is what one round is off by.
 
-    Those that measured nearly the best, and those that would be by what the fits make of all runs, had theirs not
-    been disturbed.
+    Of those that had one round, what measured nearly the best, and what would have by the fits of all runs, had it
+    not been disturbed. Of those that had more, what their middles do not tell from the best.
     """
-    if not turns_s:
-        return []
-    hoped_s = {run: min(seconds, predicted_s.get(run, seconds)) for run, seconds in turns_s.items()}
-    middle_s = {run: math.sqrt(seconds * predicted_s.get(run, seconds)) for run, seconds in turns_s.items()}
-    near = min(middle_s.values()) * (1.0 + NEAR_BEST + noise)
-    return sorted((run for run in turns_s if hoped_s[run] <= near), key=lambda run: middle_s[run])
+    middle_s, hoped_s, near = dict[str, float](), dict[str, float](), dict[str, float]()
+    for run, rounds in rounds_s.items():
+        turn_s, n = middle(rounds), len(rounds)
+        said_s = predicted_s.get(run, turn_s) if n == 1 else turn_s
+        middle_s[run], hoped_s[run] = math.sqrt(turn_s * said_s), min(turn_s, said_s)
+        near[run] = NEAR_BEST + noise if n == 1 else CLEAR * noise * math.sqrt(2.0 / n)
+    best_s = min(middle_s.values(), default=0.0)
+    found = [run for run in rounds_s if hoped_s[run] <= best_s * (1.0 + near[run])]
+    return sorted(found, key=lambda run: middle_s[run])[:MOST_AGAIN]
 
 
 def surprising(
@@ -180,5 +187,5 @@ def surprising(
 
 
 def rounds_to_tell(noise: float) -> int:
-    """Rounds after which a turn is known within MEANT, `noise` being what one round is off by: two to six."""
+    """Rounds after which a turn is known within MEANT, `noise` being what one round is off by: two to twelve."""
     return min(MOST_ROUNDS, max(LEAST_ROUNDS, math.ceil((noise / MEANT) ** 2)))

@@ -43,6 +43,9 @@ CPU_KV_SPREAD = 1.0  # a processor's attention is seldom as fast as its memory
 NEVER_FITTED = frozenset({"thread_us", "cpu_thread_gb_per_s"})  # runs have one number of threads
 MAY_BE_ZERO = ("layer_us", "token_us")
 RPC_SPREAD = 1.5  # nobody knows a worker, or the network, before they are measured
+RPC_LAYER_US = 60.0
+NO_CARD_SPREAD = 1.0  # the defaults are of machines with NVIDIA cards and models larger than any cache
+_OF_CARDS = ("node_us", "cpu_read_efficiency")
 ALIKE = 0.5  # correlation between the devices of one machine: they share a build and a driver
 LEAST_SPREAD = 0.05
 
@@ -109,6 +112,10 @@ def _parameter(machine: Machine, name: str, device: Device | None) -> Parameter:
     is_rpc_rate = device is not None and device.is_rpc and base in _RPC_RATES
     if is_rpc_rate or (has_rpc and base in _RPC_WAITS):
         spread = RPC_SPREAD
+    if device is not None and device.is_rpc and base == "layer_us":
+        spread = RPC_LAYER_US
+    if base in _OF_CARDS and is_log and not any(each.is_cuda for each in machine.devices):
+        spread = NO_CARD_SPREAD
     if name == CPU_KV:
         spread = CPU_KV_SPREAD
     is_own = name in machine.coefficients or any(each.name == name for each in machine.history)

@@ -1,6 +1,6 @@
 """Closes the loop: solve, run the few placements that tell most, refit, solve again, until nothing better is likely.
 
-`proposals` says what could be run, `loop` chooses and runs, `lines` is what is said of it.
+`start` says what is known before, `proposals` what could be run, `loop` chooses and runs, `lines` is what is said.
 """
 
 from placement.tune.lines import Line, Tuned, what_was_learned

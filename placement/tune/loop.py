@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from placement.calibrate.applied import Change, apply_fit
 from placement.calibrate.choosing import (
     LEAST_ROUNDS,
-    MOST_AGAIN,
+    MORE_ROUNDS,
     Proposal,
     choose_runs,
     is_settled,
@@ -28,7 +28,7 @@ from placement.calibrate.choosing import (
 from placement.calibrate.fit import Calibration
 from placement.calibrate.memory import fit_memory
 from placement.calibrate.report import median_error
-from placement.calibrate.runs import Found, conditions_of, find_runs, run_name
+from placement.calibrate.runs import Found, conditions_of, find_runs
 from placement.calibrate.whole import fit_both
 from placement.errors import InputError
 from placement.machine import Machine
@@ -36,7 +36,8 @@ from placement.model import Model
 from placement.problem import Problem
 from placement.solution import Solution, SolutionSet
 from placement.tune.lines import Line, Tuned, what_was_learned
-from placement.tune.proposals import Proposed, proposals, proposed
+from placement.tune.proposals import Proposed, proposals, proposed, solution_like
+from placement.tune.start import current_key, probed
 from placement.verify.candidates import FIT
 from placement.verify.decide import LEAST_NOISE, Result
 
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from placement.engine import Engine
     from placement.solving import Outcome
     from placement.verify.run import Listener, Options, Report
-    from placement.verify.schema import Key
 
 PER_STEP = 2
 MAX_STEPS = 12
@@ -82,6 +82,8 @@ class Tuning:
 
         Where `--fit` is the faster one, its run teaches too: the search goes on once more.
         """
+        if not find_runs(self.root, self.base).rows:
+            self.base = self.machine = probed(self.base, self.engine, self.options.budget_s, self.tell)
         fits, why, settled = self._refit(), "", False
         for _ in range(2):
             fits, why, settled = self._steps(fits)
@@ -165,7 +167,7 @@ class Tuning:
         self.machine, self.changes = apply_fit(self.base, fits, fit_memory(self.base, found.memory), date)
 
     def _proposals(self, outcome: Outcome) -> dict[str, Proposed]:
-        return proposals(replace(outcome.problem, machine=self.base), outcome.found.solutions)
+        return proposals(replace(outcome.problem, machine=self.machine), outcome.found.solutions)
 
     def _measured(self, outcome: Outcome) -> dict[str, float]:
         """Measured turns by proposal key; what failed counts as endless."""
@@ -190,6 +192,10 @@ class Tuning:
     def _noise(self) -> float:
         noise = None if self.report is None else self.report.verdict.noise
         return LEAST_NOISE if noise is None else noise
+
+    def _round_noise(self) -> float:
+        """What one round is off by, as a share: a noise floor is twice that."""
+        return self._noise() / 2
 
     def _verify(
         self, outcome: Outcome, solutions: list[Solution], rounds: int = 1, has_fit: bool = False
@@ -254,21 +260,19 @@ class Tuning:
         """Run what is nearly the best again, `--fit` beside it, so that the choice stands on more than one round;
         whether there was anything to run.
 
-        As many rounds as the noise asks for, and the budget allows; at last the choice itself, if it had fewer.
+        As many rounds as the noise asks for, and the budget allows, of what they do not tell from the best; at
+        last the choice itself, if it had fewer.
         """
         outcome = self._solve()
         if not outcome.found.solutions or not self._results(outcome):
             return False
-        rounds = LEAST_ROUNDS
-        while self._verify(outcome, again := self._nearly_best(outcome, fits), rounds, has_fit=True):
+        rounds, again = LEAST_ROUNDS, self._nearly_best(outcome, fits)
+        while self._verify(outcome, again, rounds, has_fit=rounds == LEAST_ROUNDS or self._is_fit_near()):
             fits = self._refit()
-            if rounds == LEAST_ROUNDS and self._has_doubt(fits, outcome, again):
-                rounds += 1  # of two rounds a disturbed one counts half
-                continue
-            wanted = rounds_to_tell(self._noise() / 2)  # a noise floor is twice what one round is off by
-            if wanted <= rounds:
+            again, wanted = self._nearly_best(outcome, fits), rounds_to_tell(self._round_noise())
+            if wanted <= rounds or (len(again) == 1 and not self._is_fit_near()):
                 break
-            rounds = min(wanted, rounds + 2)
+            rounds = min(wanted, rounds + MORE_ROUNDS)
         chosen = None if self.report is None else self.report.verdict.recommended
         if chosen is not None and chosen.role != FIT and chosen.n_good < LEAST_ROUNDS:
             self._verify(outcome, [self._again(outcome, chosen).solution], LEAST_ROUNDS, has_fit=True)
@@ -276,22 +280,17 @@ class Tuning:
         self._results(outcome)
         return True
 
-    def _has_doubt(
-        self, fits: tuple[Calibration, Calibration], outcome: Outcome, solutions: list[Solution]
-    ) -> bool:
-        """Whether a round of one of these was disturbed, or is contradicted by what else ran."""
-        keys = {" ".join(each.args) for each in solutions}
-        runs = {
-            run_name(self.key.model_digest, each.run_id)
-            for each in self._results(outcome)
-            if " ".join(_placing(each, outcome.found)) in keys
-        }
-        return any(each.run in runs for fit in fits for each in fit.outliers)
+    def _is_fit_near(self) -> bool:
+        """Whether rounds do not tell llama.cpp's own `--fit` from the best of ours."""
+        results = () if self.report is None else self.report.verdict.results
+        rounds_s = {each.run_id: each.turns_s for each in results if each.turns_s}
+        fits = {each.run_id for each in results if each.role == FIT}
+        return not fits.isdisjoint(worth_again(rounds_s, {}, self._round_noise()))
 
     def _nearly_best(self, outcome: Outcome, fits: tuple[Calibration, Calibration]) -> list[Solution]:
         """What may be the fastest of all that was measured, by its own runs and by those of the others."""
         known = {
-            " ".join(_placing(each, outcome.found)): each for each in self._results(outcome) if each.turn_s
+            " ".join(_placing(each, outcome.found)): each for each in self._results(outcome) if each.turns_s
         }
         if not known:
             return []
@@ -299,44 +298,24 @@ class Tuning:
         mine = {key: offered.get(key) or self._again(outcome, each) for key, each in known.items()}
         turns_s = outlook(fits, [each.proposal for each in mine.values()]).turns_s
         predicted = dict(zip(mine, map(float, turns_s), strict=True))
-        again = worth_again(
-            {key: each.turn_s or 0.0 for key, each in known.items()}, predicted, self._noise() / 2
-        )
-        return [mine[key].solution for key in again[:MOST_AGAIN]]
+        rounds_s = {key: each.turns_s for key, each in known.items()}
+        return [mine[key].solution for key in worth_again(rounds_s, predicted, self._round_noise())]
 
     def _again(self, outcome: Outcome, result: Result) -> Proposed:
         """A measured placement that may not be proposed any more, to run it once more."""
         from placement.arguments import parse
         from placement.emit import resolve
 
-        arguments, problem = _placing(result, outcome.found), replace(outcome.problem, machine=self.base)
+        arguments, problem = _placing(result, outcome.found), replace(outcome.problem, machine=self.machine)
         assignment = resolve(self.model, problem.machine, parse(list(arguments)), problem.program)
         first = outcome.found.solutions[0]
-        solution = replace(
-            first, name=result.name, args=arguments, assignment=assignment, devices={}, gap=None
-        )
-        return proposed(problem, solution)
+        return proposed(problem, solution_like(first, result.name, arguments, assignment, problem))
 
 
 def _placing(result: Result, found: SolutionSet) -> tuple[str, ...]:
     """The arguments of a result without those of the profile."""
     n_extra = len(found.extra_args)
     return result.arguments[:-n_extra] if n_extra else result.arguments
-
-
-def current_key(engine: Engine, machine: Machine, model_file: Path) -> Key:
-    """What is measured now depends on this, and on what is asked.
-
-    Raises:
-        InputError: the model file cannot be read.
-        EngineError: the engine does not answer.
-    """
-    from placement.model_files import load_model
-    from placement.verify.keys import make_key
-    from placement.verify.prompts import Asked
-    from placement.verify.watch import load_nvml
-
-    return make_key(engine, machine, load_model(model_file), Asked(), load_nvml())
 
 
 def tune(

@@ -9,8 +9,8 @@ from placement.calibrate.choosing import Proposal
 from placement.calibrate.features import decode_row, prompt_row
 from placement.calibrate.telling import trials
 from placement.compute import plan_compute
-from placement.cost import GraphCounts
-from placement.problem import Problem
+from placement.cost import GraphCounts, evaluate
+from placement.problem import Assignment, Problem
 from placement.solution import Solution
 
 
@@ -23,7 +23,10 @@ class Proposed:
 
 
 def proposals(problem: Problem, solutions: tuple[Solution, ...]) -> dict[str, Proposed]:
-    """The solutions and the simple placements by their arguments, those of the solutions first."""
+    """The solutions and the simple placements by their arguments, those of the solutions first.
+
+    `problem` has the machine as it is believed now: the speeds are its.
+    """
     found: dict[str, Proposed] = {}
     for solution in solutions:
         each = proposed(problem, solution, _planned_counts(problem, solution))
@@ -31,10 +34,36 @@ def proposals(problem: Problem, solutions: tuple[Solution, ...]) -> dict[str, Pr
     first = solutions[0]
     settings = replace(first.assignment.settings, has_overrides=False)
     for trial in trials(replace(problem, settings=settings)):
-        like = replace(first, name=trial.name, args=trial.arguments, assignment=trial.assignment)
-        each = proposed(problem, replace(like, devices=trial.devices, gap=None), trial.counts)
+        like = solution_like(first, trial.name, trial.arguments, trial.assignment, problem, trial.counts)
+        each = proposed(problem, replace(like, devices=trial.devices), trial.counts)
         found.setdefault(each.proposal.key, each)
     return found
+
+
+def solution_like(
+    like: Solution,
+    name: str,
+    arguments: tuple[str, ...],
+    assignment: Assignment,
+    problem: Problem,
+    counts: GraphCounts | None = None,
+) -> Solution:
+    """Another placement of what a solution places: its speed and splits are its own, its memory is not known."""
+    counts = counts or graph_counts(plan_compute(problem.model, problem.machine, assignment, problem.program))
+    return replace(
+        like,
+        name=name,
+        label="estimated",
+        args=arguments,
+        assignment=assignment,
+        devices={},
+        gap=None,
+        speed=evaluate(problem, assignment, counts),
+        splits_decode=counts.splits_decode,
+        splits_prompt=counts.splits_prompt,
+        notes=(),
+        differences=(),
+    )
 
 
 def proposed(problem: Problem, solution: Solution, counts: GraphCounts | None = None) -> Proposed:
