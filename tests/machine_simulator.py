@@ -48,6 +48,7 @@ from placement.verify.times import middle
 TRUE_SPREAD = 0.22  # how far true coefficients lie from the defaults
 RUNTIME_MIB, GROWTH_MIB = 430.0, 60.0
 KEY: dict[str, Any] = {"engine_build": "b1", "engine_fingerprint": "f", "plan": "p", "driver": "570"}
+HOST = ("node_us", "cpu_read_efficiency")  # as near the defaults on a machine without cards as on others
 ZEROS = {"layer_us": 2.0, "token_us": 120.0}  # mean of what the defaults say is nothing
 
 
@@ -197,9 +198,9 @@ class Simulated:
         true, base = {}, base or bare_machine()
         for each in (*parameters(base, DECODE), *parameters(base, PROMPT)):
             if each.is_log:
-                value = each.prior * math.exp(
-                    self.rng.gauss(0.0, max(spread, each.spread / 2) if spread else 0.0)
-                )
+                is_host = each.name in HOST
+                off = spread if is_host or not spread else max(spread, each.spread / 2)
+                value = each.prior * math.exp(self.rng.gauss(0.0, off))
                 value = min(value, 0.98) if each.name == "pipeline_overlap" else value
             else:
                 value = self.rng.expovariate(1.0 / ZEROS[each.base]) if spread else 0.0
