@@ -97,3 +97,14 @@ def test_profile_arguments_are_kept() -> None:
     """The owner's own arguments go to every candidate, --fit included."""
     found = make_candidates([solution("aggressive", "-ngl", "2")], cluster("h:1"), ("--jinja",))
     assert all("--jinja" in each.arguments for each in found)
+
+
+def test_fit_may_use_the_workers_that_a_placement_leaves_alone() -> None:
+    """A placement on the CPU names no worker; llama.cpp's own --fit beside it is given all of them, once."""
+    machine = cluster("h:1", "h:2")
+    alone = solution("aggressive", "-ngl", "0")
+    both = solution("other", "--rpc", "h:1,h:2", "-ngl", "2", devices=("RPC0", "RPC1"))
+    found = {each.name: each.arguments for each in make_candidates([alone, both], machine, ())}
+    assert found["aggressive"] == ("-ngl", "0")
+    assert found["fit:aggressive"] == ("--rpc", "h:1,h:2", "-fit", "on")
+    assert "fit:other" not in found

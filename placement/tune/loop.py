@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 PER_STEP = 2
 MAX_STEPS = 12
+CREDIBLE = 0.1  # runs that are predicted from each other this well: what is predicted best is believed
 STEPS_SHARE = 0.7  # of the budget; the rest is for running the best again beside --fit
 
 
@@ -73,6 +74,7 @@ class Tuning:
         self.report: Report | None = None
         self.machine = self.base
         self.changes: tuple[Change, ...] = ()
+        self.error: float | None = None  # the median of decode speeds, each run predicted from all others
         budget_s = self.options.budget_s
         self.deadline_s = None if budget_s is None else time.monotonic() + budget_s
         self.steps_until_s = None if budget_s is None else time.monotonic() + budget_s * STEPS_SHARE
@@ -103,7 +105,8 @@ class Tuning:
             proposals = self._proposals(outcome)
             known = [each.proposal for each in proposals.values()]
             measured = self._measured(outcome)
-            if is_settled(fits, known, measured | self._measured_fits(), self._noise()):
+            is_near = is_settled(fits, known, measured | self._measured_fits(), self._noise())
+            if is_near and (self.error is None or self.error <= CREDIBLE):
                 return fits, "the best measured is within its noise of the best predicted", True
             chosen = choose_runs(fits, known, measured, PER_STEP)
             if not chosen:
@@ -128,10 +131,7 @@ class Tuning:
         return {each.run_id: each.turn_s for each in results if each.role == FIT and each.turn_s is not None}
 
     def _ended(self, why: str, settled: bool) -> Tuned:
-        found = find_runs(self.root, self.base, conditions=conditions_of(self.key))
-        decode, _ = fit_both(self.base, found)
-        error = median_error(decode.errors, is_after=True)
-        return Tuned(self.report, self.machine, self.changes, tuple(self.lines), settled, why, error)
+        return Tuned(self.report, self.machine, self.changes, tuple(self.lines), settled, why, self.error)
 
     def _is_late(self) -> bool:
         return self.steps_until_s is not None and time.monotonic() > self.steps_until_s
@@ -158,7 +158,8 @@ class Tuning:
                 self.is_told_old = True
                 self.tell(f"place: nothing was run as now yet: starting from {found.conditions.words()}")
             return fit_both(self.base, found, with_errors=False)
-        fits = fit_both(self.base, found, with_errors=False)
+        fits = fit_both(self.base, found)
+        self.error = median_error(fits[0].errors, is_after=True)
         self._apply(found, fits)
         return fits
 

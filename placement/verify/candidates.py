@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from placement.emit.devices import rpc_servers
 from placement.machine import Device, Machine, margin_mib
 from placement.solution import Solution
 from placement.solve import AGGRESSIVE, MODERATE, MODERATE_RESERVE
@@ -99,9 +100,8 @@ def make_candidates(
         tried.append(Candidate(solution.name, SOLUTION, arguments, caps, solution.n_host_layers(), solution))
     fits: dict[str, Candidate] = {}
     for each in tried:
-        fit = Candidate(
-            f"fit:{each.name}", FIT, (*without_placement(each.arguments), "-fit", "on"), each.caps_mib
-        )
+        arguments = (*with_workers(without_placement(each.arguments), machine), "-fit", "on")
+        fit = Candidate(f"fit:{each.name}", FIT, arguments, each.caps_mib)
         fits.setdefault(fit.run_id, fit)
     named = {MODERATE, AGGRESSIVE}
     pairs = [
@@ -139,6 +139,14 @@ def fit_targets_mib(caps: dict[str, float], devices: Sequence[EngineDevice]) -> 
         cap = caps.get(device.name, 0.0)
         targets.append(max(0, math.ceil(device.free_mib - cap)))
     return targets
+
+
+def with_workers(arguments: tuple[str, ...], machine: Machine) -> tuple[str, ...]:
+    """Return the arguments with the machine's RPC workers, which a placement that uses none does not name."""
+    servers = rpc_servers(machine)
+    if not servers or "--rpc" in arguments:
+        return arguments
+    return ("--rpc", ",".join(servers), *arguments)
 
 
 def without_placement(arguments: Sequence[str]) -> tuple[str, ...]:
