@@ -36,7 +36,7 @@ from placement.model import Model
 from placement.problem import Problem
 from placement.solution import Solution, SolutionSet
 from placement.tune.lines import Line, Tuned, what_was_learned
-from placement.tune.proposals import Proposed, proposals, proposed, solution_like
+from placement.tune.proposals import Proposals, Proposed
 from placement.tune.start import current_key, probed
 from placement.verify.candidates import FIT
 from placement.verify.decide import LEAST_NOISE, Result
@@ -68,6 +68,7 @@ class Tuning:
 
     def __post_init__(self) -> None:
         self.key = current_key(self.engine, self.base, self.model_file)
+        self._known = Proposals(self.base)
         self.is_told_old = False
         self.lines: list[Line] = []
         self.n_steps = 0
@@ -168,7 +169,7 @@ class Tuning:
         self.machine, self.changes = apply_fit(self.base, fits, fit_memory(self.base, found.memory), date)
 
     def _proposals(self, outcome: Outcome) -> dict[str, Proposed]:
-        return proposals(replace(outcome.problem, machine=self.machine), outcome.found.solutions)
+        return self._known.of(replace(outcome.problem, machine=self.machine), outcome.found.solutions)
 
     def _measured(self, outcome: Outcome) -> dict[str, float]:
         """Measured turns by proposal key; what failed counts as endless."""
@@ -310,7 +311,7 @@ class Tuning:
         arguments, problem = _placing(result, outcome.found), replace(outcome.problem, machine=self.machine)
         assignment = resolve(self.model, problem.machine, parse(list(arguments)), problem.program)
         first = outcome.found.solutions[0]
-        return proposed(problem, solution_like(first, result.name, arguments, assignment, problem))
+        return self._known.again(problem, first, result.name, arguments, assignment)
 
 
 def _placing(result: Result, found: SolutionSet) -> tuple[str, ...]:

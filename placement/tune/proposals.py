@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from placement.buffers import graph_counts
 from placement.calibrate.choosing import Proposal
-from placement.calibrate.features import decode_row, prompt_row
-from placement.calibrate.telling import trials
+from placement.calibrate.features import Row, decode_row, predict_s, prompt_row
+from placement.calibrate.telling import Trial, trials
 from placement.compute import plan_compute
-from placement.cost import GraphCounts, evaluate
-from placement.problem import Assignment, Problem
+from placement.cost import GraphCounts, Speed
+from placement.machine import Machine
+from placement.problem import Assignment, Problem, Settings
 from placement.solution import Solution
 
 
@@ -22,34 +24,98 @@ class Proposed:
     solution: Solution
 
 
-def proposals(problem: Problem, solutions: tuple[Solution, ...]) -> dict[str, Proposed]:
-    """The solutions and the simple placements by their arguments, those of the solutions first.
+@dataclass(frozen=True, slots=True)
+class _Worked:
+    """What of a placement does not change with the machine's speeds; `at_depth` is its token where a turn begins."""
 
-    `problem` has the machine as it is believed now: the speeds are its.
-    """
-    found: dict[str, Proposed] = {}
-    for solution in solutions:
-        each = proposed(problem, solution, _planned_counts(problem, solution))
-        found.setdefault(each.proposal.key, each)
-    first = solutions[0]
-    settings = replace(first.assignment.settings, has_overrides=False)
-    for trial in trials(replace(problem, settings=settings)):
-        like = solution_like(first, trial.name, trial.arguments, trial.assignment, problem, trial.counts)
-        each = proposed(problem, replace(like, devices=trial.devices), trial.counts)
-        found.setdefault(each.proposal.key, each)
-    return found
+    counts: GraphCounts
+    proposal: Proposal
+    at_depth: Row
 
 
-def solution_like(
+class Proposals:
+    """What could be run of one model on one machine: graphs and rows are worked out once a placement."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._trials: dict[Settings, list[Trial]] = {}
+        self._worked: dict[str, _Worked] = {}
+
+    def of(self, problem: Problem, solutions: Sequence[Solution]) -> dict[str, Proposed]:
+        """The solutions and the simple placements by their arguments, those of the solutions first.
+
+        `problem` has the machine as it is believed now: the speeds of the simple ones are its.
+        """
+        found: dict[str, Proposed] = {}
+        for each in solutions:
+            splits = each.splits_decode, each.splits_prompt
+            worked = self._work(problem, each.name, each.args, each.assignment, splits=splits)
+            found.setdefault(worked.proposal.key, Proposed(worked.proposal, each))
+        for trial in self._simple(problem, solutions[0].assignment.settings):
+            known = self._work(problem, trial.name, trial.arguments, trial.assignment, trial.counts)
+            like = _like(solutions[0], trial.name, trial.arguments, trial.assignment, known, problem)
+            proposed = Proposed(known.proposal, replace(like, devices=trial.devices))
+            found.setdefault(known.proposal.key, proposed)
+        return found
+
+    def again(
+        self, problem: Problem, like: Solution, name: str, arguments: tuple[str, ...], assignment: Assignment
+    ) -> Proposed:
+        """A placement that was run and may not be proposed any more, to run it once more."""
+        worked = self._work(problem, name, arguments, assignment)
+        return Proposed(worked.proposal, _like(like, name, arguments, assignment, worked, problem))
+
+    def _simple(self, problem: Problem, settings: Settings) -> list[Trial]:
+        plain = replace(settings, has_overrides=False)
+        if plain not in self._trials:
+            self._trials[plain] = trials(replace(problem, machine=self._machine, settings=plain))
+        return self._trials[plain]
+
+    def _work(
+        self,
+        problem: Problem,
+        name: str,
+        arguments: tuple[str, ...],
+        assignment: Assignment,
+        counts: GraphCounts | None = None,
+        splits: tuple[int, int] | None = None,
+    ) -> _Worked:
+        """Its graph is simulated if its counts are not given; `splits` are an engine's own, where it planned them."""
+        key = " ".join(arguments)
+        if key not in self._worked:
+            counts = counts or _simulated(replace(problem, machine=self._machine), assignment)
+            if splits is not None:
+                counts = replace(counts, splits_decode=splits[0], splits_prompt=splits[1])
+            self._worked[key] = _worked(problem, key, name, assignment, counts)
+        return self._worked[key]
+
+
+def _simulated(problem: Problem, assignment: Assignment) -> GraphCounts:
+    return graph_counts(plan_compute(problem.model, problem.machine, assignment, problem.program))
+
+
+def _worked(problem: Problem, key: str, name: str, assignment: Assignment, counts: GraphCounts) -> _Worked:
+    """The rows of a placement: its token half-way through the turn's answer and where it begins, its prompt."""
+    turn = problem.workload
+    depth = turn.depth_tokens + turn.prompt_tokens + turn.generate_tokens // 2
+    deep = replace(problem, workload=replace(turn, depth_tokens=depth))
+    decode = decode_row(deep, assignment, counts, run=name)
+    prompt = prompt_row(problem, assignment, counts, run=name)
+    proposal = Proposal(key, decode, prompt, turn.generate_tokens)
+    return _Worked(counts, proposal, decode_row(problem, assignment, counts, run=name))
+
+
+def _like(
     like: Solution,
     name: str,
     arguments: tuple[str, ...],
     assignment: Assignment,
+    worked: _Worked,
     problem: Problem,
-    counts: GraphCounts | None = None,
 ) -> Solution:
     """Another placement of what a solution places: its speed and splits are its own, its memory is not known."""
-    counts = counts or graph_counts(plan_compute(problem.model, problem.machine, assignment, problem.program))
+    turn, machine = problem.workload, problem.machine
+    decode_s, prompt_s = predict_s(worked.at_depth, machine), predict_s(worked.proposal.prompt, machine)
     return replace(
         like,
         name=name,
@@ -58,33 +124,9 @@ def solution_like(
         assignment=assignment,
         devices={},
         gap=None,
-        speed=evaluate(problem, assignment, counts),
-        splits_decode=counts.splits_decode,
-        splits_prompt=counts.splits_prompt,
+        speed=Speed(decode_s, prompt_s, turn.generate_tokens, turn.prompt_tokens),
+        splits_decode=worked.counts.splits_decode,
+        splits_prompt=worked.counts.splits_prompt,
         notes=(),
         differences=(),
     )
-
-
-def proposed(problem: Problem, solution: Solution, counts: GraphCounts | None = None) -> Proposed:
-    """A solution with its token at the turn's depth and its prompt; its graph is simulated if not given."""
-    counts = counts or _counts(problem, solution)
-    turn = problem.workload
-    depth = turn.depth_tokens + turn.prompt_tokens + turn.generate_tokens // 2
-    deep = replace(problem, workload=replace(turn, depth_tokens=depth))
-    decode = decode_row(deep, solution.assignment, counts, run=solution.name)
-    prompt = prompt_row(problem, solution.assignment, counts, run=solution.name)
-    return Proposed(Proposal(" ".join(solution.args), decode, prompt, turn.generate_tokens), solution)
-
-
-def _planned_counts(problem: Problem, solution: Solution) -> GraphCounts:
-    """Simulated nodes, and the splits that the solution has, planned where an engine planned it."""
-    return replace(
-        _counts(problem, solution),
-        splits_decode=solution.splits_decode,
-        splits_prompt=solution.splits_prompt,
-    )
-
-
-def _counts(problem: Problem, solution: Solution) -> GraphCounts:
-    return graph_counts(plan_compute(problem.model, problem.machine, solution.assignment, problem.program))
