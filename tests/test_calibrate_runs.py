@@ -97,6 +97,18 @@ def test_a_round_that_is_much_slower_is_doubted(folder: Path) -> None:
     assert sorted({row.doubt.partition(" was")[0] for row in rows}) == ["", "round 2"]
 
 
+def test_the_error_of_a_disturbed_round_does_not_count(folder: Path) -> None:
+    """It is shown, marked as not counted; the same run's good round counts."""
+    simulated = Simulated(3)
+    for placed in placements()[:3]:
+        simulated.keep(folder, placed)
+    simulated.keep(folder, placements()[0], round_=2, throttle=1.4)
+    decode, _ = fit_both(bare_machine(), find_runs(folder.parent, bare_machine()))
+    mine = [each for each in decode.errors if each.run == run_of("p0")]
+    assert sorted(each.is_counted for each in mine) == [False, False, True, True]
+    assert {each.is_counted for each in mine if each.after < -0.2} == {False}
+
+
 def test_a_model_that_is_gone_is_skipped_with_a_reason(folder: Path) -> None:
     """Records of a digest that no model here has cannot tell what was read."""
     Simulated(1).keep(folder, placements()[0], model_digest="0" * 16)

@@ -30,7 +30,7 @@ class RunError:
     measured_s: float
     before: float
     after: float | None  # None: it is the only run
-    is_counted: bool = True
+    is_counted: bool = True  # a disturbed round of a run does not count, its others do
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _errors(problem: FitProblem, rows: Sequence[Row], kept: Sequence[Row], x: Ar
     if not rows:
         return []
     before, _ = problem.design(rows).seconds(problem.start)
-    counted = {row.run for row in kept}
+    counted = set(map(id, kept))
     after: dict[str, Array] = {}
     for run in dict.fromkeys(row.run for row in rows):
         others = [row for row in kept if row.run != run]
@@ -177,7 +177,7 @@ def _errors(problem: FitProblem, rows: Sequence[Row], kept: Sequence[Row], x: Ar
             y, _, _ = problem.solve_identified(others)
             after[run] = y
     return [
-        _error(problem, row, float(before[i]), after.get(row.run), row.run in counted)
+        _error(problem, row, float(before[i]), after.get(row.run), id(row) in counted)
         for i, row in enumerate(rows)
     ]
 

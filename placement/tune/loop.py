@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from placement.verify.run import Listener, Options, Report
 
 PER_STEP = 2
-MAX_STEPS = 12
+MAX_STEPS, MOST_SEARCHES = 12, 3
 CREDIBLE = 0.1  # runs that are predicted from each other this well: what is predicted best is believed
 STEPS_SHARE = 0.7  # of the budget; the rest is for running the best again beside --fit
 
@@ -81,19 +81,23 @@ class Tuning:
         self.steps_until_s = None if budget_s is None else time.monotonic() + budget_s * STEPS_SHARE
 
     def run(self) -> Tuned:
-        """Step until settled, out of time or out of placements; then run the best again beside `--fit`.
+        """Step until settled, out of time or out of placements, and run the best beside `--fit`; then tell them apart.
 
-        Where `--fit` is the faster one, its run teaches too: the search goes on once more.
+        Where `--fit` is the faster one its run teaches too, and where what was run is badly predicted more is to
+        be learned: the search goes on.
         """
         if not find_runs(self.root, self.base).rows:
             self.base = self.machine = probed(self.base, self.engine, self.options.budget_s, self.tell)
         fits, why, settled = self._refit(), "", False
-        for _ in range(2):
+        for _ in range(MOST_SEARCHES):
             fits, why, settled = self._steps(fits)
-            if not self._finals(fits) or self._is_late() or not self._is_fit_faster():
+            if not self._run_beside_fit(fits):
                 break
             fits = self._refit()
-        return self._ended(why, settled)
+            if self._is_late() or (self._is_credible() and not self._is_fit_faster()):
+                break
+        self._finals(fits)
+        return Tuned(self.report, self.machine, self.changes, tuple(self.lines), settled, why, self.error)
 
     def _steps(
         self, fits: tuple[Calibration, Calibration]
@@ -106,8 +110,8 @@ class Tuning:
             proposals = self._proposals(outcome)
             known = [each.proposal for each in proposals.values()]
             measured = self._measured(outcome)
-            is_near = is_settled(fits, known, measured | self._measured_fits(), self._noise())
-            if is_near and (self.error is None or self.error <= CREDIBLE):
+            all_s = measured | self._measured_fits()
+            if self._is_credible() and is_settled(fits, known, all_s, self._noise()):
                 return fits, "the best measured is within its noise of the best predicted", True
             chosen = choose_runs(fits, known, measured, PER_STEP)
             if not chosen:
@@ -131,8 +135,9 @@ class Tuning:
         results = () if self.report is None else self.report.verdict.results
         return {each.run_id: each.turn_s for each in results if each.role == FIT and each.turn_s is not None}
 
-    def _ended(self, why: str, settled: bool) -> Tuned:
-        return Tuned(self.report, self.machine, self.changes, tuple(self.lines), settled, why, self.error)
+    def _is_credible(self) -> bool:
+        """Whether runs are predicted from each other well enough to believe what is predicted best."""
+        return self.error is None or self.error <= CREDIBLE
 
     def _is_late(self) -> bool:
         return self.steps_until_s is not None and time.monotonic() > self.steps_until_s
@@ -258,29 +263,35 @@ class Tuning:
         generating_s = result.turn_s - turn.prompt_tokens / result.prompt_tps
         return turn.generate_tokens / generating_s if generating_s > 0 else None
 
-    def _finals(self, fits: tuple[Calibration, Calibration]) -> bool:
+    def _run_beside_fit(self, fits: tuple[Calibration, Calibration]) -> bool:
         """Run what is nearly the best again, `--fit` beside it, so that the choice stands on more than one round;
-        whether there was anything to run.
-
-        As many rounds as the noise asks for, and the budget allows, of what they do not tell from the best; at
-        last the choice itself, if it had fewer.
-        """
+        whether there was anything to run."""
         outcome = self._solve()
         if not outcome.found.solutions or not self._results(outcome):
             return False
+        self._verify(outcome, self._nearly_best(outcome, fits), LEAST_ROUNDS, has_fit=True)
+        self._results(outcome)
+        return True
+
+    def _finals(self, fits: tuple[Calibration, Calibration]) -> None:
+        """As many more rounds as the noise asks for, and the budget allows, of what they do not tell from the best;
+        at last of the choice itself, if it had fewer."""
+        outcome = self._solve()
+        if not outcome.found.solutions or not self._results(outcome):
+            return
         rounds, again = LEAST_ROUNDS, self._nearly_best(outcome, fits)
-        while self._verify(outcome, again, rounds, has_fit=rounds == LEAST_ROUNDS or self._is_fit_near()):
-            fits = self._refit()
-            again, wanted = self._nearly_best(outcome, fits), rounds_to_tell(self._round_noise())
-            if wanted <= rounds or (len(again) == 1 and not self._is_fit_near()):
-                break
+        while (wanted := rounds_to_tell(self._round_noise())) > rounds:
+            is_fit_near = self._is_fit_near()
             rounds = min(wanted, rounds + MORE_ROUNDS)
+            if (len(again) == 1 and not is_fit_near) or not self._verify(outcome, again, rounds, is_fit_near):
+                break
+            fits = self._refit()
+            again = self._nearly_best(outcome, fits)
         chosen = None if self.report is None else self.report.verdict.recommended
         if chosen is not None and chosen.role != FIT and chosen.n_good < LEAST_ROUNDS:
             self._verify(outcome, [self._again(outcome, chosen).solution], LEAST_ROUNDS, has_fit=True)
         self._refit()
         self._results(outcome)
-        return True
 
     def _is_fit_near(self) -> bool:
         """Whether rounds do not tell llama.cpp's own `--fit` from the best of ours."""
