@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
+from placement.verify.phases import CANARY, LONG, SHORT, Visit
+from placement.verify.prompts import Asked
+from placement.verify.schema import Timing
 from placement.verify.times import middle, undisturbed
 
 
@@ -48,3 +52,36 @@ def test_nothing_has_no_time(function: object) -> None:
     """An empty list is an error, not a zero."""
     with pytest.raises(ValueError, match="no "):
         function([])  # type: ignore[operator]
+
+
+def visit_of(least_s: float) -> Visit:
+    bench = SimpleNamespace(asked=Asked(repeats=3, least_s=least_s))
+    return Visit(bench, candidate=None, round=1)  # type: ignore[arg-type]
+
+
+def timings(*generate_s: float) -> dict[str, list[Timing]]:
+    """The short prompt's repeats; the other phases took long enough once."""
+    found = [Timing(n_prompt=1, prompt_s=0, n_generated=1, generate_s=each) for each in generate_s]
+    once = [Timing(n_prompt=1, prompt_s=50, n_generated=1, generate_s=50)]
+    return {SHORT: found, LONG: once, CANARY: once}
+
+
+@pytest.mark.parametrize(
+    ("generate_s", "is_enough"),
+    [
+        ((2.0, 2.0), False),  # three are asked for
+        ((0.5, 0.5, 0.5), False),  # 1.5 of 3 s
+        ((1.5, 1.5, 1.0), False),  # the fastest is alone
+        ((1.5, 1.5, 1.0, 1.01), True),
+        ((1.5, 2.5, 1.0, 1.7, 2.4), True),  # 9 s are enough
+        ((0.05, 0.04, 0.03) * 8, True),  # so are 24 repeats
+    ],
+)
+def test_repeats_end_when_the_fastest_agree(generate_s: tuple[float, ...], is_enough: bool) -> None:
+    """After the seconds asked for if the two fastest repeats are alike, after three times as long anyway."""
+    assert visit_of(3.0).is_measured(timings(*generate_s)) is is_enough
+
+
+def test_a_long_prompt_is_not_repeated() -> None:
+    """What takes a minute once is asked once."""
+    assert visit_of(3.0).is_measured(timings(20.0, 20.0, 20.0))

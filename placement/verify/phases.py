@@ -43,6 +43,8 @@ PLAN, START, WARM_UP, SHORT, LONG, CANARY, STOP = (
 )  # fmt: skip
 MEASURED_PHASES = (SHORT, LONG, CANARY)
 MOST_REPEATS = 24
+PATIENCE = 3.0  # times the seconds asked for: as long as the fastest repeats do not agree
+AGREEMENT = 0.02
 
 Measured = Mapping[str, "Sequence[Timing]"]  # of each measured phase, by repeat
 
@@ -110,9 +112,12 @@ class Visit:
 
     def _is_enough(self, phase: str, found: Sequence[Timing]) -> bool:
         asked = self.bench.asked
+        if len(found) < (asked.repeats if phase == SHORT else 1):
+            return False
         seconds = sum(each.prompt_s + each.generate_s for each in found)
-        least = asked.repeats if phase == SHORT else 1
-        return len(found) >= least and (seconds >= asked.least_s or len(found) >= MOST_REPEATS)
+        if len(found) >= MOST_REPEATS or seconds >= PATIENCE * asked.least_s:
+            return True
+        return seconds >= asked.least_s and _do_fastest_agree(phase, found)
 
     def run(self, known: Measured) -> None:
         """Run what was not measured yet, writing a record of each phase; a failure ends the visit, not the run.
@@ -315,6 +320,12 @@ class Visit:
                 **self._facts,
             )
         )
+
+
+def _do_fastest_agree(phase: str, found: Sequence[Timing]) -> bool:
+    """Whether the two fastest repeats are alike: then neither was held up."""
+    times_s = sorted(each.prompt_s if phase == LONG else each.generate_s for each in found)
+    return len(times_s) > 1 and times_s[1] <= times_s[0] * (1 + AGREEMENT)
 
 
 def planned(predicted: Predicted | None, found: EnginePlan) -> Predicted | None:
