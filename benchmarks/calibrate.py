@@ -22,6 +22,8 @@ from placement.calibrate.fit import calibrate
 
 MODELS = ("qwen3-30b-a3b-q4", "gemma-3-27b-q4")
 ASKED = {0: 0.25, 4: 0.08, 8: 0.05}
+# (noise of one timing, spread of the truth, share of runs that are 30 % slow)
+CHOICES = ((0.01, 0.22, 0.0), (0.02, 0.35, 0.0), (0.01, 0.22, 0.12), (0.045, 0.22, 0.0), (0.045, 0.22, 0.1))
 
 
 def errors(name: str, kind: str, n_runs: int, n_machines: int, noise: float) -> list[float]:
@@ -71,7 +73,7 @@ def main() -> None:
             found_share, n_false = flags(n_machines, n_runs, slower)
             words = f"found {found_share:.0%}, {n_false:.2f} false flags a machine"
             print(f"one of {n_runs} runs {slower - 1:.0%} slow: {words}")
-    for noise, spread, throttled in ((0.01, 0.22, 0.0), (0.02, 0.35, 0.0), (0.01, 0.22, 0.12)):
+    for noise, spread, throttled in CHOICES:
         choices = [
             tuned_choice(seed, noise, spread, throttled=throttled) for seed in range(9000, 9000 + n_machines)
         ]
