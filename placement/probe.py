@@ -44,7 +44,7 @@ LEAST_NOISE = 0.01
 MEDIAN_OFF = 0.6745  # of a normal distribution with a standard deviation of 1
 LEAST_UNCERTAINTY = 0.1  # of a value: zeros of one shape are not every model
 NARROW_EMBD = 256
-LEAST_DEPTH, MOST_DEPTH = 256, 4096
+LEAST_DEPTH, NARROW_DEPTH, WIDE_DEPTH = 256, 2048, 4096
 FAST_GB_PER_S = 200.0  # slower devices get smaller models: a probe is short
 _DROPPED = {"-c": 1, "-np": 1, "-fit": 1, "-kvu": 0}
 _RENAMED = {"--rpc": "-rpc", "--no-op-offload": "-nopo"}
@@ -123,7 +123,7 @@ def cases(machine: Machine) -> Iterator[Case]:
 
 def _deep(name: str, shape: Shape, devices: tuple[str, ...], usable_mib: float) -> Case:
     """A cache that takes a good part of a token's time: deep in a wide model, or most of a narrow one's bytes."""
-    depth = MOST_DEPTH
+    depth = WIDE_DEPTH if shape.kind == "wide" else NARROW_DEPTH
     while depth > LEAST_DEPTH and usable_mib / 4 < 2 * 2 * shape.n_layer * shape.n_embd * depth / 2**20:
         depth //= 2
     return Case(f"{name} {shape.kind}, deep", shape, devices, depth=depth)

@@ -282,7 +282,7 @@ class _Work:
                 for candidate in self.candidates:
                     self._visit(candidate, number)
         except BudgetSpent:
-            self.listener.say("the time given is over: run place verify again to measure the rest")
+            self.listener.say("the time given is over: the same command again measures the rest")
         return all(self._is_over(candidate, number) for number in numbers for candidate in self.candidates)
 
     def _keeping(self, write: Any) -> Any:
