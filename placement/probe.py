@@ -35,13 +35,13 @@ from placement.machine import Machine
 from placement.model import Model
 from placement.model_files import load_model
 from placement.problem import CPU, Assignment, Problem, Settings, Workload
+from placement.verify.times import usual_spread
 
 PROGRAM = "llama-bench"
 BUDGET_S = 120.0
 CASE_TIMEOUT_S = 60.0
 N_VOCAB = 1024
 LEAST_NOISE = 0.01
-MEDIAN_OFF = 0.6745  # of a normal distribution with a standard deviation of 1
 LEAST_UNCERTAINTY = 0.1  # of a value: zeros of one shape are not every model
 NARROW_EMBD = 256
 LEAST_DEPTH, NARROW_DEPTH, WIDE_DEPTH = 256, 2048, 4096
@@ -261,8 +261,8 @@ def middle_of(test: dict[str, Any]) -> tuple[float, float]:
     """(median seconds of a test's repeats, what it is off by as a share): one disturbed repeat does not count."""
     times = [float(each) * 1e-9 for each in test.get("samples_ns") or [test["avg_ns"]]]
     middle_s = statistics.median(times)
-    off = statistics.median(abs(each / middle_s - 1.0) for each in times)
-    return middle_s, max(LEAST_NOISE, off / MEDIAN_OFF / math.sqrt(len(times)))
+    off = usual_spread(abs(each / middle_s - 1.0) for each in times)
+    return middle_s, max(LEAST_NOISE, off / math.sqrt(len(times)))
 
 
 def placed(case: Case, model: Model, machine: Machine) -> tuple[Problem, Assignment]:

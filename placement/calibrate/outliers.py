@@ -7,7 +7,6 @@ it. Where all runs lie farther from each other than their noise, that is how far
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import numpy as np
 from placement.calibrate.design import Array
 from placement.calibrate.features import Row
 from placement.calibrate.fit_problem import ROBUST_SCALES, FitProblem
+from placement.verify.times import usual_spread
 
 OUTLIER_Z, OUTLIER_SHARE = 4.0, 0.10
 MOST_OUTLIERS = 1 / 3  # of the runs
@@ -23,7 +23,6 @@ LEAST_RUNS_TO_DOUBT = 4
 FEW_RUNS_Z = 3.5  # with fewer, only what cannot be believed beside the priors is doubted
 LEAST_RUNS_TO_SCALE = 6
 MOST_SOLVED = 8  # runs whose others are fitted anew each
-MEDIAN_Z = 0.6745  # of a normal distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ def scale_of(problem: FitProblem, rows: Sequence[Row]) -> float:
     """How many times as far as their noise rows lie from what the others say: one, or more with enough runs."""
     if len({row.run for row in rows}) < LEAST_RUNS_TO_SCALE:
         return 1.0
-    return max(1.0, statistics.median(each.z for each in _gaps(problem, rows)) / MEDIAN_Z)
+    return max(1.0, usual_spread(each.z for each in _gaps(problem, rows)))
 
 
 def _told(problem: FitProblem, row: Row) -> Outlier:
@@ -99,7 +98,7 @@ def _usual_z(problem: FitProblem, others: Sequence[Row]) -> float:
     gaps = _gaps(problem, others)
     if len(gaps) < LEAST_RUNS_TO_DOUBT - 1:
         return 0.0
-    return max(1.0, statistics.median(each.z for each in gaps) / MEDIAN_Z)
+    return max(1.0, usual_spread(each.z for each in gaps))
 
 
 def _gaps(problem: FitProblem, rows: Sequence[Row]) -> list[_Gap]:

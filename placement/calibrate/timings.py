@@ -16,7 +16,7 @@ from placement.cost import GraphCounts
 from placement.problem import Assignment, Problem, Workload
 from placement.verify.phases import CANARY, LONG, SHORT
 from placement.verify.records import OK
-from placement.verify.times import undisturbed
+from placement.verify.times import undisturbed, usual_spread
 
 if TYPE_CHECKING:
     from placement.verify.schema import Record, Timing
@@ -25,7 +25,6 @@ LEAST_NOISE = 0.005
 SHORT_PROMPT_NOISE = 0.15  # a prompt of one small ubatch measures start-up as much as work
 SLOW_ROUND = 0.08  # slower than the run's others by so much: disturbed
 NOISE_OF_SLOW = 3.0  # unless the run's timings differ by a third of it anyway
-MEDIAN_OFF = 0.6745  # of a normal distribution with a standard deviation of 1
 SWAPPED_MIB = 16.0
 LEAST_SECONDS = 1e-7  # less is no time of a token, and no clock's
 
@@ -137,7 +136,7 @@ def _usual(values: Sequence[_Value]) -> tuple[float, float]:
     usual_s, off = min(times), max(value.noise for value in values)
     if len(times) > 2:
         usual_s = statistics.median(times)
-        off = max(off, statistics.median(abs(each / usual_s - 1.0) for each in times) / MEDIAN_OFF)
+        off = max(off, usual_spread(abs(each / usual_s - 1.0) for each in times))
     return usual_s, usual_s * (1.0 + max(SLOW_ROUND, NOISE_OF_SLOW * off))
 
 

@@ -69,6 +69,7 @@ class Tuning:
     def __post_init__(self) -> None:
         self.key = current_key(self.engine, self.base, self.model_file)
         self._known = Proposals(self.base)
+        self._solved: tuple[Machine, Outcome] | None = None
         self.is_told_old = False
         self.lines: list[Line] = []
         self.n_steps = 0
@@ -86,7 +87,7 @@ class Tuning:
         Where `--fit` is the faster one its run teaches too, and where what was run is badly predicted more is to
         be learned: the search goes on.
         """
-        if not find_runs(self.root, self.base).rows:
+        if not (self.base.coefficients or find_runs(self.root, self.base).rows):
             self.base = self.machine = probed(self.base, self.engine, self.options.budget_s, self.tell)
         fits, why, settled = self._refit(), "", False
         for _ in range(MOST_SEARCHES):
@@ -130,10 +131,14 @@ class Tuning:
         chosen = None if self.report is None else self.report.verdict.recommended
         return chosen is not None and chosen.role == FIT
 
+    def _all_results(self) -> tuple[Result, ...]:
+        """What is known of everything that ran, llama.cpp's own `--fit` included."""
+        return () if self.report is None else self.report.verdict.results
+
     def _measured_fits(self) -> dict[str, float]:
         """Turns of llama.cpp's own `--fit` where it ran beside ours."""
-        results = () if self.report is None else self.report.verdict.results
-        return {each.run_id: each.turn_s for each in results if each.role == FIT and each.turn_s is not None}
+        fits = (each for each in self._all_results() if each.role == FIT)
+        return {each.run_id: each.turn_s for each in fits if each.turn_s is not None}
 
     def _is_credible(self) -> bool:
         """Whether runs are predicted from each other well enough to believe what is predicted best."""
@@ -143,9 +148,13 @@ class Tuning:
         return self.steps_until_s is not None and time.monotonic() > self.steps_until_s
 
     def _solve(self) -> Outcome:
+        """The solve for the machine as it is believed now, made once until something is learned."""
         from placement.solving import run_solve
 
-        return run_solve(self.model, self.machine, self.asked, str(self.root), self.tell)
+        if self._solved is None or self._solved[0] is not self.machine:
+            found = run_solve(self.model, self.machine, self.asked, str(self.root), self.tell)
+            self._solved = self.machine, found
+        return self._solved[1]
 
     def _folder(self, outcome: Outcome) -> Path:
         """Where the solve was kept: its runs lie beside it."""
@@ -222,9 +231,8 @@ class Tuning:
 
     def _with_own_name(self, solution: Solution) -> Solution:
         """The solution under a name that no other placement was run by."""
-        results = () if self.report is None else self.report.verdict.results
         head = " ".join(solution.args)
-        taken = {each.name for each in results if not " ".join(each.arguments).startswith(head)}
+        taken = {each.name for each in self._all_results() if not " ".join(each.arguments).startswith(head)}
         name, number = solution.name, 2
         while name in taken:
             name, number = f"{solution.name}-{number}", number + 1
@@ -295,7 +303,7 @@ class Tuning:
 
     def _is_fit_near(self) -> bool:
         """Whether rounds do not tell llama.cpp's own `--fit` from the best of ours."""
-        results = () if self.report is None else self.report.verdict.results
+        results = self._all_results()
         rounds_s = {each.run_id: each.turns_s for each in results if each.turns_s}
         fits = {each.run_id for each in results if each.role == FIT}
         return not fits.isdisjoint(worth_again(rounds_s, {}, self._round_noise()))

@@ -33,9 +33,7 @@ def current_key(engine: Engine, machine: Machine, model_file: Path) -> Key:
 
 
 def probed(machine: Machine, engine: Engine, budget_s: float | None, tell: Callable[[str], None]) -> Machine:
-    """A machine of which no speed is known, with what a probe detects; any other as it is."""
-    if machine.coefficients:
-        return machine
+    """A machine of which no speed is known with what a probe detects; as it is where it cannot be probed."""
     from placement.probe import BUDGET_S, probe
 
     most_s = BUDGET_S if budget_s is None else min(BUDGET_S, PROBE_SHARE * budget_s)

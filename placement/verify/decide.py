@@ -18,14 +18,13 @@ from placement.solve import AGGRESSIVE, MODERATE
 from placement.verify import records
 from placement.verify.candidates import FIT, SOLUTION
 from placement.verify.phases import CANARY, LONG, MEASURED_PHASES, PLAN, SHORT, STOP
-from placement.verify.times import middle, undisturbed
+from placement.verify.times import middle, undisturbed, usual_spread
 
 if TYPE_CHECKING:
     from placement.verify.schema import DevicePeak, Predicted, Record, Timing
 
 NOT_RUN, PARTIAL = "not run", "not finished"
 LEAST_NOISE = 0.01  # no difference below this is told from chance, however alike the rounds are
-MEDIAN_OFF = 0.6745  # of a normal distribution with a standard deviation of 1
 _OOM = (records.OOM_START, records.OOM_INFERENCE)
 
 
@@ -235,7 +234,7 @@ def noise_floor(results: Iterable[Result]) -> float | None:
         if (n := len(result.turns_s)) >= 2
         for turn in result.turns_s
     ]
-    return max(LEAST_NOISE, 2 * statistics.median(off) / MEDIAN_OFF) if off else None
+    return max(LEAST_NOISE, 2 * usual_spread(off)) if off else None
 
 
 def decide(run: Sequence[Record], workload: Workload) -> Verdict:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-UNDISTURBED = 0.1  # of the repeats were not slowed down by anything
+MEDIAN_OFF = 0.6745  # of a normal distribution with a standard deviation of 1
 DISTURBED = 0.1  # a round so much slower than the middle one says nothing of a placement
 
 
@@ -20,11 +20,9 @@ def undisturbed(seconds: Sequence[float]) -> float:
     """
     if not seconds:
         raise ValueError("no repeats have no time")
-    found = sorted(seconds)
-    at = UNDISTURBED * (len(found) - 1)
-    low = int(at)
-    high = min(low + 1, len(found) - 1)
-    return found[low] + (at - low) * (found[high] - found[low])
+    if len(seconds) == 1:
+        return seconds[0]
+    return statistics.quantiles(seconds, n=10, method="inclusive")[0]
 
 
 def middle(seconds: Sequence[float]) -> float:
@@ -37,3 +35,12 @@ def middle(seconds: Sequence[float]) -> float:
         raise ValueError("no rounds have no middle")
     usual = sorted(seconds)[(len(seconds) - 1) // 2]
     return statistics.fmean(each for each in seconds if abs(each / usual - 1.0) <= DISTURBED)
+
+
+def usual_spread(off: Iterable[float]) -> float:
+    """The standard deviation of which these distances from the middle, in its unit, are the usual ones.
+
+    Raises:
+        ValueError: there are none.
+    """
+    return statistics.median(off) / MEDIAN_OFF
