@@ -45,10 +45,8 @@ def explain(
     width: int = 80,
 ) -> list[Line]:
     """The map of an assignment: a line per device, then a strip per question, wrapped to `width` columns."""
-    letters = {name: LETTERS[i % len(LETTERS)] for i, name in enumerate(assignment.devices)} | {
-        CPU: CPU_LETTER
-    }
-    title = f"{model.name} on {machine.name}: {_size(model)}"
+    letters = device_letters(assignment)
+    title = map_title(model, machine)
     lines = [_plain(text) for text in textwrap.wrap(title, width, subsequent_indent="  ")]
     lines += _device_lines(model, machine, assignment, devices or {}, letters, width)
     lines.append(_plain(""))
@@ -59,6 +57,35 @@ def explain(
 def text_of(lines: Sequence[Line]) -> str:
     """The map without colour."""
     return "\n".join("".join(segment.text for segment in line).rstrip() for line in lines)
+
+
+def device_letters(assignment: Assignment) -> dict[str, str]:
+    """The letter of every device and of the CPU, in the map's order."""
+    letters = {name: LETTERS[i % len(LETTERS)] for i, name in enumerate(assignment.devices)}
+    return {**letters, CPU: CPU_LETTER}
+
+
+def map_title(model: Model, machine: Machine) -> str:
+    """What the map is of: model, machine and the model's size."""
+    return f"{model.name} on {machine.name}: {_size(model)}"
+
+
+def layer_places(model: Model, assignment: Assignment) -> dict[str, list[set[str]]]:
+    """The strips of the map: by title, the devices that hold that part of each layer; empty where none does."""
+    facts = describe(model)
+    layers = facts.layers[: facts.n_layer]
+    experts, others = _expert_places(model, assignment), _other_places(model, assignment)
+    homes = list(assignment.homes[: facts.n_layer])
+    memory = [home if assignment.settings.is_kv_offloaded else CPU for home in homes]
+    strips: dict[str, list[set[str]]] = {"home": [{home} for home in homes]}
+    if any(experts.values()):
+        strips["experts"] = [experts.get(i, set()) for i in range(len(layers))]
+    if any(others.values()):
+        strips["moved"] = [others.get(i, set()) for i in range(len(layers))]
+    strips["KV"] = [{memory[i]} if layer.caches else set() for i, layer in enumerate(layers)]
+    if any(_has_state(layer) for layer in layers):
+        strips["state"] = [{memory[i]} if _has_state(layer) else set() for i, layer in enumerate(layers)]
+    return strips
 
 
 def layer_row(model: Model, assignment: Assignment) -> list[dict[str, Any]]:
@@ -116,12 +143,13 @@ def _device_lines(
         use = uses.get(HOST if name == CPU else name)
         if use is not None:
             indent = " " * len(head)
-            pieces = textwrap.wrap(_memory(use), width - len(indent), subsequent_indent="  ")
+            pieces = textwrap.wrap(memory_text(use), width - len(indent), subsequent_indent="  ")
             lines += [(Segment(indent), Segment(piece, name)) for piece in pieces]
     return lines
 
 
-def _memory(use: DeviceUse) -> str:
+def memory_text(use: DeviceUse) -> str:
+    """What is taken of a device's cap, by its parts; over the cap it says by how much."""
     over = f", OVER by {-use.headroom_mib:,.0f}" if use.headroom_mib < 0 else ""
     runtime = f", runtime {use.runtime_mib:,.0f}" if use.runtime_mib else ""
     parts = f"weights {use.weights_mib:,.0f}, context {use.context_mib:,.0f}, compute {use.compute_mib:,.0f}"
@@ -139,28 +167,15 @@ def _wrapped(head: str, text: str, role: str, width: int) -> list[Line]:
 
 def _strips(model: Model, assignment: Assignment, letters: Mapping[str, str], width: int) -> list[Line]:
     """Layer numbers and, below them, homes, experts, other moved tensors, KV and state, a column a layer."""
-    facts = describe(model)
-    layers = facts.layers[: facts.n_layer]
-    experts, others = _expert_places(model, assignment), _other_places(model, assignment)
-    homes = list(assignment.homes[: facts.n_layer])
-    memory = [home if assignment.settings.is_kv_offloaded else CPU for home in homes]
-    rows: list[tuple[str, list[set[str]]]] = [("home", [{home} for home in homes])]
-    if any(experts.values()):
-        rows.append(("experts", [experts.get(i, set()) for i in range(len(layers))]))
-    if any(others.values()):
-        rows.append(("moved", [others.get(i, set()) for i in range(len(layers))]))
-    rows.append(("KV", [{memory[i]} if layer.caches else set() for i, layer in enumerate(layers)]))
-    if any(_has_state(layer) for layer in layers):
-        rows.append(
-            ("state", [{memory[i]} if _has_state(layer) else set() for i, layer in enumerate(layers)])
-        )
+    strips = layer_places(model, assignment)
+    n_layers = len(strips["home"])
     step = max(10, (width - _TITLE_WIDTH) // 10 * 10)
     lines: list[Line] = []
-    for start in range(0, len(layers), step):
-        end = min(start + step, len(layers))
+    for start in range(0, n_layers, step):
+        end = min(start + step, n_layers)
         lines.append(_plain("layer".ljust(_TITLE_WIDTH) + _scale(start, end)))
-        lines += [_strip(title, places[start:end], letters) for title, places in rows]
-    return [*lines, _plain(""), _plain(_legend(assignment, letters, rows))]
+        lines += [_strip(title, places[start:end], letters) for title, places in strips.items()]
+    return [*lines, _plain(""), _plain(_legend(assignment, letters, strips))]
 
 
 def _has_state(layer: LayerFacts) -> bool:
@@ -185,10 +200,10 @@ def _strip(title: str, places: Sequence[set[str]], letters: Mapping[str, str]) -
 
 
 def _legend(
-    assignment: Assignment, letters: Mapping[str, str], rows: Sequence[tuple[str, list[set[str]]]]
+    assignment: Assignment, letters: Mapping[str, str], strips: Mapping[str, Sequence[set[str]]]
 ) -> str:
     parts = [f"{letters[name]} = {name}" for name in [*assignment.devices, CPU]]
-    places = [held for _, column in rows for held in column]
+    places = [held for strip in strips.values() for held in strip]
     parts += [f"{MIXED} = on several"] if any(len(held) > 1 for held in places) else []
     parts += [f"{NOTHING} = none"] if not all(places) else []
     return ", ".join(parts)

@@ -345,3 +345,16 @@ def test_help(command: str, place: Place) -> None:
 def test_version(place: Place) -> None:
     """--version names the program and its version."""
     assert place("--version").out == f"place, version {__version__}\n"
+
+
+def test_explain_writes_a_picture(place: Place) -> None:
+    """--svg writes the map beside printing it, and says where."""
+    ran = place("explain tiny.toml --machine card.toml --args '-ngl 99 -c 4096' --svg pictures/map.svg")
+    assert (ran.code, ran.out.splitlines()[-1]) == (0, "pictures/map.svg (written)")
+    assert Path("pictures/map.svg").read_text().startswith("<svg ")
+
+
+def test_explain_keeps_its_json_alone_beside_a_picture(place: Place) -> None:
+    """With --json stdout is the object, and the picture is written all the same."""
+    ran = place("explain tiny.toml --machine card.toml --args '-ngl 99 -c 4096' --svg map.svg --json")
+    assert len(ran.row["layers"]) == 6 and Path("map.svg").exists()

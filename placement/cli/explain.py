@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import click
 
@@ -20,6 +21,13 @@ _CPU_COLOUR = "yellow"
 @options.machine_option
 @options.program_option
 @click.option("--width", type=click.IntRange(min=40), help="Columns [the terminal's, at least 80].")
+@click.option(
+    "--svg",
+    "picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write the map to FILE as an SVG picture.",
+)
 @options.json_option
 def command(
     model_name: str,
@@ -27,6 +35,7 @@ def command(
     machine_name: str | None,
     program: str,
     width: int | None,
+    picture: Path | None,
     is_json: bool,
 ) -> None:
     """Draw where every layer of MODEL lives, where its experts are, and where its KV cache is.
@@ -40,11 +49,15 @@ def command(
     from placement.arguments import parse
     from placement.check import check, check_row
     from placement.explain import explain, layer_row
+    from placement.explain_svg import layer_map_svg
+    from placement.files import write_atomically
     from placement.profiles import best_arguments
 
     model, machine = options.load(model_name), options.load_machine(machine_name)
     tokens = best_arguments(model, machine, program) if arguments is None else arguments
     result = check(model, machine, parse(tokens), program)
+    if picture is not None:
+        write_atomically(picture, layer_map_svg(model, machine, result.assignment, result.devices))
     if is_json:
         options.echo_json({**check_row(result), "layers": layer_row(model, result.assignment)})
         return
@@ -53,3 +66,5 @@ def command(
     for line in explain(model, machine, result.assignment, result.devices, columns):
         styled = [click.style(text.text, fg={**colours, "CPU": _CPU_COLOUR}.get(text.role)) for text in line]
         click.echo("".join(styled))
+    if picture is not None:
+        click.echo(f"\n{picture} (written)")
