@@ -1,4 +1,4 @@
-"""The house as README's module table draws it: who imports whom, and who may touch the outside."""
+"""The house as the table of docs/modules.md draws it: who imports whom, and who may touch the outside."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ _ROW = re.compile(r"\| `(\w+)` \| [^|]+ \| ([^|]*) \|")
 
 @cache
 def table() -> dict[str, list[str]]:
-    """README's module table: what each module may import, in the table's order."""
-    text = (
-        (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Modules\n")[2].partition("\n## ")[0]
-    )
+    """The module table: what each module may import, in the table's order."""
+    text = (ROOT / "docs" / "modules.md").read_text(encoding="utf-8")
     return {name: re.findall(r"\w+", allowed) for name, allowed in _ROW.findall(text)}
 
 
@@ -60,7 +58,7 @@ def modules() -> list[str]:
 
 
 def test_the_table_lists_every_module_once() -> None:
-    """README's table and the package hold the same modules."""
+    """The table and the package hold the same modules."""
     assert modules() == sorted(table())
 
 
@@ -74,7 +72,7 @@ def test_a_module_may_import_only_what_stands_above_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", modules())
 def test_a_module_imports_only_what_the_table_allows(name: str) -> None:
-    """No import between modules that README's table does not have."""
+    """No import between modules that the table does not have."""
     found = []
     for path, tree in files().items():
         for line, dotted in imported(tree) if module_of(path) == name else ():

@@ -1,0 +1,247 @@
+"""README and docs/ against the program: their commands, files, links, paths and codes are the real ones."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from placement import errors
+from placement.cli import cli
+from placement.machine_files import read_machine
+from placement.model_files import load_model
+from placement.profiles.models_conf import parse_models_conf
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = PAGES["README.md"]
+MOST_LINES, MOST_PICTURE_BYTES = 200, 200_000
+_BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+_WING = re.compile(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \| ([^|]*) \|$", re.MULTILINE)
+
+
+def section(page: str, title: str) -> str:
+    """The text below a heading of a page, up to the next one of its kind."""
+    marks, _, _ = title.partition(" ")
+    return PAGES[page].partition(f"\n{title}\n")[2].partition(f"\n{marks} ")[0]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page in that language."""
+    return [text for kind, text in _BLOCK.findall(PAGES[page]) if kind == language]
+
+
+def commands(command: click.Command = cli, name: str = "place") -> dict[str, click.Command]:
+    """`place` and every command and subcommand by what is typed."""
+    found = {name: command}
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for word in command.list_commands(context):
+            below = command.get_command(context, word)
+            assert below is not None
+            found |= commands(below, f"{name} {word}")
+    return found
+
+
+def resolved(words: list[str]) -> tuple[click.Command, list[str]]:
+    """The command that words after `place` name, and the words that are left for it."""
+    command: click.Command = cli
+    while isinstance(command, click.Group) and words:
+        found = command.get_command(click.Context(command), words[0])
+        assert found is not None, words
+        command, words = found, words[1:]
+    return command, words
+
+
+def examples() -> list[str]:
+    """Every `place …` line in a code block: those that run, and those that help texts show."""
+    code = "\n".join(text for page in PAGES.values() for _, text in _BLOCK.findall(page))
+    lines = re.findall(r"^(?:  +|\$ |.* \.venv/bin/)?(place [a-z].*)$", code, re.MULTILINE)
+    shown = (re.split(r" > |  +#", line)[0].rstrip() for line in lines if not line.startswith("place --"))
+    return sorted(set(shown))
+
+
+def anchors(text: str) -> set[str]:
+    """What links may point to in a page: its headings as GitHub and MyST spell them."""
+    headings = re.findall(r"^#+ (.*)$", _BLOCK.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def links() -> list[tuple[str, str]]:
+    """(page, target) of every link and picture within the repository."""
+    found = [
+        (page, target)
+        for page, text in PAGES.items()
+        for target in re.findall(r"\]\(([^)\s]+)\)", _BLOCK.sub("", text))
+    ]
+    return [(page, target) for page, target in found if "://" not in target]
+
+
+def named_paths() -> list[str]:
+    """Every path of the repository that a page names."""
+    pattern = r"(?<![\w/.-])(?:tests|benchmarks|docs|\.ci)/[\w./-]*\w"
+    return sorted({path for text in PAGES.values() for path in re.findall(pattern, text)})
+
+
+def test_readme_is_short() -> None:
+    """README holds the essentials; the rest is in docs/."""
+    assert len(README.splitlines()) <= MOST_LINES
+
+
+def test_every_command_has_its_help_in_the_docs() -> None:
+    """Each command and subcommand has a heading in docs/cli.md, and each heading is a command."""
+    assert re.findall(r"^### (place.*)$", PAGES["docs/cli.md"], re.MULTILINE) == list(commands())
+
+
+def test_every_command_shows_an_example() -> None:
+    """Each heading's help ends with a line that runs."""
+    texts = re.split(r"^### ", section("docs/cli.md", "## Every command"), flags=re.MULTILINE)[1:]
+    assert [text.partition("\n")[0] for text in texts if not re.search(r"Examples?:\n +place ", text)] == []
+
+
+def test_every_option_says_what_it_does() -> None:
+    """No option of any command stands without a help text."""
+    found = [
+        f"{name} {option.opts[0]}"
+        for name, command in commands().items()
+        for option in command.params
+        if isinstance(option, click.Option) and not option.help
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("line", examples())
+def test_an_example_is_accepted_as_typed(line: str) -> None:
+    """The command line parses: commands, options and values are of today."""
+    command, words = resolved(shlex.split(line)[1:])
+    assert command.make_context("place", words).command is command
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_command_named_in_a_sentence_exists(page: str) -> None:
+    """`place WORD` anywhere in a text is a command of today, with options of its own."""
+    for words in re.findall(r"`place ([a-z][^`]*)`", _BLOCK.sub("", PAGES[page])):
+        command, left = resolved(shlex.split(words))
+        options = {name for option in command.params for name in option.opts}
+        assert {word for word in left if word.startswith("--")} <= options, words
+
+
+@pytest.mark.parametrize("path", named_paths())
+def test_a_path_named_exists(path: str) -> None:
+    """What a page points to is in the repository."""
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize(("page", "target"), links())
+def test_a_link_leads_somewhere(page: str, target: str) -> None:
+    """The file that is linked is there, and so is the heading."""
+    name, _, anchor = target.partition("#")
+    path = ((ROOT / page).parent / name).resolve() if name else ROOT / page
+    assert path.is_file()
+    assert not anchor or anchor in anchors(path.read_text(encoding="utf-8"))
+
+
+def test_every_page_is_reached_from_readme() -> None:
+    """README's list has every page of docs/ that stands in its table of contents."""
+    listed = re.findall(
+        r"^([a-z-]+)$",
+        "\n".join(re.findall(r"```\{toctree\}(.*?)```", PAGES["docs/index.md"], re.DOTALL)),
+        re.MULTILINE,
+    )
+    linked = re.findall(r"\]\(docs/([a-z-]+)\.md\)", section("README.md", "## Documentation"))
+    assert sorted(linked) == sorted([*listed, "index"])
+
+
+def test_the_machine_file_shown_is_one(tmp_path: Path) -> None:
+    """The example of a machine file is read as it stands."""
+    path = tmp_path / "mine.toml"
+    path.write_text(blocks("docs/files.md", "toml")[1], encoding="utf-8")
+    assert read_machine(path).device("CUDA0").link_gb_per_s == 25
+
+
+def test_the_description_shown_is_one(tmp_path: Path) -> None:
+    """The example of a model description is read as it stands."""
+    path = tmp_path / "glm.toml"
+    path.write_text(blocks("docs/files.md", "toml")[0], encoding="utf-8")
+    assert len(load_model(str(path)).tensors) == 46
+
+
+def test_the_models_conf_shown_is_one() -> None:
+    """The example of a models.conf is read without a problem, and has its arguments."""
+    conf = parse_models_conf(blocks("docs/files.md", "ini")[0].encode())
+    assert ([each.name for each in conf.sections], list(conf.problems)) == (["gpt-oss-120b"], [])
+
+
+@pytest.mark.parametrize(
+    ("page", "title"), [("README.md", "## Exit codes"), ("docs/cli.md", "### Exit codes")]
+)
+def test_every_exit_code_is_explained(page: str, title: str) -> None:
+    """The table has the code of every exception that ends a command."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    explained = set(map(int, re.findall(r"^\| (\d+) \|", section(page, title), re.MULTILINE)))
+    assert {kind.exit_code for kind in kinds} <= explained
+
+
+def test_readme_sums_up_the_table_of_accuracy() -> None:
+    """README's two rows are the totals of the full table: plans, worst MiB, and wrong numbers of splits."""
+    full = re.findall(r"^\| ([^|]+) \| all \|(.*)\|$", PAGES["docs/accuracy.md"], re.MULTILINE)
+    totals = {name: [int(cell) for cell in cells.split("|")] for name, cells in full}
+    short = re.findall(
+        r"^\| ([^|]+) \|((?: \d+ \|){5})$", section("README.md", "## How sure the numbers are"), re.MULTILINE
+    )
+    assert {name: [int(cell) for cell in cells.split("|")[:-1]] for name, cells in short} == {
+        name: [*cells[:4], sum(cells[5:])] for name, cells in totals.items()
+    }
+
+
+def test_the_python_shown_is_the_same_everywhere() -> None:
+    """README and docs/python.md begin with one program."""
+    assert blocks("README.md", "python") == blocks("docs/python.md", "python")
+
+
+def test_the_wings_are_drawn_in_order() -> None:
+    """Eight rows; each wing may import only what stands above it, the last one all."""
+    wings = {name: re.findall(r"\w+", may) for name, may in _WING.findall(PAGES["docs/architecture.md"])}
+    names = list(wings)
+    assert names == ["inputs", "llamacpp", "engine", "predict", "solve", "measure", "configs", "cli"]
+    assert wings.pop("cli") == ["all"]
+    assert all(set(may) <= set(names[: names.index(name)]) for name, may in wings.items())
+
+
+def test_the_picture_is_what_its_command_draws(tmp_path: Path) -> None:
+    """The command that README names draws the committed picture, which is small enough for a page."""
+    line = next(each for each in examples() if " --svg " in each)
+    words = shlex.split(line)[1:]
+    assert words[-1] == "docs/images/layer-map.svg"
+    drawn = tmp_path / "map.svg"
+    assert CliRunner().invoke(cli, [*words[:-1], str(drawn)]).exit_code == 0
+    assert drawn.read_bytes() == (ROOT / words[-1]).read_bytes()
+    assert drawn.stat().st_size < MOST_PICTURE_BYTES
+
+
+# what needs weights, runs, or a llama.cpp of the user's; and the picture, which is drawn above
+NEEDS_FILES_OF_THE_USER = {"calibrate", "engine", "import", "probe", "tune", "verify", "my-model"}
+NOT_RUN = {*NEEDS_FILES_OF_THE_USER, "--svg"}
+
+
+@pytest.mark.parametrize("line", [line for line in examples() if not {*line.split()} & NOT_RUN])
+def test_an_example_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the pages show can be typed: it runs in an empty folder (with a models.conf) and ends well."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("PLACE_ENGINE", "off")
+    section = "CTX_SIZE=131072\nN_GPU_LAYERS=99\nFIT=on\nEXTRA_ARGS=--jinja -np 1\n"
+    (tmp_path / "models.conf").write_text(
+        f"[glm-flash-q4]\n{section}\n[gpt-oss-120b]\n{section}", encoding="utf-8"
+    )
+    result = CliRunner().invoke(cli, shlex.split(line)[1:])
+    over_a_cap = "-ot blk" in line or line.startswith("place check glm-flash ")
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    assert result.exit_code == 0 or (over_a_cap and result.exit_code == 1), result.output
