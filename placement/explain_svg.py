@@ -54,7 +54,7 @@ def layer_map_svg(
     ElementTree.SubElement(root, "title").text = map_title(model, machine)
     ElementTree.SubElement(root, "style").text = _STYLE
     _text(root, MARGIN, MARGIN + 12, map_title(model, machine), "title")
-    y = MARGIN + LINE + 6
+    y: float = MARGIN + LINE + 6
     for name in letters:
         _device(root, y, name, letters, devices.get(HOST if name == CPU else name))
         y += LINE
