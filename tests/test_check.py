@@ -188,7 +188,9 @@ def test_backend_that_is_not_mirrored_is_said(name: str) -> None:
     row = check_row(run(machine=Machine("other", (card(name, 4000),), one_card(1).cpu)))
     backend = backend_of(name)
     assert not row["is_exact"]
-    assert [f"{name}: llama.cpp's {backend} backend is not mirrored here" in note for note in row["notes"]] == [True]
+    assert [
+        f"{name}: llama.cpp's {backend} backend is not mirrored here" in note for note in row["notes"]
+    ] == [True]
 
 
 @pytest.mark.parametrize("name", ["CUDA0", "RPC0"])
