@@ -116,10 +116,11 @@ def solutions_text(outcome: Outcome, is_terminal: bool = False) -> str:
 
 def _solution_parts(outcome: Outcome) -> Iterator[RenderableType]:
     found, turn, settings = outcome.found, outcome.problem.workload, outcome.problem.settings
+    kv_types = "/".join(settings.kv_types)
     yield _head(
         found.model,
         found.machine,
-        f": {settings.ctx_tokens:,} tokens of context, {'/'.join(settings.kv_types)} KV, {settings.n_slots} slot(s); a turn"
+        f": {settings.ctx_tokens:,} tokens of context, {kv_types} KV, {settings.n_slots} slot(s); a turn"
         f" reads {turn.prompt_tokens:,} and writes {turn.generate_tokens:,} tokens at depth {turn.depth_tokens:,}",
     )
     if not found.solutions:

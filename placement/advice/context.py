@@ -108,9 +108,8 @@ def kv_type_and_head_size(case: Case) -> Iterator[Advice]:
         if bad:
             yield Advice(
                 "kv-type-head-size",
-                f"-ct{name} {type_name} has blocks of {block(type_name.upper())[0]}, which do not divide heads of {bad[0]}: "
-                f"the engine "
-                "does not start",
+                f"-ct{name} {type_name} has blocks of {block(type_name.upper())[0]}, which do not divide "
+                f"heads of {bad[0]}: the engine does not start",
             )
 
 
