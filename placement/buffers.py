@@ -59,11 +59,11 @@ class Buffers:
         return ComputeTable((0,) * (1 + len(way.devices)), self._counts)
 
     def _planned(self, way: Way) -> ComputeTable:
-        is_cuda = [self.problem.machine.device(name).is_cuda for name in way.devices]
-        stands_for = stand_ins(is_cuda)
+        backends = [self.problem.machine.device(name).backend for name in way.devices]
+        stands_for = stand_ins(backends)
         chosen = sorted(set(stands_for))
         key = (
-            tuple(is_cuda[at] for at in chosen),
+            tuple(backends[at] for at in chosen),
             way.settings.ubatch_tokens,
             way.uses_host,
             way.is_pipelined,
@@ -76,10 +76,10 @@ class Buffers:
         return replace(found, n_bytes=(at_host, *(at_devices[chosen.index(at)] for at in stands_for)))
 
 
-def stand_ins(is_cuda: list[bool]) -> list[int]:
+def stand_ins(backends: list[str]) -> list[int]:
     """Which device stands for each: of four and more of a kind in a row, the second for all but first and last."""
     found: list[int] = []
-    for _, row in itertools.groupby(range(len(is_cuda)), key=lambda at: is_cuda[at]):
+    for _, row in itertools.groupby(range(len(backends)), key=lambda at: backends[at]):
         first, *middle = row
         last = middle.pop() if middle else None
         found += [first, *[first + 1] * len(middle)]

@@ -16,7 +16,16 @@ from placement.machine import Machine
 from placement.memory import context_size, static_memory
 from placement.model import Model
 from placement.problem import Assignment, Problem, Workload
-from placement.solution import ESTIMATED, PLANNED, DeviceUse, Judge, Solution, Verdict, device_row
+from placement.solution import (
+    ESTIMATED,
+    PLANNED,
+    DeviceUse,
+    Judge,
+    Solution,
+    Verdict,
+    backend_notes,
+    device_row,
+)
 from placement.units import mib
 
 HOST = "Host"
@@ -99,6 +108,7 @@ def check(
     turn = workload or default_workload(model, size.cells)
     problem = Problem(model, machine, assignment.settings, turn, program, reserve_mib)
     plan = plan_compute(model, machine, assignment, program)
+    coarse = backend_notes(machine, assignment)
 
     def planner(other: Assignment) -> ComputePlan:
         return plan if other == assignment else plan_compute(model, machine, other, program)
@@ -114,8 +124,8 @@ def check(
         speed=evaluate(problem, assignment, graph_counts(plan)),
         advice=tuple(advise(model, machine, arguments, assignment, planner, program)),
         unknown_arguments=arguments.other,
-        is_exact=plan.is_exact,
-        notes=plan.notes,
+        is_exact=plan.is_exact and not coarse,
+        notes=(*plan.notes, *coarse),
     )
     if judge is not None:
         found = _judged(found, problem, judge(problem, [assignment])[0])
@@ -135,6 +145,7 @@ def _judged(found: Check, problem: Problem, verdict: Verdict) -> Check:
         splits_decode=verdict.plan.splits_decode,
         speed=speed,
         is_exact=True,
+        notes=verdict.plan.notes,
         differences=differences(found.devices, (found.splits_prompt, found.splits_decode), verdict),
     )
 

@@ -43,12 +43,18 @@ def explain(
     assignment: Assignment,
     devices: Mapping[str, DeviceUse] | None = None,
     width: int = 80,
+    notes: Sequence[str] = (),
 ) -> list[Line]:
-    """The map of an assignment: a line per device, then a strip per question, wrapped to `width` columns."""
+    """The map of an assignment: a line per device, then a strip per question, wrapped to `width` columns.
+
+    `notes` say why the memory on the devices is not exact.
+    """
     letters = device_letters(assignment)
     title = map_title(model, machine)
     lines = [_plain(text) for text in textwrap.wrap(title, width, subsequent_indent="  ")]
     lines += _device_lines(model, machine, assignment, devices or {}, letters, width)
+    for note in notes:
+        lines += [_plain(text) for text in textwrap.wrap(f"coarse: {note}", width, subsequent_indent="  ")]
     lines.append(_plain(""))
     lines += _strips(model, assignment, letters, width)
     return lines

@@ -7,6 +7,21 @@ from dataclasses import dataclass, field
 DEFAULT_RUNTIME_MIB = 480.0  # a CUDA context with its library workspaces, outside the engine's own figures
 DEFAULT_LINK_GB_PER_S = 25.0  # PCIe 4.0 x16 as measured
 
+CUDA, RPC = "CUDA", "RPC"
+MIRRORED_BACKENDS = frozenset({CUDA, RPC})  # whose rules memory and splits follow; the CPU's are mirrored too
+UNNUMBERED_DEVICES = frozenset({"BLAS", "GPUOpenCL", "Metal", "WebGPU", "ZenDNN"})  # names without an index
+# Backends that are known by another name than their devices (GGML_*_NAME of ggml's headers and sources).
+_BACKEND_NAMES = {"MTL": "Metal", "GPUOpenCL": "OpenCL", "HTP": "Hexagon", "OPENVINO": "OpenVINO"}
+
+
+def backend_of(device_name: str) -> str:
+    """llama.cpp's backend of a device by its name: "CUDA0" is of CUDA, "MTL0" of Metal, "ROCm1" of ROCm.
+
+    What lies behind an RPC device is not known: its backend is RPC.
+    """
+    prefix = device_name.rstrip("0123456789")
+    return _BACKEND_NAMES.get(prefix, prefix)
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -25,14 +40,24 @@ class Device:
     tflops: float | None = None  # dense half-precision matrix throughput, for prompts
 
     @property
+    def backend(self) -> str:
+        """The llama.cpp backend that runs the device, by its name."""
+        return backend_of(self.name)
+
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether memory and splits follow its backend's own rules; of any other they are a coarse estimate."""
+        return self.backend in MIRRORED_BACKENDS
+
+    @property
     def is_rpc(self) -> bool:
         """Whether the device is a remote worker: no operation offload, no CUDA padding."""
-        return self.name.startswith("RPC")
+        return self.backend == RPC
 
     @property
     def is_cuda(self) -> bool:
         """Whether the CUDA backend's rules hold (row padding, op offload, pinned host memory)."""
-        return self.name.startswith("CUDA")
+        return self.backend == CUDA
 
     @property
     def engine_name(self) -> str:

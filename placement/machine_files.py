@@ -20,11 +20,14 @@ from placement.files import PACKAGE_DATA, search_folders, user_config_folder, wr
 from placement.machine import (
     DEFAULT_LINK_GB_PER_S,
     DEFAULT_RUNTIME_MIB,
+    RPC,
+    UNNUMBERED_DEVICES,
     Coefficient,
     Cpu,
     Device,
     Machine,
     Past,
+    backend_of,
 )
 
 REFERENCE_MACHINE = "rtx4090-rtx5070ti"
@@ -133,10 +136,10 @@ def _past(row: dict[str, Any], where: str, path: Path) -> Past:
 def _device(row: dict[str, Any], where: str, path: Path) -> Device:
     _known_keys(row, {*_DEVICE_NUMBERS, *_DEVICE_TEXTS}, path, where)
     name = _text(row, "name", path, where)
-    if not _DEVICE_NAME.fullmatch(name):
+    if not _DEVICE_NAME.fullmatch(name) and name not in UNNUMBERED_DEVICES:
         raise InputError(path, 'must be letters and a number, as "CUDA0"', field=f"{where}.name", value=name)
     address = row.get("address")
-    is_rpc = name.startswith("RPC")
+    is_rpc = backend_of(name) == RPC
     if is_rpc and not _is_address(address):
         raise InputError(path, 'an RPC worker needs "host:port"', field=f"{where}.address", value=address)
     if not is_rpc and address is not None:

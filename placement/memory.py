@@ -6,7 +6,7 @@ llama-context.cpp, and llama-kv-cache*.cpp and llama-memory-*.cpp. Compute buffe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from placement.architecture import Architecture, Cache, LayerFacts, PlacedTensor, describe
 from placement.machine import Device, Machine
@@ -106,6 +106,39 @@ def _merge_tied(found: list[tuple[PlacedTensor, str]]) -> list[tuple[PlacedTenso
     """Drop the copy of a tied embedding where the first one is on the same device."""
     taken = {(placed.tensor.name, device) for placed, device in found if not placed.is_copy}
     return [pair for pair in found if not (pair[0].is_copy and (pair[0].tensor.name, pair[1]) in taken)]
+
+
+def has_one_kv_type(architecture: Architecture) -> bool:
+    """Whether the engine refuses a V type that is not K's (llama_init_from_model of llama-context.cpp)."""
+    return architecture.is_mla or architecture.rule.memory == "dsv4"
+
+
+def undivided_heads(architecture: Architecture, kv_type: str, *, is_k: bool) -> list[int]:
+    """Head sizes of K or V that blocks of the type do not divide, smallest first.
+
+    With any, the engine starts with that type only without flash attention (llama-context.cpp).
+    """
+    caches = (cache for layer in architecture.layers for cache in layer.caches if not cache.is_indexer)
+    sizes = {cache.k_head if is_k else cache.v_head for cache in caches}
+    return sorted(size for size in sizes if size % block(kv_type.upper())[0])
+
+
+def startable(model: Model, settings: Settings) -> Settings | None:
+    """The settings with what the engine demands of their cache types; None where it starts with neither.
+
+    One type where it knows only one cache (V's counts for nothing there), flash attention for a quantised V
+    (llama_init_from_model of llama-context.cpp).
+    """
+    architecture = describe(model)
+    if has_one_kv_type(architecture):
+        settings = replace(settings, kv_type_v=settings.kv_type_k)
+    if block(settings.kv_type_v.upper())[0] > 1 and settings.flash_attention == "off":
+        settings = replace(settings, flash_attention="on")
+    if settings.flash_attention == "off":
+        return settings
+    kinds = ((settings.kv_type_k, True), (settings.kv_type_v, False))
+    is_cut = any(undivided_heads(architecture, kv_type, is_k=is_k) for kv_type, is_k in kinds)
+    return None if is_cut else settings
 
 
 def layer_context_bytes(model: Model, settings: Settings) -> tuple[int, ...]:

@@ -31,6 +31,11 @@ class Settings:
     has_overrides: bool = False  # any -ot, --cpu-moe, --n-cpu-moe or --n-cpu-ffn was given, matching or not
     n_threads: int | None = None
 
+    @property
+    def kv_types(self) -> tuple[str, ...]:
+        """The types of K and V; one where they are alike."""
+        return tuple(dict.fromkeys((self.kv_type_k, self.kv_type_v)))
+
 
 @dataclass(frozen=True, slots=True)
 class Assignment:

@@ -82,18 +82,20 @@ def choose_kv_type(
 ) -> tuple[str | None, str]:
     """The best KV type (f16, then q8_0, then q4_0) whose turn takes at most 5 % longer than the fastest's."""
     turns: dict[str, float] = {}
+    names: dict[str, str] = {}  # what a type comes to beside a K or V type that the request fixes
     for kv_type in KV_QUALITY_ORDER:
         tell(f"KV {kv_type}")
         problem, _ = make_problem(model, machine, replace(request, kv_type=kv_type))
         best = best_choice(problem, request, COARSE_GAP)
         if best is not None:
             turns[kv_type] = best.speed.turn_s
+            names[kv_type] = "/".join(problem.settings.kv_types)
     if not turns:
         return None, "no KV type fits"
     fastest = min(turns.values())
     chosen = next(kv for kv in KV_QUALITY_ORDER if turns.get(kv, float("inf")) <= fastest * (1 + KV_SLACK))
-    told = ", ".join(f"{kv} {turn:.1f} s" for kv, turn in turns.items())
-    return chosen, f"KV {chosen}: the best quality within {KV_SLACK:.0%} of the fastest turn ({told})"
+    told = ", ".join(f"{name} {turns[kv]:.1f} s" for kv, name in names.items())
+    return chosen, f"KV {names[chosen]}: the best quality within {KV_SLACK:.0%} of the fastest turn ({told})"
 
 
 @dataclass(frozen=True, slots=True)

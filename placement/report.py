@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from placement.solution import DeviceUse, Solution
+from placement.solution import DeviceUse, Solution, label_words
 from placement.why import next_best_line, next_layer_lines
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def solution_table(solutions: tuple[Solution, ...]) -> Table:
             f"{each.speed.turn_s:.2f}",
             f"{each.headroom_mib:,.0f}",
             "-" if each.gap is None else f"{each.gap:.2%}",
-            each.label + ("" if each.is_exact else " (coarse)"),
+            label_words(each.label, is_exact=each.is_exact),
         )
     return table
 
@@ -116,16 +116,18 @@ def solutions_text(outcome: Outcome, is_terminal: bool = False) -> str:
 
 def _solution_parts(outcome: Outcome) -> Iterator[RenderableType]:
     found, turn, settings = outcome.found, outcome.problem.workload, outcome.problem.settings
+    kv_types = "/".join(settings.kv_types)
     yield _head(
         found.model,
         found.machine,
-        f": {settings.ctx_tokens:,} tokens of context, {settings.kv_type_k} KV, {settings.n_slots} slot(s); a turn"
+        f": {settings.ctx_tokens:,} tokens of context, {kv_types} KV, {settings.n_slots} slot(s); a turn"
         f" reads {turn.prompt_tokens:,} and writes {turn.generate_tokens:,} tokens at depth {turn.depth_tokens:,}",
     )
     if not found.solutions:
         yield f"{found.status}: {found.message}"
         return
     yield solution_table(found.solutions)
+    yield from _note_lines(found.solutions)
     best = found.solutions[0]
     yield from full_lines(best)
     yield from next_layer_lines(outcome.problem, best)
@@ -147,7 +149,8 @@ def check_text(result: Check, is_terminal: bool = False) -> str:
 def _check_parts(result: Check) -> Iterator[RenderableType]:
     speed = result.speed
     prompt = "-" if speed.prompt_tps is None else f"{speed.prompt_tps:,.0f}"
-    yield _head(result.model, result.machine, f", {result.label}{'' if result.is_exact else ' (coarse)'}")
+    yield _head(result.model, result.machine, f", {label_words(result.label, is_exact=result.is_exact)}")
+    yield from _note_lines([result])
     yield device_table(result.devices)
     yield f"splits: {result.splits_decode} decode, {result.splits_prompt} prompt"
     yield f"speed (estimated): {speed.decode_tps:.1f} t/s decode, {prompt} t/s prompt"
@@ -156,6 +159,12 @@ def _check_parts(result: Check) -> Iterator[RenderableType]:
         yield f"kept, not a placement argument: {' '.join(words)}"
     for advice in result.advice:
         yield f"- {advice.message}"
+
+
+def _note_lines(found: Iterable[Check | Solution]) -> Iterator[str]:
+    """Why figures are not exact, each reason once."""
+    notes = dict.fromkeys(note for each in found for note in each.notes)
+    return (f"coarse: {note}" for note in notes)
 
 
 def device_table(devices: dict[str, DeviceUse]) -> Table:
@@ -185,7 +194,9 @@ def comparison_text(rated: Sequence[Rated], machine: str, is_terminal: bool) -> 
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"fastest placements on {machine} (estimated)")
+    is_exact = all(each.best.is_exact for each in rated if each.best is not None)
+    title = f"fastest placements on {machine} (estimated{'' if is_exact else ', coarse'})"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title)
     table.add_column("model", style="bold")
     for title in ("GiB", "decode t/s", "prompt t/s", "turn s", "layers on CPU", "ub", "headroom MiB"):
         table.add_column(title, justify="right")
@@ -200,4 +211,5 @@ def comparison_text(rated: Sequence[Rated], machine: str, is_terminal: bool) -> 
             f"{best.speed.turn_s:.2f}", str(best.n_host_layers()),
             str(best.assignment.settings.ubatch_tokens), f"{best.headroom_mib:,.0f}",
         )  # fmt: skip
-    return _rendered([table], is_terminal)
+    notes = _note_lines(each.best for each in rated if each.best is not None)
+    return _rendered([table, *notes], is_terminal)

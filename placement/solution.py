@@ -8,7 +8,8 @@ from typing import Any
 
 from placement.compute import ComputePlan
 from placement.cost import Speed
-from placement.problem import Assignment, Problem, Workload
+from placement.machine import Machine
+from placement.problem import Assignment, Problem, Settings, Workload
 
 ESTIMATED, PLANNED, MEASURED = "estimated", "planned", "measured"
 
@@ -41,6 +42,24 @@ class DeviceUse:
     def headroom_mib(self) -> float:
         """What is left under the cap; negative when it does not fit."""
         return self.cap_mib - self.used_mib
+
+
+def backend_notes(machine: Machine, assignment: Assignment) -> tuple[str, ...]:
+    """A line for each backend in use whose rules are not mirrored: what we compute there is not exact."""
+    names: dict[str, list[str]] = {}
+    for device in map(machine.device, assignment.devices):
+        if not device.is_mirrored:
+            names.setdefault(device.backend, []).append(device.name)
+    return tuple(
+        f"{', '.join(devices)}: llama.cpp's {backend} backend is not mirrored here: memory and splits are coarse"
+        " estimates; plan with --engine"
+        for backend, devices in names.items()
+    )
+
+
+def label_words(label: str, *, is_exact: bool) -> str:
+    """The label as people read it: an estimate that is not exact says so."""
+    return label if is_exact else f"{label} (coarse)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +172,12 @@ def _layer_counts(assignment: Assignment) -> dict[str, int]:
     return {**({"CPU": on_cpu} if on_cpu else {}), **counts}
 
 
-def workload_row(workload: Workload, ctx_tokens: int, n_slots: int, kv_type: str) -> dict[str, Any]:
-    """The workload with units in its keys."""
+def workload_row(workload: Workload, settings: Settings) -> dict[str, Any]:
+    """The workload with units in its keys; `kv_type` is "K/V" where these differ."""
     return {
-        "ctx_tokens": ctx_tokens,
-        "n_slots": n_slots,
-        "kv_type": kv_type,
+        "ctx_tokens": settings.ctx_tokens,
+        "n_slots": settings.n_slots,
+        "kv_type": "/".join(settings.kv_types),
         "prompt_tokens": workload.prompt_tokens,
         "generate_tokens": workload.generate_tokens,
         "depth_tokens": workload.depth_tokens,

@@ -22,7 +22,7 @@ from placement.model import Model
 from placement.problem import Assignment, Problem, Settings, Workload
 from placement.quants import KV_CACHE_TYPES
 from placement.search import GAP, UBATCHES, Found, Freedom, Search, shortfall
-from placement.solution import ESTIMATED, PLANNED, Judge, Solution, SolutionSet, Verdict
+from placement.solution import ESTIMATED, PLANNED, Judge, Solution, SolutionSet, Verdict, backend_notes
 from placement.wishes import Wish, granted, smallest_conflict
 
 AGGRESSIVE, MODERATE = "aggressive", "moderate"
@@ -293,6 +293,7 @@ def _with_verdict(problem: Problem, solution: Solution, verdict: Verdict) -> Sol
         splits_decode=plan.splits_decode,
         speed=speed,
         is_exact=True,
+        notes=plan.notes,
         differences=differences(solution.devices, (solution.splits_prompt, solution.splits_decode), verdict),
     )
 
@@ -300,6 +301,7 @@ def _with_verdict(problem: Problem, solution: Solution, verdict: Verdict) -> Sol
 def as_solution(problem: Problem, found: Found, name: str) -> Solution:
     """A found placement with its arguments, memory and proof."""
     args = emit_arguments(problem.model, problem.machine, found.assignment, problem.program)
+    coarse = backend_notes(problem.machine, found.assignment)
     return Solution(
         name=name,
         label=ESTIMATED,
@@ -311,8 +313,8 @@ def as_solution(problem: Problem, found: Found, name: str) -> Solution:
         speed=found.speed,
         status="OPTIMAL" if found.is_proven else "FEASIBLE",
         gap=max(0.0, 1.0 - found.bound / found.objective) if math.isfinite(found.bound) else None,
-        is_exact=found.plan.is_exact,
-        notes=found.plan.notes,
+        is_exact=found.plan.is_exact and not coarse,
+        notes=(*found.plan.notes, *coarse),
     )
 
 

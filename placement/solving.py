@@ -12,6 +12,7 @@ from placement.arguments import parse
 from placement.emit import shell_command
 from placement.errors import InputError
 from placement.machine import Machine
+from placement.memory import startable
 from placement.model import Model
 from placement.problem import Problem, Settings
 from placement.recognise import with_learned
@@ -259,13 +260,23 @@ def with_engine(
 
 
 def rival(problem: Problem) -> Solution | None:
-    """The solver's own choice for a checked problem: its context, KV types and slots, everything else free."""
-    settings = Settings(
-        ctx_tokens=problem.settings.ctx_tokens,
-        n_slots=problem.settings.n_slots,
-        is_kv_unified=problem.settings.is_kv_unified,
-        kv_type_k=problem.settings.kv_type_k,
-        kv_type_v=problem.settings.kv_type_k,
-        flash_attention="on",
+    """The solver's own choice for a checked problem: the same context memory, everything else free.
+
+    Where the engine would not start with what was checked, the nearest that it starts with is solved for. None
+    where it starts with none, or nothing fits.
+    """
+    checked = problem.settings
+    kept = Settings(
+        ctx_tokens=checked.ctx_tokens,
+        n_slots=checked.n_slots,
+        is_kv_unified=checked.is_kv_unified,
+        kv_type_k=checked.kv_type_k,
+        kv_type_v=checked.kv_type_v,
+        flash_attention="off" if checked.flash_attention == "off" else "on",
+        is_kv_offloaded=checked.is_kv_offloaded,
+        is_swa_full=checked.is_swa_full,
     )
+    settings = startable(problem.model, kept)
+    if settings is None:
+        return None
     return best_choice(replace(problem, settings=settings), Request(time_limit_s=3.0))

@@ -23,10 +23,10 @@ def slug(text: str) -> str:
 
 
 def workload_slug(problem: Problem) -> str:
-    """Context, KV type, slots and turn in one word."""
+    """Context, KV type (or types), slots and turn in one word."""
     settings, turn = problem.settings, problem.workload
     return (
-        f"ctx{settings.ctx_tokens}-{settings.kv_type_k}-np{settings.n_slots}"
+        f"ctx{settings.ctx_tokens}-{'-'.join(settings.kv_types)}-np{settings.n_slots}"
         f"-p{turn.prompt_tokens}-g{turn.generate_tokens}-d{turn.depth_tokens}"
     )
 
@@ -45,12 +45,10 @@ def solution_folders(root: Path, problem: Problem) -> list[Path]:
 
 def solution_set_row(problem: Problem, found: SolutionSet, commands: dict[str, str]) -> dict[str, Any]:
     """The set with the contract's keys; the first solution is the recommended one."""
-    settings = problem.settings
-    workload = workload_row(problem.workload, settings.ctx_tokens, settings.n_slots, settings.kv_type_k)
     return {
         "model": found.model,
         "machine": found.machine,
-        "workload": workload,
+        "workload": workload_row(problem.workload, problem.settings),
         "status": found.status,
         "message": found.message,
         "warnings": list(found.warnings),

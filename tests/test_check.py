@@ -5,15 +5,19 @@ import dataclasses
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from solving_support import expert_model, one_card, two_cards
+from solving_support import card, expert_model, one_card, two_cards
 
 from placement.arguments import parse
 from placement.check import check, check_row, default_workload, device_use
 from placement.compute import plan_compute
+from placement.emit import resolve
 from placement.errors import InputError
-from placement.machine import Machine
-from placement.memory import static_memory
-from placement.problem import Workload
+from placement.machine import Machine, backend_of
+from placement.memory import startable, static_memory
+from placement.model_files import resolve_model
+from placement.problem import Assignment, Problem, Settings, Workload
+from placement.solution import Solution, Verdict
+from placement.solving import rival
 from placement.units import MIB
 
 MODEL = expert_model(4)
@@ -127,3 +131,98 @@ def test_device_use_is_what_check_shows() -> None:
     plan = plan_compute(MODEL, one_card(4000), result.assignment, "llama-server")
     asked = problem(MODEL, one_card(4000))
     assert device_use(asked, result.assignment, plan) == result.devices
+
+
+def choice_beside(text: str) -> Solution:
+    """What place itself chooses for the problem of these arguments."""
+    settings = resolve(MODEL, one_card(4000), parse(text)).settings
+    found = rival(Problem(MODEL, one_card(4000), settings, Workload(1000, 200, 1024)))
+    assert found is not None
+    return found
+
+
+def test_choice_keeps_both_cache_types() -> None:
+    """Beside K q8_0 and V f16 stands a choice of just these, not one of less memory."""
+    settings = choice_beside("-c 4096 -np 1 -ctk q8_0 -ctv f16 -fa on").assignment.settings
+    assert (settings.kv_type_k, settings.kv_type_v) == ("q8_0", "f16")
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "kept"),
+    [
+        ("-ctk f16 -ctv f16 -fa off", "flash_attention", "off"),
+        ("-ctk f16 -ctv f16", "flash_attention", "on"),  # auto is no choice of the user's
+        ("-ctk q8_0 -ctv q8_0 -fa off", "flash_attention", "on"),  # the engine would not start without
+        ("--swa-full", "is_swa_full", True),
+        ("-nkvo", "is_kv_offloaded", False),
+        ("-kvu -np 2", "is_kv_unified", True),
+    ],
+)
+def test_choice_keeps_what_the_cache_is_made_of(text: str, field: str, kept: object) -> None:
+    """What decides the context's memory is as checked, and the engine starts with it."""
+    settings = choice_beside(f"-c 4096 -np 1 {text}").assignment.settings
+    assert getattr(settings, field) == kept
+
+
+def test_choice_has_the_checked_context_memory() -> None:
+    """A mixed cache without flash attention takes as much in the choice as in what was checked."""
+    text = "-c 4096 -ngl 99 -np 1 -ctk q8_0 -ctv f16 -fa off"
+    checked, chosen = run(text).devices, choice_beside(text).devices
+    assert sum(use.context_mib for use in chosen.values()) == sum(use.context_mib for use in checked.values())
+
+
+def test_choice_of_one_cache_has_one_type() -> None:
+    """Latent attention has one cache: the engine starts only with K's type for both."""
+    settings = Settings(kv_type_k="q8_0", kv_type_v="f16", flash_attention="on")
+    assert startable(resolve_model("glm-flash"), settings) == dataclasses.replace(settings, kv_type_v="q8_0")
+
+
+def test_no_choice_where_no_placement_starts() -> None:
+    """Blocks of 256 do not divide heads of 128: nothing stands beside the check."""
+    assert startable(MODEL, Settings(kv_type_k="q4_K", kv_type_v="f16", flash_attention="on")) is None
+
+
+@pytest.mark.parametrize("name", ["Vulkan0", "ROCm0", "MTL0", "SYCL0", "MUSA0", "CANN0", "OpenCL0", "BLAS"])
+def test_backend_that_is_not_mirrored_is_said(name: str) -> None:
+    """A check on a backend whose rules are not ours is not exact, and one note names device and backend."""
+    row = check_row(run(machine=Machine("other", (card(name, 4000),), one_card(1).cpu)))
+    backend = backend_of(name)
+    assert not row["is_exact"]
+    assert [
+        f"{name}: llama.cpp's {backend} backend is not mirrored here" in note for note in row["notes"]
+    ] == [True]
+
+
+@pytest.mark.parametrize("name", ["CUDA0", "RPC0"])
+def test_mirrored_backend_needs_no_note(name: str) -> None:
+    """CUDA, and RPC whatever is behind it, are mirrored."""
+    device = card(name, 4000, address="10.0.0.2:50052" if name == "RPC0" else None)
+    arguments = ON_CARD + (" --rpc 10.0.0.2:50052" if name == "RPC0" else "")
+    result = run(arguments, Machine("mirrored", (device,), one_card(1).cpu))
+    assert (result.is_exact, result.notes) == (True, ())
+
+
+def test_card_that_takes_no_part_needs_no_note() -> None:
+    """What is not given to the model has no say in its memory."""
+    machine = Machine("both", (card("CUDA0", 4000), card("Vulkan0", 4000)), one_card(1).cpu)
+    assert run(ON_CARD + " -dev CUDA0", machine).is_exact
+    assert not run(ON_CARD, machine).is_exact
+
+
+def test_devices_of_a_backend_share_a_note() -> None:
+    """Two cards of one backend are one line."""
+    machine = Machine("two", (card("Vulkan0", 4000), card("Vulkan1", 4000)), one_card(1).cpu)
+    assert [note.partition(":")[0] for note in run(machine=machine).notes] == ["Vulkan0, Vulkan1"]
+
+
+def test_planned_on_an_unmirrored_backend_is_the_engines_word() -> None:
+    """What the engine itself planned is exact, and no note says that it is an estimate."""
+    machine = Machine("other", (card("Vulkan0", 4000),), one_card(1).cpu)
+
+    def judge(asked: Problem, assignments: list[Assignment]) -> list[Verdict]:
+        (only,) = assignments
+        plan = plan_compute(asked.model, asked.machine, only, asked.program)
+        return [Verdict(plan, device_use(asked, only, plan))]
+
+    result = run(machine=machine, judge=judge)
+    assert (result.label, result.is_exact, result.notes) == ("planned", True, ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from solving_support import expert_model, one_card
+from solving_support import card, expert_model, one_card
 
 import placement.detect
 from placement import __version__
@@ -268,6 +269,45 @@ def test_check_json_contract(place: Place) -> None:
     assert row["splits"].keys() == {"prompt", "decode"}
     assert row["speed"].keys() >= {"prompt_tps", "decode_tps"}
     assert all(each.keys() >= {"code", "message"} for each in row["advice"])
+
+
+OTHER_BACKEND = [
+    "solve tiny.toml --machine vulkan.toml --engine off --ubatch 512",
+    "check tiny.toml --machine vulkan.toml --engine off --no-compare --args '-c 4096'",
+    "explain tiny.toml --machine vulkan.toml --args '-c 4096'",
+    "profiles models.conf --machine vulkan.toml",
+]
+
+
+@pytest.fixture
+def vulkan(place: Place) -> Place:
+    """The same folder with a machine of one Vulkan card, and a models.conf that runs the model."""
+    machine = dataclasses.replace(one_card(4000), devices=(card("Vulkan0", 4000),))
+    Path("vulkan.toml").write_text(machine_toml(machine))
+    Path("models.conf").write_text("[tiny]\nCTX_SIZE=4096\nEXTRA_ARGS=-np 1 -m tiny.toml\n")
+    return place
+
+
+@pytest.mark.parametrize("line", OTHER_BACKEND)
+def test_unmirrored_backend_is_said_to_people(line: str, vulkan: Place) -> None:
+    """Every command that shows memory on it says once why that is a coarse estimate."""
+    assert " ".join(vulkan(line).out.split()).count("Vulkan backend is not mirrored here") == 1
+
+
+def _labelled(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The objects of a command's answer that carry `is_exact`."""
+    if "profiles" in row:
+        (each,) = row["profiles"]
+        return [each["now"], each["place"]]
+    return list(row.get("solutions") or [row])
+
+
+@pytest.mark.parametrize("line", OTHER_BACKEND)
+def test_unmirrored_backend_is_said_to_programs(line: str, vulkan: Place) -> None:
+    """So do their JSON objects, with `is_exact` false and one note."""
+    rows = _labelled(vulkan(f"{line} --json").row)
+    assert [row["is_exact"] for row in rows] == [False] * len(rows)
+    assert [len(row["notes"]) for row in rows] == [1] * len(rows)
 
 
 def test_over_a_cap_exits_with_1(place: Place) -> None:

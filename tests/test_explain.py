@@ -84,6 +84,18 @@ def test_over_the_cap_is_said() -> None:
     assert "OVER by" in text_of(_map("gpt-oss-120b", "-ngl 37 -ts 25,12"))
 
 
+def test_notes_stand_below_the_devices() -> None:
+    """Why the memory is not exact is told between the devices and the strips, within the width."""
+    model = resolve_model("gpt-oss-120b")
+    result = check(model, MACHINE, parse(f"-ngl 37 -ts 25,12 -ot exps=CPU {_TAIL}".split()))
+    lines = text_of(
+        explain(model, MACHINE, result.assignment, result.devices, 60, ["word " * 20])
+    ).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("coarse: word"))
+    assert lines.index("") > start > next(i for i, line in enumerate(lines) if line.startswith("c CPU"))
+    assert max(map(len, lines[start : lines.index("")])) <= 60
+
+
 def test_roles_name_devices() -> None:
     """Colour can go by roles: the devices and the CPU, nothing else."""
     roles = {

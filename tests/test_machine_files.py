@@ -66,6 +66,43 @@ def test_named_after_file(tmp_path: Path) -> None:
     assert read(CPU_TABLE, tmp_path).name == "m"
 
 
+def test_device_that_the_engine_does_not_number(tmp_path: Path) -> None:
+    """OpenCL's device has no number, and may be written as the engine calls it."""
+    device = read(DEVICE.replace("CUDA0", "GPUOpenCL") + CPU_TABLE, tmp_path).devices[0]
+    assert (device.name, device.backend) == ("GPUOpenCL", "OpenCL")
+
+
+@pytest.mark.parametrize("name", ["CPU", "Host", "CUDA", "RPC"])
+def test_other_names_need_a_number(name: str, tmp_path: Path) -> None:
+    """The host is no device, and a card without its number is not the engine's name."""
+    with pytest.raises(InputError, match="letters and a number"):
+        read(DEVICE.replace("CUDA0", name) + CPU_TABLE, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "is_mirrored"),
+    [
+        ("CUDA10", "CUDA", True),
+        ("RPC0", "RPC", True),
+        ("ROCm0", "ROCm", False),
+        ("MUSA0", "MUSA", False),
+        ("Vulkan1", "Vulkan", False),
+        ("SYCL0", "SYCL", False),
+        ("MTL0", "Metal", False),
+        ("Metal", "Metal", False),
+        ("CANN0", "CANN", False),
+        ("GPUOpenCL", "OpenCL", False),
+        ("HTP0", "Hexagon", False),
+        ("OPENVINO0", "OpenVINO", False),
+        ("CUDAish0", "CUDAish", False),
+    ],
+)
+def test_backend_is_known_by_the_device(name: str, backend: str, is_mirrored: bool) -> None:
+    """llama.cpp names devices after their backend; CUDA and RPC are mirrored, no other is."""
+    device = Device(name, 1000.0, 1000.0, 0.0, 100.0, 25.0)
+    assert (device.backend, device.is_mirrored) == (backend, is_mirrored)
+
+
 def test_no_gpu(tmp_path: Path) -> None:
     """A machine without devices is one."""
     assert read(CPU_TABLE, tmp_path).devices == ()

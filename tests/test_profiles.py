@@ -12,7 +12,7 @@ from placement.errors import InputError
 from placement.machine import Machine
 from placement.machine_files import resolve_machine
 from placement.profiles import Defaults, ModelFinder, Profile, parse_models_conf
-from placement.solve import Request
+from placement.solve import Request, make_problem
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +160,31 @@ def test_request_keeps_the_sections_context_and_slots(machine: Machine) -> None:
     section = parse_models_conf(b"[x]\nCTX_SIZE=16384\nEXTRA_ARGS=-np 2 -ctk f16 -ctv f16\n").sections[0]
     asked, _ = profiles.request_of(section, resolve_model("glm-flash"), machine, Defaults(), Request())
     assert (asked.ctx_tokens, asked.n_slots, asked.kv_type) == (16384, 2, "f16")
+
+
+def _asked(model_name: str, machine: Machine, extra: str) -> Request:
+    """What is solved for in place of a section with these arguments."""
+    from placement.model_files import resolve_model
+
+    section = parse_models_conf(f"[x]\nCTX_SIZE=16384\nEXTRA_ARGS=-np 1 {extra}\n".encode()).sections[0]
+    return profiles.request_of(section, resolve_model(model_name), machine, Defaults(), Request())[0]
+
+
+def test_request_keeps_both_cache_types(machine: Machine) -> None:
+    """A section with K q8_0 and V f16 is solved with these, not with less memory."""
+    from placement.model_files import resolve_model
+
+    asked = _asked("gpt-oss-120b", machine, "-ctk q8_0 -ctv f16")
+    settings = make_problem(resolve_model("gpt-oss-120b"), machine, asked)[0].settings
+    assert settings.kv_types == ("q8_0", "f16")
+
+
+def test_request_has_one_type_where_the_engine_takes_one(machine: Machine) -> None:
+    """Latent attention does not start with two types: K's is solved with."""
+    from placement.model_files import resolve_model
+
+    asked = _asked("glm-flash", machine, "-ctk q8_0 -ctv f16")
+    assert make_problem(resolve_model("glm-flash"), machine, asked)[0].settings.kv_types == ("q8_0",)
 
 
 def test_launches_of_a_conf_say_each_option_once(machine: Machine) -> None:

@@ -71,6 +71,13 @@ def test_roomy_machine_keeps_the_best_kv_type() -> None:
     assert "q8_0" in words
 
 
+def test_kv_type_that_is_fixed_is_named_as_it_is() -> None:
+    """Beside a K type that the request keeps, what is told is the pair that was solved for."""
+    asked = Request(fixed=(("kv_type_k", "q8_0"),))
+    _, words = choose_kv_type(MODEL, two_cards(4000.0, 4000.0), asked)
+    assert "q8_0/f16 " in words and "q8_0/q4_0 " in words
+
+
 def test_comparison_puts_the_fastest_first() -> None:
     """Models are rated by their turn, and one that does not fit comes last without a placement."""
     small, large, huge = expert_model(4), expert_model(8), expert_model(40)

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
-from solving_support import expert_model, one_card, two_cards
+from solving_support import card, expert_model, one_card, two_cards
 
 from placement.arguments import parse
 from placement.check import check
-from placement.report import check_text, full_lines, solutions_text
+from placement.machine import Machine
+from placement.questions import compare
+from placement.report import check_text, comparison_text, full_lines, solutions_text
 from placement.solution import DeviceUse, Solution
+from placement.solve import Request
 from placement.solving import Outcome, run_solve
 
 ASKED: dict[str, Any] = {"engine_name": "off", "ubatch": "512"}
@@ -92,6 +96,41 @@ def test_check_that_does_not_fit() -> None:
     """A check over a cap says that it does not fit."""
     result = check(expert_model(2), one_card(50), parse("-c 4096 -ngl 99"))
     assert "does not fit" in check_text(result)
+
+
+def unmirrored() -> Machine:
+    """A machine with one Vulkan card."""
+    return dataclasses.replace(one_card(4000), devices=(card("Vulkan0", 4000),))
+
+
+def test_check_on_an_unmirrored_backend_says_so_at_the_top() -> None:
+    """The label is coarse, and the line below it says why."""
+    head, why, *_ = check_text(check(expert_model(2), unmirrored(), parse("-c 4096 -ngl 99"))).splitlines()
+    assert head.endswith(", estimated (coarse)")
+    assert why.startswith("coarse: Vulkan0: llama.cpp's Vulkan backend is not mirrored here")
+
+
+def test_solve_on_an_unmirrored_backend_says_so_once(tmp_path: Path) -> None:
+    """Every row's label is coarse; one line below the table says why."""
+    outcome = run_solve(expert_model(2), unmirrored(), ASKED, str(tmp_path))
+    text = solutions_text(outcome)
+    assert text.count("estimated (coarse)") == len(outcome.found.solutions)
+    assert text.count("backend is not mirrored here") == 1
+
+
+def test_comparison_on_an_unmirrored_backend_is_coarse() -> None:
+    """So does a comparison's title."""
+    rated = compare([expert_model(2)], unmirrored(), Request())
+    text = comparison_text(rated, "other", is_terminal=False)
+    assert "(estimated, coarse)" in text and "Vulkan backend is not mirrored" in text
+
+
+def test_mixed_cache_is_in_the_head(outcome: Outcome) -> None:
+    """Both types stand where they differ, one where they do not."""
+    settings = dataclasses.replace(outcome.problem.settings, kv_type_v="f16")
+    mixed = dataclasses.replace(outcome, problem=dataclasses.replace(outcome.problem, settings=settings))
+    assert ", q8_0 KV," in solutions_text(outcome)
+    assert ", q8_0/f16 KV," in solutions_text(mixed)
 
 
 def test_terminal_gets_colours(outcome: Outcome) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import tomllib
 from pathlib import Path
@@ -13,7 +14,8 @@ from solving_support import expert_model, one_card, problem
 from placement import __version__
 from placement.errors import InputError
 from placement.problem import Problem
-from placement.store import read_solutions, save_solutions, slug, solution_folder
+from placement.solution import SolutionSet
+from placement.store import read_solutions, save_solutions, slug, solution_folder, solution_set_row
 
 PROBLEM = problem(expert_model(2), one_card(4000))
 ROW: dict[str, Any] = {
@@ -45,6 +47,22 @@ def test_folder_names_the_question() -> None:
     """The folder is MODEL--MACHINE--WORKLOAD."""
     found = solution_folder(Path("s"), PROBLEM)
     assert found == Path("s/tiny-experts--one-card--ctx4096-q8_0-np1-p1000-g200-d1024")
+
+
+MIXED = dataclasses.replace(PROBLEM, settings=dataclasses.replace(PROBLEM.settings, kv_type_v="f16"))
+
+
+def test_mixed_cache_has_a_folder_of_its_own() -> None:
+    """K q8_0 with V f16 is another question than q8_0 for both."""
+    found = solution_folder(Path("s"), MIXED)
+    assert found == Path("s/tiny-experts--one-card--ctx4096-q8_0-f16-np1-p1000-g200-d1024")
+
+
+@pytest.mark.parametrize(("asked", "kv_type"), [(PROBLEM, "q8_0"), (MIXED, "q8_0/f16")])
+def test_row_names_both_cache_types(asked: Problem, kv_type: str) -> None:
+    """The workload of a set says V's type where it is not K's."""
+    found = SolutionSet("m", "digest", "n", asked.workload, "INFEASIBLE", ())
+    assert solution_set_row(asked, found, {})["workload"]["kv_type"] == kv_type
 
 
 def save(path: Path, row: dict[str, Any] = ROW, asked: Problem = PROBLEM) -> bool:

@@ -7,7 +7,13 @@ from dataclasses import replace
 
 from placement.advice.case import Advice, Case, count, layer_list
 from placement.architecture import LayerFacts
-from placement.memory import context_size, kv_bytes_read, layer_context_bytes
+from placement.memory import (
+    context_size,
+    has_one_kv_type,
+    kv_bytes_read,
+    layer_context_bytes,
+    undivided_heads,
+)
 from placement.problem import CPU
 from placement.quants import block
 from placement.units import MIB, format_bytes
@@ -41,7 +47,7 @@ def kv_types_without_kernel(case: Case) -> Iterator[Advice]:
     """K and V types that default CUDA builds have no decode kernel for."""
     settings = case.assignment.settings
     pair = (settings.kv_type_k, settings.kv_type_v)
-    if case.architecture.is_mla and pair[0] != pair[1]:
+    if has_one_kv_type(case.architecture) and pair[0] != pair[1]:
         yield Advice(
             "kv-types-mixed",
             f"-ctk {pair[0]} and -ctv {pair[1]} differ: with latent attention the engine does not start; "
@@ -98,20 +104,12 @@ def kv_type_and_head_size(case: Case) -> Iterator[Advice]:
     if settings.flash_attention == "off":
         return
     for name, type_name in (("k", settings.kv_type_k), ("v", settings.kv_type_v)):
-        n_block = block(type_name.upper())[0]
-        sizes = {
-            cache.k_head if name == "k" else cache.v_head
-            for layer in case.architecture.layers
-            for cache in layer.caches
-            if not cache.is_indexer
-        }
-        bad = sorted(size for size in sizes if size % n_block)
+        bad = undivided_heads(case.architecture, type_name, is_k=name == "k")
         if bad:
             yield Advice(
                 "kv-type-head-size",
-                f"-ct{name} {type_name} has blocks of {n_block}, which do not divide heads of {bad[0]}: "
-                f"the engine "
-                "does not start",
+                f"-ct{name} {type_name} has blocks of {block(type_name.upper())[0]}, which do not divide "
+                f"heads of {bad[0]}: the engine does not start",
             )
 
 

@@ -63,7 +63,7 @@ def command(
         return
     columns = width or max(80, shutil.get_terminal_size().columns)
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(result.assignment.devices)}
-    for line in explain(model, machine, result.assignment, result.devices, columns):
+    for line in explain(model, machine, result.assignment, result.devices, columns, result.notes):
         styled = [click.style(text.text, fg={**colours, "CPU": _CPU_COLOUR}.get(text.role)) for text in line]
         click.echo("".join(styled))
     if picture is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from placement.errors import InputError
+from placement.solution import label_words
 
 RECOMMENDED = "aggressive"
 _OBJECTIVES = {"decode": "decodes fastest", "prompt": "reads prompts fastest"}
@@ -71,7 +72,7 @@ def choice_of(row: Mapping[str, Any], name: str | None = None, objective: str = 
         machine=row["machine"],
         name=solution["name"],
         args=tuple(solution["args"]),
-        label=solution["label"],
+        label=label_words(solution["label"], is_exact=solution.get("is_exact", True)),
         memory={device: _memory(use) for device, use in solution["devices"].items()},
         splits_prompt=solution["splits"]["prompt"],
         splits_decode=solution["splits"]["decode"],

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from placement.architecture import describe
 from placement.arguments import Arguments, parse
 from placement.check import Check, check, check_row
 from placement.emit import resolve
 from placement.errors import InputError, PlacementError
 from placement.machine import Machine
+from placement.memory import has_one_kv_type
 from placement.model import Model
 from placement.problem import Assignment
 from placement.profiles.choice import Choice, choice_of
@@ -127,19 +129,24 @@ def _with_cache_types(tokens: Sequence[str], model: Model) -> tuple[list[str], l
 def _request(
     model: Model, machine: Machine, arguments: Arguments, request: Request
 ) -> tuple[Request, list[str]]:
-    """What to solve for: the section's context, slots and cache type."""
+    """What to solve for: the section's context, slots and cache types."""
     settings = resolve(model, machine, arguments, request.program).settings
     notes = []
     n_slots = settings.n_slots
     if settings.is_kv_unified and n_slots > 1:
         notes.append(f"{n_slots} slots share one cache now; solved for one slot, which has all of it (-np 1)")
         n_slots = 1
-    if settings.kv_type_k != settings.kv_type_v:
+    fixed = request.fixed
+    if len(settings.kv_types) > 1 and has_one_kv_type(describe(model)):
         notes.append(
-            f"-ctk {settings.kv_type_k} -ctv {settings.kv_type_v} now; solved with {settings.kv_type_k}"
+            f"-ctk {settings.kv_type_k} -ctv {settings.kv_type_v} now, with which the engine does not start;"
+            f" solved with {settings.kv_type_k} for both"
         )
+    elif len(settings.kv_types) > 1:
+        fixed = (*fixed, ("kv_type_v", settings.kv_type_v))
     ctx = settings.ctx_tokens or None
-    return replace(request, ctx_tokens=ctx, n_slots=n_slots, kv_type=settings.kv_type_k), notes
+    asked = replace(request, ctx_tokens=ctx, n_slots=n_slots, kv_type=settings.kv_type_k, fixed=fixed)
+    return asked, notes
 
 
 def survey(

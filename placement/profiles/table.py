@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from placement.profiles.choice import Memory
 from placement.profiles.survey import Profile, gain
+from placement.solution import label_words
 
 HOST = "Host"
 
@@ -18,15 +19,28 @@ def survey_lines(profiles: Sequence[Profile], width: int = 100) -> list[str]:
     units = ["", "", *["MiB"] * len(devices), "MiB", "tok/batch", "t/s", "t/s", "s", ""]
     rows = [row for profile in profiles for row in _rows(profile, devices)]
     lines = _aligned([head, units, *rows]) if rows else []
-    labels = {each.now.label for each in profiles if each.now} | {
-        each.best.label for each in profiles if each.best
-    }
-    if labels:
+    if labels := {label for each in profiles for label in _labels(each)}:
         told = " or ".join(sorted(labels))
         lines.append(f"Memory (the runtime included) and splits {told}, speeds estimated; ! = over the cap.")
+    for note in dict.fromkeys(note for each in profiles for note in _notes(each)):
+        lines += textwrap.wrap(f"coarse: {note}", width, subsequent_indent="  ")
     for profile in profiles:
         lines += ["", *_details(profile, width)]
     return lines
+
+
+def _labels(profile: Profile) -> Iterator[str]:
+    """How the figures of both of a profile's rows are known."""
+    if profile.now is not None:
+        yield label_words(profile.now.label, is_exact=profile.now.is_exact)
+    if profile.best is not None:
+        yield profile.best.label
+
+
+def _notes(profile: Profile) -> list[str]:
+    """Why they are not exact."""
+    now = profile.now.notes if profile.now is not None else ()
+    return [*now, *(profile.solution or {}).get("notes", ())]
 
 
 def _names(profile: Profile) -> list[str]:
