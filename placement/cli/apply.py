@@ -80,7 +80,7 @@ def command(
     from datetime import date
 
     from placement import profiles
-    from placement.solve import Request
+    from placement.request import Request
 
     model, machine = options.load(model_name), options.load_machine(machine_name)
     conf = profiles.read_models_conf(file)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from typing import TYPE_CHECKING
 
 import click
 
 from placement.cli import options
+
+if TYPE_CHECKING:
+    from placement.problem import Program
 
 _COLOURS = ("green", "blue", "magenta", "cyan", "bright_green", "bright_blue")
 _CPU_COLOUR = "yellow"
@@ -25,7 +29,7 @@ def command(
     model_name: str,
     arguments: str | None,
     machine_name: str | None,
-    program: str,
+    program: Program,
     width: int | None,
     is_json: bool,
 ) -> None:

@@ -10,6 +10,7 @@ import click
 from placement.cli import options
 
 if TYPE_CHECKING:
+    from placement.problem import Program
     from placement.profiles import ModelFinder
 
 defaults_option = click.option(
@@ -62,7 +63,7 @@ def command(
     root: str,
     is_fresh: bool,
     reserve_mib: float,
-    program: str,
+    program: Program,
     is_json: bool,
 ) -> None:
     """Say what every profile of a models.conf costs now, what place would do instead, and the gain.
@@ -78,7 +79,7 @@ def command(
       place profiles models.conf --defaults '-ctk q8_0 -ctv q8_0'
     """
     from placement.profiles import Defaults, profile_row, read_models_conf, survey, survey_lines
-    from placement.solve import Request
+    from placement.request import Request
 
     conf = read_models_conf(file)
     sections = [conf.section(name) for name in names] or None
