@@ -18,8 +18,9 @@ from placement.machine import Cpu, Device, Machine
 from placement.model_files import resolve_model
 from placement.planning import choose_engine, engine_judge, with_rpc_devices
 from placement.problem import Assignment, Problem
+from placement.request import Request
 from placement.solution import Verdict
-from placement.solve import Request, solve
+from placement.solve import solve
 from placement.units import MIB
 
 

@@ -12,7 +12,7 @@ from placement.errors import InputError
 from placement.machine import Machine
 from placement.machine_files import resolve_machine
 from placement.profiles import Defaults, ModelFinder, Profile, parse_models_conf
-from placement.solve import Request
+from placement.request import Request
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 from solving_support import expert_model, one_card, two_cards
@@ -9,16 +8,18 @@ from solving_support import expert_model, one_card, two_cards
 from placement.arguments import parse
 from placement.check import check
 from placement.report import check_text, full_lines, solutions_text
+from placement.request import Request
 from placement.solution import DeviceUse, Solution
-from placement.solving import Outcome, run_solve
+from placement.solving import NO_ENGINE, Outcome, run_solve
 
-ASKED: dict[str, Any] = {"engine_name": "off", "ubatch": "512"}
+ASKED = Request(ubatch_tokens=512)
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """A solve of a small model on two cards that hold half of it."""
-    return run_solve(expert_model(8), two_cards(400, 250), ASKED, str(tmp_path_factory.mktemp("solutions")))
+    folder = str(tmp_path_factory.mktemp("solutions"))
+    return run_solve(expert_model(8), two_cards(400, 250), ASKED, engine=NO_ENGINE, out_folder=folder)
 
 
 def test_every_solution_has_a_row(outcome: Outcome) -> None:
