@@ -41,6 +41,15 @@ class EngineChoice:
 AUTO_ENGINE, NO_ENGINE = EngineChoice(), EngineChoice("off")
 
 
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """A request with its questions answered, its problem, and what was found."""
+
+    request: Request
+    problem: Problem
+    found: SolutionSet
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A solve with where it was kept; `is_new` is False when the same inputs had given the same file before."""
@@ -67,6 +76,35 @@ def commands(problem: Problem, found: SolutionSet) -> dict[str, str]:
     }
 
 
+def find_solutions(
+    model: Model,
+    machine: Machine,
+    request: Request,
+    engine: EngineChoice = AUTO_ENGINE,
+    *,
+    maximize: Maximize | None = None,
+    is_max_ctx: bool = False,
+    warn: Tell | None = None,
+    progress: Tell | None = None,
+) -> Solved:
+    """Answer the questions of a request (`maximize`, `is_max_ctx`, KV type auto), then solve it.
+
+    Raises:
+        InputError: the request does not fit the model or the machine, or `maximize` lacks a decode speed.
+        EngineError: the engine that was named is missing or failed.
+    """
+    tell = warn or (lambda _text: None)
+    machine, judge = with_engine(engine, machine, request.program, tell)
+    request, answer = answered(model, machine, request, maximize, is_max_ctx, progress)
+    if answer:
+        tell(f"place: {answer}")
+    problem, _ = make_problem(model, machine, request)
+    found = solve(model, machine, request, judge, progress)
+    for warning in found.warnings:
+        tell(f"place: warning: {warning}")
+    return Solved(request, problem, found)
+
+
 def run_solve(
     model: Model,
     machine: Machine,
@@ -80,32 +118,27 @@ def run_solve(
     warn: Tell | None = None,
     progress: Tell | None = None,
 ) -> Outcome:
-    """Solve and keep the result in solution.toml; nothing is written when nothing fits.
+    """Solve as `find_solutions` and keep the result in solution.toml; nothing is written when nothing fits.
 
-    `maximize` and `is_max_ctx` are answered first, `is_why` solves again with more memory; without an
-    `out_folder` the file lies under ./solutions.
+    `is_why` solves again with more memory; without an `out_folder` the file lies under ./solutions.
 
     Raises:
         InputError: the request does not fit the model or the machine, or `maximize` lacks a decode speed.
         EngineError: the engine that was named is missing or failed.
     """
-    tell = warn or (lambda _text: None)
-    machine, judge = with_engine(engine, machine, request.program, tell)
     if is_why:
         request = replace(request, n_best=max(request.n_best, 2))  # one to tell the best from
-    request, answer = answered(model, machine, request, maximize, is_max_ctx, progress)
-    if answer:
-        tell(f"place: {answer}")
-    problem, _ = make_problem(model, machine, request)
-    found = solve(model, machine, request, judge, progress)
-    for warning in found.warnings:
-        tell(f"place: warning: {warning}")
+    solved = find_solutions(
+        model, machine, request, engine,
+        maximize=maximize, is_max_ctx=is_max_ctx, warn=warn, progress=progress,
+    )  # fmt: skip
+    problem, found = solved.problem, solved.found
     if not found.solutions:
         return Outcome(problem, found, None, False)
-    path = kept_folder(out_folder, problem, request) / "solution.toml"
+    path = kept_folder(out_folder, problem, solved.request) / "solution.toml"
     row = solution_set_row(problem, found, commands(problem, found))
     is_new = save_solutions(path, problem, row)
-    reasons = tuple(sensitivity(problem, found, request)) if is_why else ()
+    reasons = tuple(sensitivity(problem, found, solved.request)) if is_why else ()
     return Outcome(problem, found, path, is_new, reasons)
 
 
