@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shlex
 import sys
@@ -15,7 +16,7 @@ import pytest
 from solving_support import expert_model, one_card
 
 import placement.detect
-from placement import __version__
+from placement import __version__, cli
 from placement.cli import COMMANDS, main
 from placement.machine_files import REFERENCE_MACHINE, machine_toml
 from placement.model_files import save_model
@@ -345,3 +346,18 @@ def test_help(command: str, place: Place) -> None:
 def test_version(place: Place) -> None:
     """--version names the program and its version."""
     assert place("--version").out == f"place, version {__version__}\n"
+
+
+def _commands() -> list[ast.FunctionDef]:
+    """The functions of the command line's modules that are commands."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in Path(cli.__file__).parent.glob("*.py")]
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [each for each in functions if any("command" in ast.unparse(d) for d in each.decorator_list)]
+
+
+def test_a_command_is_short() -> None:
+    """The body of every command is at most 15 lines: it reads, calls, prints and exits."""
+    bodies = [each.body[1:] for each in _commands()]  # after the help
+    assert len(bodies) >= len(COMMANDS)
+    lines = [(body[-1].end_lineno or 0) - body[0].lineno + 1 for body in bodies if body]
+    assert max(lines) <= 15

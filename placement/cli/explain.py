@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +11,9 @@ import click
 from placement.cli import options
 
 if TYPE_CHECKING:
+    from placement.check import Check
+    from placement.machine import Machine
+    from placement.model import Model
     from placement.problem import Program
 
 _COLOURS = ("green", "blue", "magenta", "cyan", "bright_green", "bright_blue")
@@ -43,7 +47,7 @@ def command(
     """
     from placement.arguments import parse
     from placement.check import check, check_row
-    from placement.explain import explain, layer_row
+    from placement.explain import layer_row
     from placement.profiles import best_arguments
 
     model, machine = options.load(model_name), options.load_machine(machine_name)
@@ -52,8 +56,15 @@ def command(
     if is_json:
         options.echo_json({**check_row(result), "layers": layer_row(model, result.assignment)})
         return
-    columns = width or max(80, shutil.get_terminal_size().columns)
+    for line in _lines(model, machine, result, width or max(80, shutil.get_terminal_size().columns)):
+        click.echo(line)
+
+
+def _lines(model: Model, machine: Machine, result: Check, columns: int) -> Iterator[str]:
+    """The drawing, each device in its colour."""
+    from placement.explain import explain
+
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(result.assignment.devices)}
     for line in explain(model, machine, result.assignment, result.devices, columns):
         styled = [click.style(text.text, fg={**colours, "CPU": _CPU_COLOUR}.get(text.role)) for text in line]
-        click.echo("".join(styled))
+        yield "".join(styled)

@@ -278,6 +278,13 @@ def progress() -> Iterator[Callable[[str], None]]:
         click.echo("\r" + " " * shown + "\r", nl=False, err=True)
 
 
+def now() -> str:
+    """The moment, as the files keep it."""
+    import datetime
+
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 def echo_json(row: object) -> None:
     """Print one JSON object."""
     import json

@@ -37,18 +37,14 @@ def command(machine_name: str | None, engine_name: str, budget_s: float, is_dry:
     Example:
       place machine probe --machine machines/mine.toml
     """
-    import datetime
-
     from placement.cli.verify import running_engine
     from placement.probe import probe
     from placement.recognise import learned_path
 
     machine = options.own_machine(machine_name)
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    found = probe(machine, running_engine(engine_name), date, budget_s, options.warn)
+    found = probe(machine, running_engine(engine_name), options.now(), budget_s, options.warn)
     path = learned_path(machine_name, machine)
-    is_wanted = bool(found.changes) and not is_dry
-    is_written, failure = options.keep_learned(found.machine, path, is_wanted)
+    is_written, failure = options.keep_learned(found.machine, path, bool(found.changes) and not is_dry)
     if is_json:
         options.echo_json(probe_row(found, str(path), is_written))
     else:

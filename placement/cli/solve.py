@@ -121,15 +121,14 @@ def command(
     from placement.solving import EngineChoice, run_solve
 
     model, machine = options.load(model_name), options.load_machine(machine_name, rpc)
-    request = options.request_of(given)
     if rivals:
-        _compare([model, *map(options.load, rivals)], machine, request, is_json)
+        _compare([model, *map(options.load, rivals)], machine, options.request_of(given), is_json)
         return
     with options.progress() as tell:
         outcome = run_solve(
-            model, machine, request, engine=EngineChoice(engine_name, rpc, machine_name is None),
-            maximize=maximize, is_max_ctx=is_max_ctx, is_why=is_why, out_folder=out_folder,
-            warn=options.warn, progress=tell,
+            model, machine, options.request_of(given), engine=EngineChoice(engine_name, rpc, machine_name is None),
+            maximize=maximize, is_max_ctx=is_max_ctx, is_why=is_why,
+            out_folder=out_folder, warn=options.warn, progress=tell,
         )  # fmt: skip
     _print(outcome, is_json)
     if not outcome.found.solutions:

@@ -78,12 +78,11 @@ def command(
 
     model, machine = options.load(model_name), options.load_machine(machine_name)
     weights = options.weights_path(model, model_file)
-    tuned = _tune(model, machine, weights, given, is_json)
-    path = learned_path(machine_name, machine)
+    tuned, path = _tune(model, machine, weights, given, is_json), learned_path(machine_name, machine)
     is_written, failure = options.keep_learned(tuned.machine, path, bool(tuned.changes) and not is_dry)
     if is_json:
-        kept = {"path": str(path), "is_written": is_written}
-        options.echo_json({**_row(tuned, model.name, str(weights)), **kept})
+        row = _row(tuned, model.name, str(weights))
+        options.echo_json({**row, "path": str(path), "is_written": is_written})
     else:
         _print(tuned, str(weights), path if is_written or is_dry else None, is_dry)
     if failure is not None:
