@@ -31,7 +31,8 @@ from placement.memory import kv_bytes_read, placed_tensors, static_memory
 from placement.model import Model
 from placement.model_files import model_from_facts
 from placement.problem import CPU, Assignment, Workload
-from placement.solve import Request, solve
+from placement.request import Request
+from placement.solve import solve
 from placement.units import MIB
 
 TOLERANCE = 1.002  # the proven gap

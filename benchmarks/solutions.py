@@ -13,7 +13,8 @@ import time
 
 from placement.machine_files import REFERENCE_MACHINE, resolve_machine
 from placement.model_files import resolve_model
-from placement.solving import Outcome, run_solve
+from placement.request import Request
+from placement.solving import NO_ENGINE, Outcome, run_solve
 
 SHIPPED = (
     "gemma-3-27b-q4",
@@ -29,7 +30,8 @@ SHIPPED = (
 
 def write(name: str, out: str) -> Outcome:
     """Solve one shipped model as `place solve NAME --machine … --engine off` does."""
-    return run_solve(resolve_model(name), resolve_machine(REFERENCE_MACHINE), {"engine_name": "off"}, out)
+    model, machine = resolve_model(name), resolve_machine(REFERENCE_MACHINE)
+    return run_solve(model, machine, Request(), engine=NO_ENGINE, out_folder=out)
 
 
 def main() -> None:

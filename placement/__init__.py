@@ -1,3 +1,61 @@
-"""Exact placement of large language models on unequal GPUs and CPU for llama.cpp."""
+"""Exact placement of large language models on unequal GPUs and CPU for llama.cpp.
+
+    import placement as pl
+
+    model, machine = pl.load_model("glm-flash"), pl.load_machine("rtx4090-rtx5070ti")
+    print(pl.solve(model, machine, ctx_tokens=65_536).best.command)
+
+Names are imported when they are used: importing the package alone loads no solver.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from placement.api import Placement, Result, check, detect_machine, load_machine, load_model, solve
+    from placement.errors import EngineError, InputError, PlacementError
+    from placement.request import FixedSettings, Request
 
 __version__ = "0.1.0"
+__all__ = [
+    "EngineError",
+    "FixedSettings",
+    "InputError",
+    "Placement",
+    "PlacementError",
+    "Request",
+    "Result",
+    "check",
+    "detect_machine",
+    "load_machine",
+    "load_model",
+    "solve",
+]
+_ERRORS = ("EngineError", "InputError", "PlacementError")
+_REQUEST = ("FixedSettings", "Request")
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "errors" if name in _ERRORS else "request" if name in _REQUEST else "api"
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+class _Package(ModuleType):
+    """This package: `solve` and `check` stay the functions when the modules of those names are imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and name in __all__):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

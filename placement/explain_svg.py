@@ -7,6 +7,7 @@ colours, and reads without colour by the letters of the text map.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from xml.etree import ElementTree
 
 from placement.explain import (
@@ -17,6 +18,7 @@ from placement.explain import (
     map_title,
     memory_text,
 )
+from placement.files import write_atomically
 from placement.machine import Machine
 from placement.model import Model
 from placement.problem import CPU, Assignment
@@ -38,6 +40,17 @@ text { font: 12px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; fill
 .over { fill: #d1242f }
 @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .quiet { fill: #9198a1 } .over { fill: #ff7b72 } }
 """
+
+
+def save_layer_map(
+    path: Path, model: Model, machine: Machine, assignment: Assignment, devices: Mapping[str, DeviceUse]
+) -> None:
+    """Write the map to a file.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    write_atomically(path, layer_map_svg(model, machine, assignment, devices))
 
 
 def layer_map_svg(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from placement.machine import Machine
 from placement.model import Model
 
 CPU = "CPU"
-PROGRAMS = ("llama-server", "llama-bench", "llama-fit-params")
+Program = Literal["llama-server", "llama-bench", "llama-fit-params"]
+PROGRAMS: tuple[Program, ...] = get_args(Program)
 
 
 @dataclass(frozen=True, slots=True)

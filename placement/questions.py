@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from placement.architecture import describe
+from placement.errors import InputError
 from placement.machine import Machine
 from placement.model import Model
+from placement.request import AUTO_KV_TYPE, Request
 from placement.solution import Solution
-from placement.solve import Request, best_choice, make_problem
-from placement.wishes import max_cpu_layers_wish
+from placement.solve import best_choice, make_problem
 
 KV_QUALITY_ORDER = ("f16", "q8_0", "q4_0")
 KV_SLACK = 0.05  # a better KV type may cost that much of the fastest turn
@@ -18,11 +20,50 @@ CTX_STEP_TOKENS = 1024
 HEADROOM_STEP_MIB = 64
 COARSE_GAP = 0.02
 
+Maximize = Literal["prompt", "headroom", "context"]
 Tell = Callable[[str], None]
 
 
 def _silent(_text: str) -> None:
     return None
+
+
+def answered(
+    model: Model,
+    machine: Machine,
+    request: Request,
+    maximize: Maximize | None = None,
+    is_max_ctx: bool = False,
+    tell: Tell | None = None,
+) -> tuple[Request, str]:
+    """The request with its questions answered (KV type, context, headroom), and the answers in words.
+
+    Raises:
+        InputError: an unknown word for `maximize`, or no decode speed that would limit it.
+    """
+    if maximize is not None and maximize not in get_args(Maximize):
+        raise InputError("--maximize", f"must be one of {', '.join(get_args(Maximize))}", value=maximize)
+    if maximize is not None and request.min_decode_tps is None:
+        raise InputError("--maximize", "needs --min-decode T", value=maximize)
+    say, told = tell or _silent, []
+    if request.kv_type == AUTO_KV_TYPE:
+        kv_type, words = choose_kv_type(model, machine, request, say)
+        request = replace(request, kv_type=kv_type or KV_QUALITY_ORDER[-1])
+        told.append(words)
+    if is_max_ctx or maximize == "context":
+        found, words = max_context(model, machine, request, say)
+        told.append(words if found is None else _context_words(found, words))
+        request = found or request
+    if maximize == "headroom" and (roomy := max_headroom(model, machine, request, say)) is not None:
+        request = roomy
+        told.append(f"the largest reserve on every GPU: {roomy.reserve_mib:,.0f} MiB")
+    if maximize == "prompt":
+        request = replace(request, objective="prompt")
+    return request, "; ".join(told)
+
+
+def _context_words(request: Request, kept: str) -> str:
+    return f"the largest context that keeps {kept}: {request.ctx_tokens:,} tokens"
 
 
 def largest(low: int, high: int, is_possible: Callable[[int], bool]) -> int | None:
@@ -43,8 +84,9 @@ def max_context(
 ) -> tuple[Request | None, str]:
     """The request with the largest context that still decodes `min_decode_tps`; without one, the largest that
     keeps everything on the GPUs, or else the largest that fits; and what it keeps, in words."""
-    trained = describe(model).n_ctx_train * (request.n_slots or model.profile.n_slots)
-    on_gpus = replace(request, wishes=(*request.wishes, max_cpu_layers_wish(0)))
+    n_slots = request.n_slots or request.kept.n_slots or model.profile.n_slots
+    trained = describe(model).n_ctx_train * n_slots
+    on_gpus = replace(request, max_cpu_layers=0)
     if request.min_decode_tps is not None:
         tries = [(request, f"at least {request.min_decode_tps:g} t/s decode")]
     else:

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from placement.architecture import describe
 from placement.buffers import graph_counts
@@ -20,10 +20,10 @@ from placement.graph.rows import ROWS
 from placement.machine import Machine
 from placement.model import Model
 from placement.problem import Assignment, Problem, Settings, Workload
-from placement.quants import KV_CACHE_TYPES
+from placement.request import AUTO_KV_TYPE, Objective, Request
 from placement.search import GAP, UBATCHES, Found, Freedom, Search, shortfall
 from placement.solution import ESTIMATED, PLANNED, Judge, Solution, SolutionSet, Verdict, backend_notes
-from placement.wishes import Wish, granted, smallest_conflict
+from placement.wishes import Wish, granted, smallest_conflict, wishes_of
 
 AGGRESSIVE, MODERATE = "aggressive", "moderate"
 MODERATE_RESERVE = 0.05  # of each card's total
@@ -32,62 +32,32 @@ NOTABLE = 0.0005  # turns that differ by less are equal
 MAX_ROUNDS = 6  # of planning on the engine and searching anew
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the user asks of a solve; None leaves it to the model's profile or to the solver."""
-
-    ctx_tokens: int | None = None
-    n_slots: int | None = None
-    kv_type: str | None = None
-    ubatch_tokens: int | None = None
-    prompt_tokens: int = 2000
-    generate_tokens: int = 500
-    depth_tokens: int | None = None
-    reserve_mib: float = 0.0
-    objective: str = "turn"
-    n_best: int = 0  # so many of the best placements that differ, beside the front
-    program: str = "llama-server"
-    wishes: tuple[Wish, ...] = ()
-    fixed: tuple[tuple[str, object], ...] = ()  # engine settings by the fields of `Settings`
-    extra_args: tuple[str, ...] = ()  # kept beside the profile's own
-    min_decode_tps: float | None = None
-    load_modes: tuple[str, ...] = ("auto", "none")
-    time_limit_s: float = 10.0
-    seed: int = 1
-
-
-OBJECTIVES = {"turn": (1, 1), "decode": DECODE_FIRST, "prompt": (1, 1000)}
+WEIGHTS: dict[Objective, tuple[int, int]] = {"turn": (1, 1), "decode": DECODE_FIRST, "prompt": (1, 1000)}
 
 
 def make_problem(model: Model, machine: Machine, request: Request) -> tuple[Problem, list[str]]:
     """The problem of a request, profile and defaults filled in, and warnings about it.
 
     Raises:
-        InputError: a number that is not positive, or a KV type that llama.cpp does not know.
+        InputError: the description or the kept arguments give no positive context or slots, the turn does not
+            fit one slot, or the KV type is still a question.
     """
-    trained = describe(model).n_ctx_train
-    ctx = request.ctx_tokens or model.profile.ctx_tokens or trained
-    n_slots = request.n_slots or model.profile.n_slots
-    given = request.kv_type if request.kv_type is not None else model.profile.kv_type or "f16"
-    kv_type = given.lower()
-    if kv_type.upper() not in KV_CACHE_TYPES and kv_type not in KV_CACHE_TYPES:
-        known = ", ".join(sorted(each.lower() for each in KV_CACHE_TYPES))
-        raise InputError("--kv", f"unknown KV cache type; llama.cpp takes {known}", value=kv_type)
-    for option, value, least in (
-        ("--ctx", ctx, 1),
-        ("--parallel", n_slots, 1),
-        ("--prompt", request.prompt_tokens, 1),
-        ("--generate", request.generate_tokens, 1),
-    ):
-        if value < least:
-            raise InputError(option, f"must be at least {least}", value=value)
+    trained, kept = describe(model).n_ctx_train, request.kept
+    ctx = request.ctx_tokens or kept.ctx_tokens or model.profile.ctx_tokens or trained
+    n_slots = request.n_slots or kept.n_slots or model.profile.n_slots
+    kv_type = (request.kv_type or model.profile.kv_type or "f16").lower()
+    if kv_type == AUTO_KV_TYPE:
+        raise InputError("--kv", "must be chosen before a problem is made", value=kv_type)
+    for option, value in (("--ctx", ctx), ("--parallel", n_slots)):
+        if value < 1:  # of the description or of --keep
+            raise InputError(option, "must be at least 1", value=value)
     warnings = []
     if trained and ctx > trained * n_slots:
         warnings.append(f"--ctx {ctx} is over the {trained} tokens that {model.name} was trained on")
     settings = Settings(
         ctx_tokens=ctx, n_slots=n_slots, kv_type_k=kv_type, kv_type_v=kv_type, flash_attention="on"
     )
-    settings = replace(settings, **dict(request.fixed))  # type: ignore[arg-type]
+    settings = replace(settings, **dict(request.fixed_settings()))  # type: ignore[arg-type]
     workload = default_workload(model, ctx // n_slots, request.prompt_tokens, request.generate_tokens)
     if request.depth_tokens is not None:
         workload = _at_depth(request, ctx // n_slots, request.depth_tokens)
@@ -134,15 +104,17 @@ def solve(
     has_rules = describe(model).is_known and model.architecture in ROWS
     probes = None if has_rules else Probes(problem, judge)
     search = Search(problem, request.time_limit_s, request.seed, probes if judge is not None else None)
-    freedom = granted(_freedom(request), request.wishes)
+    wishes = wishes_of(model, machine, request)
+    freedom = granted(_freedom(request), wishes)
+    extra_args = (*model.profile.extra_args, *(word for words in request.kept.other for word in words))
     result = SolutionSet(
         model.name, model.digest, machine.name, problem.workload, "INFEASIBLE", (),
-        extra_args=(*model.profile.extra_args, *request.extra_args), warnings=tuple(warnings),
+        extra_args=extra_args, warnings=tuple(warnings),
     )  # fmt: skip
     for _ in range(MAX_ROUNDS):
         points = _points(search, freedom, request.n_best, tell)
         if not points:
-            return replace(result, message=_why_not(search, request))
+            return replace(result, message=_why_not(search, request, wishes))
         shown = _shown(problem, points)
         if judge is None:
             break
@@ -166,18 +138,21 @@ def solve(
     return replace(result, status=status, solutions=tuple(_named(shown)))
 
 
-def _why_not(search: Search, request: Request) -> str:
+def _why_not(search: Search, request: Request, wishes: Sequence[Wish]) -> str:
     """Why nothing fits: the wishes that conflict, or the caps that fail and what would fit."""
     base = _freedom(request)
 
-    def is_possible(wishes: Sequence[Wish]) -> bool:
-        freedom = granted(base, wishes)
+    def is_possible(some: Sequence[Wish]) -> bool:
+        freedom = granted(base, some)
         return search.best(freedom, search.hopes(freedom), gap=0.5) is not None
 
-    conflict = smallest_conflict(request.wishes, is_possible) if request.wishes else []
+    conflict = smallest_conflict(wishes, is_possible) if wishes else []
     if conflict:
         return "these wishes cannot hold together: " + ", ".join(wish.text for wish in conflict)
-    if request.min_decode_tps is not None and (fastest := _fastest_decode(search, request)) is not None:
+    if (
+        request.min_decode_tps is not None
+        and (fastest := _fastest_decode(search, request, wishes)) is not None
+    ):
         return (
             f"no placement decodes {request.min_decode_tps:g} tokens per second:"
             f" the fastest that fits decodes {fastest.speed.decode_tps:.2f}"
@@ -185,9 +160,9 @@ def _why_not(search: Search, request: Request) -> str:
     return f"{shortfall(search, base)}; {_what_fits(search.problem, request)}"
 
 
-def _fastest_decode(search: Search, request: Request) -> Found | None:
+def _fastest_decode(search: Search, request: Request, wishes: Sequence[Wish]) -> Found | None:
     """The fastest decode that fits once the wished one is dropped; None where nothing does."""
-    freedom = granted(_freedom(replace(request, min_decode_tps=None, objective="decode")), request.wishes)
+    freedom = granted(_freedom(replace(request, min_decode_tps=None, objective="decode")), wishes)
     return search.best(freedom, search.hopes(freedom))
 
 
@@ -227,7 +202,7 @@ class Probes:
 
 
 def _freedom(request: Request) -> Freedom:
-    decode_weight, prompt_weight = OBJECTIVES[request.objective]
+    decode_weight, prompt_weight = WEIGHTS[request.objective]
     return Freedom(
         ubatches=(request.ubatch_tokens,) if request.ubatch_tokens else UBATCHES,
         load_modes=request.load_modes,
@@ -353,6 +328,6 @@ def _named(solutions: list[Solution]) -> list[Solution]:
 def best_choice(problem: Problem, request: Request, gap: float = GAP) -> Solution | None:
     """The solver's fastest placement of a problem whose settings are given; None where nothing fits."""
     search = Search(problem, request.time_limit_s, request.seed)
-    freedom = granted(_freedom(request), request.wishes)
+    freedom = granted(_freedom(request), wishes_of(problem.model, problem.machine, request))
     found = search.best(freedom, search.hopes(freedom), gap)
     return as_solution(problem, found, AGGRESSIVE) if found is not None else None

@@ -1,39 +1,54 @@
-"""One whole solve as the command line asks for it: options → problem → solutions → the file that keeps them."""
+"""One whole solve as the command line asks for it: request → problem → solutions → the file that keeps them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from placement.arguments import parse
+from placement.arguments import Arguments
+from placement.check import Check, check
 from placement.emit import shell_command
-from placement.errors import InputError
 from placement.machine import Machine
 from placement.memory import startable
 from placement.model import Model
 from placement.problem import Problem, Settings
+from placement.questions import Maximize, Rated, answered, compare
 from placement.recognise import with_learned
+from placement.request import Request
 from placement.solution import Judge, Solution, SolutionSet
-from placement.solve import Request, best_choice, make_problem, solve
+from placement.solve import best_choice, make_problem, solve
 from placement.store import save_solutions, solution_folder, solution_set_row
 from placement.why import sensitivity
-from placement.wishes import (
-    Wish,
-    devices_wish,
-    kept_wishes,
-    max_cpu_layers_wish,
-    ngl_wish,
-    pin_wish,
-    ts_wish,
-)
-
-if TYPE_CHECKING:
-    from placement.questions import Rated
+from placement.wishes import wishes_of
 
 Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """Which llama.cpp plans, "auto", "off" or where it lies, and the RPC servers whose devices take part.
+
+    What is known of a machine that was detected is looked for again once its RPC devices are known.
+    """
+
+    name: str = "auto"
+    rpc: tuple[str, ...] = ()  # each "host:port", or several with commas
+    is_machine_detected: bool = False
+
+
+AUTO_ENGINE, NO_ENGINE = EngineChoice(), EngineChoice("off")
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """A request with its questions answered, its problem, and what was found."""
+
+    request: Request
+    problem: Problem
+    found: SolutionSet
 
 
 @dataclass(frozen=True)
@@ -62,149 +77,81 @@ def commands(problem: Problem, found: SolutionSet) -> dict[str, str]:
     }
 
 
-def make_request(asked: dict[str, Any], model: Model, machine: Machine | None = None) -> Request:
-    """The request of the command line's options; wishes need the machine.
-
-    Raises:
-        InputError: an option's value breaks its rule.
-    """
-    ubatch = asked.get("ubatch") or "auto"
-    if ubatch != "auto" and (not str(ubatch).isdigit() or int(ubatch) < 1):
-        raise InputError("--ubatch", "must be auto or a positive number", value=ubatch)
-    request = Request(
-        ctx_tokens=asked.get("ctx_tokens"),
-        n_slots=asked.get("n_slots"),
-        kv_type=asked.get("kv_type"),
-        ubatch_tokens=None if ubatch == "auto" else int(ubatch),
-        prompt_tokens=asked.get("prompt_tokens") or 2000,
-        generate_tokens=asked.get("generate_tokens") or 500,
-        depth_tokens=asked.get("depth_tokens"),
-        reserve_mib=asked.get("reserve_mib") or 0.0,
-        objective=asked.get("objective") or "turn",
-        n_best=max(asked.get("n_best") or 0, 2 if asked.get("is_why") else 0),
-        program=asked.get("program") or "llama-server",
-        time_limit_s=asked.get("time_limit_s") or 10.0,
-        seed=int(asked.get("seed", 1)),
-        min_decode_tps=asked.get("min_decode_tps"),
-        fixed=(("n_threads", asked["n_threads"]),) if asked.get("n_threads") else (),
-    )
-    if machine is None:
-        return request
-    request = replace(request, wishes=tuple(_wishes(asked, model, machine)))
-    return _kept(request, model, machine, asked["keep"]) if asked.get("keep") else request
-
-
-def _wishes(asked: dict[str, Any], model: Model, machine: Machine) -> Iterator[Wish]:
-    """The wishes of the options.
-
-    Raises:
-        InputError: one breaks its rule.
-    """
-    devices = [name.strip() for name in asked["devices"].split(",")] if asked.get("devices") else None
-    if devices is not None:
-        yield devices_wish(machine, devices)
-    if asked.get("ts"):
-        shares = parse(["-ts", asked["ts"]]).tensor_split or ()
-        yield ts_wish(model, machine, shares, devices, asked.get("ngl"))
-    if asked.get("ngl") is not None:
-        yield ngl_wish(model, machine, asked["ngl"])
-    if asked.get("max_cpu_layers") is not None:
-        yield max_cpu_layers_wish(asked["max_cpu_layers"])
-    for text in asked.get("pins") or ():
-        yield pin_wish(model, machine, text)
-
-
-def _kept(request: Request, model: Model, machine: Machine, text: str) -> Request:
-    """The request with the arguments that the user keeps: placement as wishes, settings as they stand."""
-    wishes, kept = kept_wishes(model, machine, text)
-    fields = {
-        "batch_tokens": kept.batch_tokens,
-        "is_kv_offloaded": kept.is_kv_offloaded,
-        "is_swa_full": kept.is_swa_full,
-        "is_op_offloaded": kept.is_op_offloaded,
-        "is_kv_unified": kept.is_kv_unified,
-        "flash_attention": kept.flash_attention,
-        "n_threads": kept.n_threads,
-        "kv_type_k": kept.kv_type_k,
-        "kv_type_v": kept.kv_type_v,
-    }
-    return replace(
-        request,
-        ctx_tokens=request.ctx_tokens or kept.ctx_tokens,
-        n_slots=request.n_slots or kept.n_slots,
-        wishes=(*request.wishes, *wishes),
-        fixed=(*request.fixed, *((name, value) for name, value in fields.items() if value is not None)),
-        extra_args=tuple(word for words in kept.other for word in words),
-    )
-
-
-def _answered(
-    request: Request, model: Model, machine: Machine, asked: dict[str, Any], tell: Tell
-) -> tuple[Request, str]:
-    """The request with its questions answered (KV type, context, headroom), and the answers in words."""
-    from placement import questions
-
-    told = []
-    if request.kv_type == "auto":
-        kv_type, words = questions.choose_kv_type(model, machine, request, tell)
-        request = replace(request, kv_type=kv_type or "q4_0")
-        told.append(words)
-    if asked.get("is_max_ctx") or asked.get("maximize") == "context":
-        found, words = questions.max_context(model, machine, request, tell)
-        if found is not None:
-            request = found
-            told.append(f"the largest context that keeps {words}: {found.ctx_tokens:,} tokens")
-        else:
-            told.append(words)
-    if asked.get("maximize") == "headroom":
-        roomy = questions.max_headroom(model, machine, request, tell)
-        if roomy is not None:
-            request = roomy
-            told.append(f"the largest reserve on every GPU: {roomy.reserve_mib:,.0f} MiB")
-    if asked.get("maximize") == "prompt":
-        request = replace(request, objective="prompt")
-    return request, "; ".join(told)
-
-
-def run_solve(
+def find_solutions(
     model: Model,
     machine: Machine,
-    asked: dict[str, Any],
-    out_folder: str | None = None,
-    warn: Callable[[str], None] | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Outcome:
-    """Solve and keep the result in solution.toml; nothing is written when nothing fits."""
+    request: Request,
+    engine: EngineChoice = AUTO_ENGINE,
+    *,
+    maximize: Maximize | None = None,
+    is_max_ctx: bool = False,
+    warn: Tell | None = None,
+    progress: Tell | None = None,
+) -> Solved:
+    """Answer the questions of a request (`maximize`, `is_max_ctx`, KV type auto), then solve it.
+
+    Raises:
+        InputError: the request does not fit the model or the machine, or `maximize` lacks a decode speed.
+        EngineError: the engine that was named is missing or failed.
+    """
     tell = warn or (lambda _text: None)
-    if asked.get("maximize") and asked.get("min_decode_tps") is None:
-        raise InputError("--maximize", "needs --min-decode T", value=asked["maximize"])
-    machine, judge = with_engine(asked, machine, tell)
-    request, answer = _answered(
-        make_request(asked, model, machine), model, machine, asked, progress or (lambda _text: None)
-    )
+    machine, judge = with_engine(engine, machine, request.program, tell)
+    request, answer = answered(model, machine, request, maximize, is_max_ctx, progress)
     if answer:
         tell(f"place: {answer}")
     problem, _ = make_problem(model, machine, request)
     found = solve(model, machine, request, judge, progress)
     for warning in found.warnings:
         tell(f"place: warning: {warning}")
+    return Solved(request, problem, found)
+
+
+def run_solve(
+    model: Model,
+    machine: Machine,
+    request: Request,
+    *,
+    engine: EngineChoice = AUTO_ENGINE,
+    maximize: Maximize | None = None,
+    is_max_ctx: bool = False,
+    is_why: bool = False,
+    out_folder: str | None = None,
+    warn: Tell | None = None,
+    progress: Tell | None = None,
+) -> Outcome:
+    """Solve as `find_solutions` and keep the result in solution.toml; nothing is written when nothing fits.
+
+    `is_why` solves again with more memory; without an `out_folder` the file lies under ./solutions.
+
+    Raises:
+        InputError: the request does not fit the model or the machine, or `maximize` lacks a decode speed.
+        EngineError: the engine that was named is missing or failed.
+    """
+    if is_why:
+        request = replace(request, n_best=max(request.n_best, 2))  # one to tell the best from
+    solved = find_solutions(
+        model, machine, request, engine,
+        maximize=maximize, is_max_ctx=is_max_ctx, warn=warn, progress=progress,
+    )  # fmt: skip
+    problem, found = solved.problem, solved.found
     if not found.solutions:
         return Outcome(problem, found, None, False)
-    path = kept_folder(out_folder, problem, request) / "solution.toml"
+    path = kept_folder(out_folder, problem, solved.request) / "solution.toml"
     row = solution_set_row(problem, found, commands(problem, found))
     is_new = save_solutions(path, problem, row)
-    reasons = tuple(sensitivity(problem, found, request)) if asked.get("is_why") else ()
+    reasons = tuple(sensitivity(problem, found, solved.request)) if is_why else ()
     return Outcome(problem, found, path, is_new, reasons)
 
 
 def kept_folder(out_folder: str | None, problem: Problem, request: Request) -> Path:
     """Where a request's solutions are kept, and the records of their runs beside them."""
-    return solution_folder(Path(out_folder or "solutions"), problem, _variant(request))
+    return solution_folder(Path(out_folder or "solutions"), problem, _variant(problem, request))
 
 
-def _variant(request: Request) -> str:
+def _variant(problem: Problem, request: Request) -> str:
     """What tells this request's solutions from those of the same workload without wishes; mostly nothing."""
-    parts = [wish.text for wish in request.wishes] + [f"{name} {value}" for name, value in request.fixed]
+    parts = [wish.text for wish in wishes_of(problem.model, problem.machine, request)]
+    parts += [f"{name} {value}" for name, value in request.fixed_settings()]
     parts += [request.objective] if request.objective != "turn" else []
     parts += [f"reserve {request.reserve_mib:g}"] if request.reserve_mib else []
     parts += [f"ubatch {request.ubatch_tokens}"] if request.ubatch_tokens else []
@@ -214,12 +161,13 @@ def _variant(request: Request) -> str:
 
 
 def run_compare(
-    models: Sequence[Model], machine: Machine, asked: dict[str, Any]
+    models: Sequence[Model], machine: Machine, request: Request
 ) -> tuple[list[dict[str, Any]], list[Rated]]:
-    """Several models under one request: rows for JSON, and what they are made of."""
-    from placement.questions import compare
+    """Several models under one request: rows for JSON, and what they are made of.
 
-    rated = compare(models, machine, make_request({**asked, "keep": None, "pins": ()}, models[0], machine))
+    Pins and kept arguments are of one model's tensors, so they do not count.
+    """
+    rated = compare(models, machine, replace(request, keep="", pins=()))
     rows = [
         {
             "model": each.model.name,
@@ -237,26 +185,54 @@ def run_compare(
 
 
 def with_engine(
-    asked: dict[str, Any], machine: Machine, tell: Callable[[str], None]
+    choice: EngineChoice, machine: Machine, program: str, tell: Tell
 ) -> tuple[Machine, Judge | None]:
-    """The machine with the RPC devices asked for, and the engine as judge where there is one."""
-    spec = asked.get("engine_name") or "auto"
-    servers = [server for each in asked.get("rpc") or () for server in each.split(",") if server]
-    if spec == "off" and not servers:
+    """The machine with the RPC devices asked for, and the engine as judge where there is one.
+
+    Raises:
+        InputError: an RPC server cannot be used, or a named engine lacks the machine's devices.
+        EngineError: a named engine is missing or broken.
+    """
+    servers = [server for each in choice.rpc for server in each.split(",") if server]
+    if choice.name == "off" and not servers:
         return machine, None
     from placement.planning import choose_engine, engine_judge, with_rpc_devices
 
     if servers:
         from placement.engine import find_engine
 
-        machine = with_rpc_devices(machine, servers, None if spec == "off" else find_engine(spec))
-        if asked.get("is_detected"):
+        machine = with_rpc_devices(
+            machine, servers, None if choice.name == "off" else find_engine(choice.name)
+        )
+        if choice.is_machine_detected:
             machine = with_learned(machine, tell)
-    engine, reason = choose_engine(spec, machine)
+    engine, reason = choose_engine(choice.name, machine)
     if reason:
         tell(f"place: {reason}")
-    program = asked.get("program") or "llama-server"
     return machine, engine_judge(engine, machine, program) if engine is not None else None
+
+
+def run_check(
+    model: Model,
+    machine: Machine,
+    arguments: Arguments,
+    request: Request,
+    *,
+    engine: EngineChoice = AUTO_ENGINE,
+    is_compared: bool = True,
+    warn: Tell | None = None,
+) -> Check:
+    """Check arguments with the engine where there is one; of `request` the program and the reserve count.
+
+    Raises:
+        InputError: an argument that the engine would refuse.
+        EngineError: the engine that was named is missing or failed.
+    """
+    machine, judge = with_engine(engine, machine, request.program, warn or (lambda _text: None))
+    return check(
+        model, machine, arguments, request.program,
+        reserve_mib=request.reserve_mib, judge=judge, rival=rival if is_compared else None,
+    )  # fmt: skip
 
 
 def rival(problem: Problem) -> Solution | None:

@@ -8,8 +8,9 @@ from dataclasses import replace
 from placement.groups import movable_groups
 from placement.memory import weight_bytes
 from placement.problem import CPU, Problem
+from placement.request import Request
 from placement.solution import Solution, SolutionSet
-from placement.solve import Request, best_choice
+from placement.solve import best_choice
 from placement.units import mib
 
 MORE_MIB = 500.0

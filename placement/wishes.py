@@ -5,11 +5,12 @@ A wish is kept apart from the others so that a contradiction can be told as the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from placement.architecture import describe
-from placement.arguments import Arguments, parse
+from placement.arguments import Arguments
 from placement.emit import compile_pattern, engine_devices, layer_homes
 from placement.emit.devices import buffer_target, rpc_servers, selected_devices
 from placement.errors import InputError
@@ -18,6 +19,7 @@ from placement.machine import Machine
 from placement.model import Model
 from placement.pieces import Pins
 from placement.problem import CPU
+from placement.request import Request
 from placement.search import Freedom
 
 
@@ -27,6 +29,30 @@ class Wish:
 
     text: str
     limit: Callable[[Freedom], Freedom]
+
+
+def wishes_of(model: Model, machine: Machine, request: Request) -> tuple[Wish, ...]:
+    """All that a request fixes of the placement, on this model and machine; what `keep` says comes last.
+
+    Raises:
+        InputError: a device or tensor that is not there, or too many layer counts.
+    """
+    return tuple(
+        itertools.chain(_option_wishes(model, machine, request), kept_wishes(model, machine, request.kept))
+    )
+
+
+def _option_wishes(model: Model, machine: Machine, request: Request) -> Iterator[Wish]:
+    if request.devices is not None:
+        yield devices_wish(machine, request.devices)
+    if request.tensor_split is not None:
+        yield ts_wish(model, machine, request.tensor_split, request.devices, request.n_gpu_layers)
+    if request.n_gpu_layers is not None:
+        yield ngl_wish(model, machine, request.n_gpu_layers)
+    if request.max_cpu_layers is not None:
+        yield max_cpu_layers_wish(request.max_cpu_layers)
+    for text in request.pins:
+        yield pin_wish(model, machine, text)
 
 
 def granted(freedom: Freedom, wishes: Iterable[Wish]) -> Freedom:
@@ -118,13 +144,7 @@ def _homes_wish(text: str, homes: dict[int, frozenset[str]]) -> Wish:
 
 
 def ngl_wish(model: Model, machine: Machine, n_gpu_layers: int) -> Wish:
-    """`-ngl N`: the first layers on the CPU, N (the output counts) on GPUs.
-
-    Raises:
-        InputError: a negative number.
-    """
-    if n_gpu_layers < 0:
-        raise InputError("--ngl", "must be at least 0", value=n_gpu_layers)
+    """`-ngl N`: the first layers on the CPU, N (the output counts) on GPUs."""
     n_all = describe(model).n_layer_all + 1
     gpus = frozenset(device.name for device in machine.devices)
     first = max(0, n_all - n_gpu_layers)
@@ -172,13 +192,12 @@ def max_cpu_layers_wish(most: int) -> Wish:
     return Wish(f"--max-cpu-layers {most}", lambda freedom: replace(freedom, max_host_layers=most))
 
 
-def kept_wishes(model: Model, machine: Machine, text: str) -> tuple[list[Wish], Arguments]:
-    """The placement part of `--keep ARGS` as wishes, and the arguments themselves for what is not placement.
+def kept_wishes(model: Model, machine: Machine, arguments: Arguments) -> list[Wish]:
+    """The placement part of the arguments of `--keep` as wishes.
 
     Raises:
-        InputError: an argument that the engine would refuse.
+        InputError: a device that is not there, or too many layer counts.
     """
-    arguments = parse(text)
     wishes: list[Wish] = []
     if arguments.devices is not None:
         wishes.append(devices_wish(machine, arguments.devices or ("none",)))
@@ -207,7 +226,7 @@ def kept_wishes(model: Model, machine: Machine, text: str) -> tuple[list[Wish], 
         wishes.append(_field_wish(f"-ub {arguments.ubatch_tokens}", ubatches=(arguments.ubatch_tokens,)))
     if arguments.load_mode is not None:
         wishes.append(_field_wish(f"-lm {arguments.load_mode}", load_modes=(arguments.load_mode,)))
-    return wishes, arguments
+    return wishes
 
 
 def _override_wish(model: Model, text: str, names: set[str], device: str) -> Wish:

@@ -23,7 +23,8 @@ from placement.profiles import (
     read_models_conf,
 )
 from placement.profiles.options import FLAGS, VALUED
-from placement.solve import Request, make_problem
+from placement.request import Request
+from placement.solve import make_problem
 from placement.store import solution_folder
 from placement.verify.records import RunLog
 from placement.verify.schema import DevicePeak, Key, Record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import shlex
@@ -16,7 +17,7 @@ import pytest
 from solving_support import card, expert_model, one_card
 
 import placement.detect
-from placement import __version__
+from placement import __version__, cli
 from placement.cli import COMMANDS, main
 from placement.machine_files import REFERENCE_MACHINE, machine_toml
 from placement.model_files import save_model
@@ -398,3 +399,18 @@ def test_explain_keeps_its_json_alone_beside_a_picture(place: Place) -> None:
     """With --json stdout is the object, and the picture is written all the same."""
     ran = place("explain tiny.toml --machine card.toml --args '-ngl 99 -c 4096' --svg map.svg --json")
     assert len(ran.row["layers"]) == 6 and Path("map.svg").exists()
+
+
+def _commands() -> list[ast.FunctionDef]:
+    """The functions of the command line's modules that are commands."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in Path(cli.__file__).parent.glob("*.py")]
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [each for each in functions if any("command" in ast.unparse(d) for d in each.decorator_list)]
+
+
+def test_a_command_is_short() -> None:
+    """The body of every command is at most 15 lines: it reads, calls, prints and exits."""
+    bodies = [each.body[1:] for each in _commands()]  # after the help
+    assert len(bodies) >= len(COMMANDS)
+    lines = [(body[-1].end_lineno or 0) - body[0].lineno + 1 for body in bodies if body]
+    assert max(lines) <= 15

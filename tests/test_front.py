@@ -28,9 +28,10 @@ from placement.cost import evaluate
 from placement.front import FASTER, FRONT_GAP, RESERVES, Merit, best_different, is_dominated, spread, walk
 from placement.machine import Machine
 from placement.model import Model
+from placement.request import Request
 from placement.search import Found, Freedom, Search
 from placement.solution import Solution
-from placement.solve import MAX_SHOWN, Request, make_problem, solve
+from placement.solve import MAX_SHOWN, make_problem, solve
 from placement.solver.frame import is_alike, is_valid
 
 EXPERTS = expert_model(8)

@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 from solving_support import expert_model, two_cards
 
-import placement.solve
 from placement.cli import options
 from placement.compute import plan_compute
 from placement.engine import Engine, PlanCache, RpcWorker, plan, rpc_workers
 from placement.errors import EngineMissing, InputError
+from placement.graph.rows import ROWS
 from placement.machine import Cpu, Device, Machine
 from placement.model_files import resolve_model
 from placement.planning import choose_engine, engine_judge, with_rpc_devices
 from placement.problem import Assignment, Problem
+from placement.request import Request
 from placement.solution import Verdict
-from placement.solve import Request, solve
+from placement.solve import solve
 from placement.units import MIB
 
 
@@ -64,7 +65,7 @@ def test_graph_without_a_rule_is_planned_by_probes(
     engine: Engine, workers: tuple[RpcWorker, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An architecture whose graph nobody has described is solved on the engine's plans, and the probes are counted."""
-    monkeypatch.delitem(placement.solve.ROWS, "qwen3moe")
+    monkeypatch.delitem(ROWS, "qwen3moe")
     machine = cluster(workers, 12000.0)
     found = solve(
         resolve_model("qwen3-30b-a3b-q4"), machine, Request(ctx_tokens=8192, ubatch_tokens=512),

@@ -12,7 +12,8 @@ from placement.errors import InputError
 from placement.machine import Machine
 from placement.machine_files import resolve_machine
 from placement.profiles import Defaults, ModelFinder, Profile, parse_models_conf
-from placement.solve import Request, make_problem
+from placement.request import Request
+from placement.solve import make_problem
 
 
 @pytest.fixture(scope="module")

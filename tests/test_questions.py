@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from solving_support import dense_model, expert_model, one_card, two_cards
 
 from placement.questions import choose_kv_type, compare, largest, max_context, max_headroom
-from placement.solve import Request, best_choice, make_problem, solve
+from placement.request import Request
+from placement.solve import best_choice, make_problem, solve
 from placement.why import MORE_MIB, next_best_line, next_layer_lines, sensitivity
 
 MODEL = expert_model()

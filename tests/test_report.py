@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 from solving_support import card, expert_model, one_card, two_cards
@@ -12,17 +11,18 @@ from placement.check import check
 from placement.machine import Machine
 from placement.questions import compare
 from placement.report import check_text, comparison_text, full_lines, solutions_text
+from placement.request import Request
 from placement.solution import DeviceUse, Solution
-from placement.solve import Request
-from placement.solving import Outcome, run_solve
+from placement.solving import NO_ENGINE, Outcome, run_solve
 
-ASKED: dict[str, Any] = {"engine_name": "off", "ubatch": "512"}
+ASKED = Request(ubatch_tokens=512)
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """A solve of a small model on two cards that hold half of it."""
-    return run_solve(expert_model(8), two_cards(400, 250), ASKED, str(tmp_path_factory.mktemp("solutions")))
+    folder = str(tmp_path_factory.mktemp("solutions"))
+    return run_solve(expert_model(8), two_cards(400, 250), ASKED, engine=NO_ENGINE, out_folder=folder)
 
 
 def test_every_solution_has_a_row(outcome: Outcome) -> None:
@@ -112,7 +112,7 @@ def test_check_on_an_unmirrored_backend_says_so_at_the_top() -> None:
 
 def test_solve_on_an_unmirrored_backend_says_so_once(tmp_path: Path) -> None:
     """Every row's label is coarse; one line below the table says why."""
-    outcome = run_solve(expert_model(2), unmirrored(), ASKED, str(tmp_path))
+    outcome = run_solve(expert_model(2), unmirrored(), ASKED, engine=NO_ENGINE, out_folder=str(tmp_path))
     text = solutions_text(outcome)
     assert text.count("estimated (coarse)") == len(outcome.found.solutions)
     assert text.count("backend is not mirrored here") == 1

@@ -13,8 +13,9 @@ from benchmarks.solutions import SHIPPED
 from placement.emit import shell_command
 from placement.machine_files import resolve_machine
 from placement.model_files import resolve_model
+from placement.request import Request
 from placement.solution import SolutionSet
-from placement.solve import Request, solve
+from placement.solve import solve
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "solutions").glob("*/solution.toml"))

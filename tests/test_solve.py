@@ -21,8 +21,9 @@ from placement.errors import InputError
 from placement.machine import Coefficient, Machine
 from placement.model import Model, Profile
 from placement.problem import CPU
+from placement.request import Request
 from placement.solution import SolutionSet
-from placement.solve import Request, make_problem, solve
+from placement.solve import make_problem, solve
 
 EXPERTS, DENSE = expert_model(8), dense_model(10)
 ASKED = Request(prompt_tokens=1000, generate_tokens=200)

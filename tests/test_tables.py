@@ -17,8 +17,9 @@ from placement.machine_files import REFERENCE_MACHINE, resolve_machine
 from placement.memory import static_memory
 from placement.pieces import Pieces, Pins
 from placement.problem import CPU, Problem
+from placement.request import Request
 from placement.search import Freedom, Search
-from placement.solve import Request, make_problem
+from placement.solve import make_problem
 from placement.solver.frame import Answer, times_us, used_kib
 from placement.tables import ComputeTable, Table, TableBuilder, host_pattern
 from placement.units import KIB

@@ -34,6 +34,8 @@ from placement.calibrate.parameters import prior_of
 from placement.cli.tune import Duration
 from placement.engine import Engine
 from placement.machine import Coefficient, Machine
+from placement.request import Request
+from placement.solving import NO_ENGINE
 from placement.tune import Tuned, loop, tune
 from placement.verify.candidates import FIT, make_candidates
 from placement.verify.keys import machine_key
@@ -215,11 +217,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     ) -> tuple[Tuned, list[list[str]], list[str]]:
         said: list[str] = []
         build["engine_build"] = engine_build
-        asked = {"engine_name": "off", "ctx_tokens": 16384, "ubatch": "512", "time_limit_s": 3.0, "top": 4}
+        request = Request(ctx_tokens=16384, ubatch_tokens=512, time_limit_s=3.0)
         engine = Engine(tmp_path, {})
         found = tune(
-            model(NAME), machine or bare_machine(), tmp_path / "m.gguf", engine, asked, tmp_path / "solutions",
-            Options(), Lines(), said.append,
+            model(NAME), machine or bare_machine(), tmp_path / "m.gguf", engine, request, NO_ENGINE,
+            tmp_path / "solutions", Options(), Lines(), said.append,
         )  # fmt: skip
         return found, calls, said
 

@@ -7,6 +7,8 @@ from verify_support import Lines, cluster, quick, write_model
 
 from placement.engine import Engine, rpc_workers
 from placement.model_files import load_model
+from placement.request import Request
+from placement.solving import NO_ENGINE
 from placement.tune import Tuned, tune
 from placement.verify.candidates import FIT
 
@@ -18,15 +20,14 @@ def tuning(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tu
     """A tuning of a small mixture, and what it said."""
     folder, said = tmp_path_factory.mktemp("tune"), list[str]()
     file = write_model(folder / "moe.gguf", is_moe=True)
-    asked = {
-        "engine_name": "off", "ctx_tokens": 1024, "ubatch": "512", "prompt_tokens": 200, "generate_tokens": 50,
-        "time_limit_s": 3.0,
-    }  # fmt: skip
+    request = Request(
+        ctx_tokens=1024, ubatch_tokens=512, prompt_tokens=200, generate_tokens=50, time_limit_s=3.0
+    )
     with rpc_workers(engine, 2) as workers:
         machine = cluster(*(each.endpoint for each in workers), usable_mib=11)
         tuned = tune(
-            load_model(file), machine, file, engine, asked, folder / "solutions", quick(folder, budget_s=90),
-            Lines(), said.append,
+            load_model(file), machine, file, engine, request, NO_ENGINE, folder / "solutions",
+            quick(folder, budget_s=90), Lines(), said.append,
         )  # fmt: skip
     return tuned, said
 

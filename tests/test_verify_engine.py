@@ -33,7 +33,8 @@ from verify_support import (
 
 from placement.engine import Engine, rpc_workers
 from placement.model_files import load_model
-from placement.solve import Request, make_problem, solve
+from placement.request import Request
+from placement.solve import make_problem, solve
 from placement.verify.phases import MOST_REPEATS, PATIENCE
 from placement.verify.records import RunLog
 from placement.verify.run import Report, verify

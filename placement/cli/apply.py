@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from placement.cli import options
 from placement.cli.profiles import defaults_option, finder_of, map_option
+
+if TYPE_CHECKING:
+    from placement.profiles import Placed
 
 solution_option = click.option(
     "--solution", "solution_name", metavar="NAME", help="Which solution [the recommended one]."
@@ -63,9 +67,9 @@ def command(
     pairs: tuple[str, ...],
     root: str,
     is_fresh: bool,
-    reserve_mib: float,
     engine_name: str,
     dry_run: bool,
+    **given: Any,
 ) -> None:
     """Write a solution for MODEL into its section of a models.conf, with the reasons as comments.
 
@@ -80,26 +84,26 @@ def command(
     from datetime import date
 
     from placement import profiles
-    from placement.solve import Request
 
-    model, machine = options.load(model_name), options.load_machine(machine_name)
-    conf = profiles.read_models_conf(file)
-    section = profiles.section_of(conf, section_name or model_name, model, finder_of(file, pairs))
-    defaults = profiles.Defaults.of_text(defaults_text)
-    request, notes = profiles.request_of(section, model, machine, defaults, Request(reserve_mib=reserve_mib))
-    for note in notes:
-        click.echo(f"place: {note}", err=True)
-    tell = lambda text: click.echo(f"place: {text}", err=True)  # noqa: E731
-    row = profiles.chosen_row(model, machine, request, Path(root), is_fresh=is_fresh, tell=tell)
-    choice = profiles.choice_of(row, solution_name)
-    today, build = date.today().isoformat(), engine_build(engine_name)
-    measured = profiles.measured_of(choice, model, machine, request, Path(root))
-    applied = profiles.apply_choice(
-        conf, section.name, choice, date=today, engine_build=build, measured=measured
-    )
+    placed = profiles.place_in_conf(
+        options.load(model_name), options.load_machine(machine_name), profiles.read_models_conf(file),
+        finder_of(file, pairs), profiles.Defaults.of_text(defaults_text), options.request_of(given),
+        section_name=section_name or model_name, solution_name=solution_name, root=Path(root),
+        is_fresh=is_fresh, date=date.today().isoformat(), engine_build=engine_build(engine_name), tell=_tell,
+    )  # fmt: skip
+    _write(placed, file, dry_run)
+
+
+def _write(placed: Placed, file: str, dry_run: bool) -> None:
+    name = placed.section.name
     if dry_run:
-        click.echo(applied.diff() or f"[{section.name}] is this solution already: nothing to change")
-    elif applied.write():
-        click.echo(f"[{section.name}] is now {choice.name}; the file as it was: {Path(file).resolve()}.bak")
+        click.echo(placed.applied.diff() or f"[{name}] is this solution already: nothing to change")
+    elif placed.applied.write():
+        backup = f"{Path(file).resolve()}.bak"
+        click.echo(f"[{name}] is now {placed.choice.name}; the file as it was: {backup}")
     else:
-        click.echo(f"[{section.name}] is this solution already: nothing written")
+        click.echo(f"[{name}] is this solution already: nothing written")
+
+
+def _tell(text: str) -> None:
+    click.echo(f"place: {text}", err=True)

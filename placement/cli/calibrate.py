@@ -27,7 +27,14 @@ if TYPE_CHECKING:
     help="Of running out of memory, for the margin.",
 )
 @options.json_option
-def command(machine_name: str | None, is_json: bool, **asked: Any) -> None:
+def command(
+    machine_name: str | None,
+    out_folder: str | None,
+    is_dry: bool,
+    is_mixed: bool,
+    chance: float,
+    is_json: bool,
+) -> None:
     """Refit the machine's speed and memory coefficients from all its runs in solutions/*/runs.jsonl.
 
     Decode and prompts apart, robustly, pulled towards what is believed without runs. What the runs do not tell
@@ -38,29 +45,31 @@ def command(machine_name: str | None, is_json: bool, **asked: Any) -> None:
     Example:
       place calibrate --machine machines/mine.toml --dry-run
     """
-    import datetime
-
-    from placement.calibrate.report import report_row
     from placement.calibrate.whole import calibrate_machine
     from placement.recognise import learned_path
 
     machine = options.load_machine(machine_name)
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    root = Path(asked["out_folder"] or "solutions")
-    changed, report = calibrate_machine(machine, root, date, asked["is_mixed"], asked["chance"])
+    root = Path(out_folder or "solutions")
+    changed, report = calibrate_machine(machine, root, options.now(), is_mixed, chance)
     path = learned_path(machine_name, machine)
-    is_wanted = bool(report.changes) and not asked["is_dry"]
-    is_written, failure = options.keep_learned(changed, path, is_wanted)
-    if is_json:
-        options.echo_json({**report_row(report), "path": str(path), "is_written": is_written})
-    else:
-        print_report(report)
-        if failure is None:
-            click.echo(_ending(report, path, asked["is_dry"]))
+    is_written, failure = options.keep_learned(changed, path, bool(report.changes) and not is_dry)
+    ending = None if failure is not None else _ending(report, path, is_dry)
+    _show(report, path, is_written, ending, is_json)
     if failure is not None:
         raise failure
     if not report.found.rows:
         raise click.exceptions.Exit(1)
+
+
+def _show(report: Report, path: Path, is_written: bool, ending: str | None, is_json: bool) -> None:
+    from placement.calibrate.report import report_row
+
+    if is_json:
+        options.echo_json({**report_row(report), "path": str(path), "is_written": is_written})
+        return
+    print_report(report)
+    if ending is not None:
+        click.echo(ending)
 
 
 def _ending(report: Report, path: Path, is_dry: bool) -> str:

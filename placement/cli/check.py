@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from placement.cli import options
+
+if TYPE_CHECKING:
+    from placement.check import Check
 
 
 @click.command()
@@ -27,11 +31,10 @@ def command(
     model_name: str,
     arguments: str,
     machine_name: str | None,
-    program: str,
-    reserve_mib: float,
     engine_name: str,
     is_compared: bool,
     is_json: bool,
+    **given: Any,
 ) -> None:
     """Memory, splits, predicted speed and advice for any llama.cpp arguments.
 
@@ -43,28 +46,26 @@ def command(
       place check glm-flash --args '-c 131072 -ngl 99 -ts 33,15 -ctk q8_0 -ctv q8_0 -fa on -fit off'
     """
     from placement.arguments import parse
-    from placement.check import check, check_row
-    from placement.solving import rival, with_engine
+    from placement.solving import EngineChoice, run_check
 
     model = options.load(model_name)
     environment = {name: value for name, value in os.environ.items() if name.startswith("LLAMA_ARG_")}
     parsed = parse(arguments, environment)
-    asked = {
-        "engine_name": engine_name,
-        "rpc": parsed.rpc,
-        "program": program,
-        "is_detected": not machine_name,
-    }
-    machine, judge = with_engine(asked, options.load_machine(machine_name, parsed.rpc), options.warn)
-    result = check(
-        model, machine, parsed, program,
-        reserve_mib=reserve_mib, judge=judge, rival=rival if is_compared else None,
+    result = run_check(
+        model, options.load_machine(machine_name, parsed.rpc), parsed, options.request_of(given),
+        engine=EngineChoice(engine_name, parsed.rpc, not machine_name), is_compared=is_compared,
+        warn=options.warn,
     )  # fmt: skip
+    _print(result, is_json)
+    if not result.fits:
+        raise click.exceptions.Exit(1)
+
+
+def _print(result: Check, is_json: bool) -> None:
+    from placement.check import check_row
+    from placement.report import check_text
+
     if is_json:
         options.echo_json(check_row(result))
     else:
-        from placement.report import check_text
-
         click.echo(check_text(result, sys.stdout.isatty()), nl=False)
-    if not result.fits:
-        raise click.exceptions.Exit(1)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import click
 
 from placement.cli import options
+
+if TYPE_CHECKING:
+    from placement.engine import Engine, EngineInfo
 
 
 @click.command()
@@ -32,7 +36,11 @@ def command(engine_name: str, rpc: tuple[str, ...], is_json: bool) -> None:
     info = describe(engine, servers)
     if is_json:
         options.echo_json({"folder": str(engine.folder), **dataclasses.asdict(info)})
-        return
+    else:
+        _print(engine, info)
+
+
+def _print(engine: Engine, info: EngineInfo) -> None:
     click.echo(f"folder    {engine.folder}")
     click.echo(f"version   {info.version}")
     click.echo(f"programs  {', '.join(info.programs)}")

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from placement.cli import options
+
+if TYPE_CHECKING:
+    from placement.check import Check
+    from placement.machine import Machine
+    from placement.model import Model
+    from placement.problem import Program
 
 _COLOURS = ("green", "blue", "magenta", "cyan", "bright_green", "bright_blue")
 _CPU_COLOUR = "yellow"
@@ -33,7 +41,7 @@ def command(
     model_name: str,
     arguments: str | None,
     machine_name: str | None,
-    program: str,
+    program: Program,
     width: int | None,
     picture: Path | None,
     is_json: bool,
@@ -46,25 +54,39 @@ def command(
     Example:
       place explain gpt-oss-120b --args '-c 131072 -ngl 99 -ot exps=CPU -ctk q8_0 -ctv q8_0'
     """
-    from placement.arguments import parse
-    from placement.check import check, check_row
-    from placement.explain import explain, layer_row
-    from placement.explain_svg import layer_map_svg
-    from placement.files import write_atomically
-    from placement.profiles import best_arguments
+    from placement.check import check_row
+    from placement.explain import layer_row
+    from placement.explain_svg import save_layer_map
 
     model, machine = options.load(model_name), options.load_machine(machine_name)
-    tokens = best_arguments(model, machine, program) if arguments is None else arguments
-    result = check(model, machine, parse(tokens), program)
+    result = _checked(model, machine, arguments, program)
     if picture is not None:
-        write_atomically(picture, layer_map_svg(model, machine, result.assignment, result.devices))
+        save_layer_map(picture, model, machine, result.assignment, result.devices)
     if is_json:
         options.echo_json({**check_row(result), "layers": layer_row(model, result.assignment)})
         return
     columns = width or max(80, shutil.get_terminal_size().columns)
+    for line in _lines(model, machine, result, columns):
+        click.echo(line)
+    if picture is not None:
+        click.echo(f"\n{picture} (written)")
+
+
+def _checked(model: Model, machine: Machine, arguments: str | None, program: Program) -> Check:
+    """What is drawn: the arguments as they stand, or the recommended solution's."""
+    from placement.arguments import parse
+    from placement.check import check
+    from placement.profiles import best_arguments
+
+    tokens = best_arguments(model, machine, program) if arguments is None else arguments
+    return check(model, machine, parse(tokens), program)
+
+
+def _lines(model: Model, machine: Machine, result: Check, columns: int) -> Iterator[str]:
+    """The drawing, each device in its colour."""
+    from placement.explain import explain
+
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(result.assignment.devices)}
     for line in explain(model, machine, result.assignment, result.devices, columns, result.notes):
         styled = [click.style(text.text, fg={**colours, "CPU": _CPU_COLOUR}.get(text.role)) for text in line]
-        click.echo("".join(styled))
-    if picture is not None:
-        click.echo(f"\n{picture} (written)")
+        yield "".join(styled)

@@ -87,7 +87,7 @@ def command(
 def _launch(name: str, machine: Machine, solution_name: str | None, root: Path, is_fresh: bool) -> Launch:
     """The launch of a model's solution for its own profile."""
     from placement import presets, profiles
-    from placement.solve import Request
+    from placement.request import Request
 
     model = options.load(name)
     tell = lambda text: click.echo(f"place: {text}", err=True)  # noqa: E731

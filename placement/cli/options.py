@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from placement.problem import PROGRAMS
+from placement.request import OBJECTIVES, FixedSettings, Request
 
 if TYPE_CHECKING:
     from placement.errors import PlacementError
     from placement.machine import Machine
     from placement.model import Model
+
+DEFAULTS = Request()
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,7 +32,7 @@ json_option = click.option("--json", "is_json", is_flag=True, help="One JSON obj
 program_option = click.option(
     "--program",
     type=click.Choice(PROGRAMS),
-    default=PROGRAMS[0],
+    default=DEFAULTS.program,
     show_default=True,
     help="Whose buffers are sized: llama-server's logits are for its slots, the others' for a whole ubatch.",
 )
@@ -44,34 +48,81 @@ class Finite(click.FloatRange):
         return found
 
 
+class Ubatch(click.ParamType):  # type: ignore[type-arg]
+    """A physical batch; auto is None."""
+
+    name = "ubatch"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """Tokens, or None for auto."""
+        from placement.errors import InputError
+
+        if value in ("", "auto"):
+            return None
+        if not str(value).isdigit() or int(value) < 1:
+            raise InputError("--ubatch", "must be auto or a positive number", value=value)
+        return int(value)
+
+
 reserve_option = click.option(
     "--reserve",
     "reserve_mib",
     type=Finite(min=0),
-    default=0.0,
+    default=DEFAULTS.reserve_mib,
     metavar="MIB",
     help="Keep that much free on every GPU, on top of its runtime.",
 )
-prompt_option = click.option(
-    "--prompt",
-    "prompt_tokens",
-    type=click.IntRange(min=1),
-    default=2000,
-    show_default=True,
-    help="Tokens that a turn reads.",
+ctx_option = click.option(
+    "--ctx", "ctx_tokens", type=click.IntRange(min=1), help="Context tokens over all slots."
 )
-generate_option = click.option(
-    "--generate",
-    "generate_tokens",
-    type=click.IntRange(min=1),
-    default=500,
+ubatch_option = click.option(
+    "--ubatch",
+    "ubatch_tokens",
+    type=Ubatch(),
+    metavar="N|auto",
+    default="auto",
     show_default=True,
-    help="Tokens that a turn writes.",
+    help="Physical batch (-ub).",
 )
+
+
+def parallel_option(most: int | None = None) -> Callable[[F], F]:
+    """The slots."""
+    return click.option("--parallel", "n_slots", type=click.IntRange(min=1, max=most), help="Slots (-np).")
+
+
+def kv_option(types: str) -> Callable[[F], F]:
+    """The KV cache type; `types` are those that its help lists."""
+    words = f"KV cache type, K and V alike: {types}"
+    return click.option("--kv", "kv_type", metavar="TYPE", help=words)
+
+
+def depth_option(what: str) -> Callable[[F], F]:
+    """The turn's depth; `what` begins its help."""
+    words = f"{what} [a quarter of --ctx]."
+    return click.option("--depth", "depth_tokens", type=click.IntRange(min=0), help=words)
+
+
+def prompt_option(words: str = "Tokens that a turn reads.") -> Callable[[F], F]:
+    """The turn's prompt."""
+    return click.option(
+        "--prompt", "prompt_tokens", type=click.IntRange(min=1), default=DEFAULTS.prompt_tokens,
+        show_default=True, help=words,
+    )  # fmt: skip
+
+
+def generate_option(words: str = "Tokens that a turn writes.") -> Callable[[F], F]:
+    """The turn's answer."""
+    return click.option(
+        "--generate", "generate_tokens", type=click.IntRange(min=1), default=DEFAULTS.generate_tokens,
+        show_default=True, help=words,
+    )  # fmt: skip
+
+
 objective_option = click.option(
     "--objective",
-    type=click.Choice(["turn", "decode", "prompt"]),
-    default="turn",
+    type=click.Choice(OBJECTIVES),
+    default=DEFAULTS.objective,
     show_default=True,
     help="What is made fast: the whole turn, or only its writing or reading.",
 )
@@ -83,6 +134,33 @@ engine_option = click.option(
     metavar="auto|off|PATH",
     help="The llama.cpp that plans: a folder or a binary in it; off never touches one.",
 )
+
+
+def fixed_threads(_ctx: click.Context, _param: click.Parameter, n_threads: int | None) -> FixedSettings:
+    """The fixed settings of --threads."""
+    return FixedSettings(n_threads=n_threads)
+
+
+def layer_counts(_ctx: click.Context, _param: click.Parameter, text: str | None) -> tuple[float, ...] | None:
+    """The numbers of --ts, read as the engine reads its own."""
+    from placement.arguments import parse
+
+    return parse(["-ts", text]).tensor_split if text else None
+
+
+def device_names(_ctx: click.Context, _param: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    """The names of --devices."""
+    return tuple(name.strip() for name in text.split(",")) if text else None
+
+
+def request_of(given: Mapping[str, Any]) -> Request:
+    """The request of a command's options: those with the name of one of its fields.
+
+    Raises:
+        InputError: a value breaks its rule.
+    """
+    names = {each.name for each in dataclasses.fields(Request)}
+    return Request(**{name: value for name, value in given.items() if name in names and value is not None})
 
 
 def load(model_name: str) -> Model:
@@ -107,6 +185,23 @@ def load_machine(name: str | None, rpc: Sequence[str] = ()) -> Machine:
     if found is None:
         return _reference_machine(reason)
     return found if rpc else with_learned(found, warn)
+
+
+def weights_path(model: Model, model_file: str | None) -> Path:
+    """The weights that run: the file named, else the one that MODEL was read from."""
+    return Path(model_file or (model.files[0] if model.files else f"{model.name}.gguf"))
+
+
+def require_weights(path: Path) -> None:
+    """Refuse to run what is not there.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    from placement.errors import InputError
+
+    if not path.is_file():
+        raise InputError("--model-file", "running needs the weights: there is no such file", value=str(path))
 
 
 def own_machine(name: str | None) -> Machine:
@@ -181,6 +276,13 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield tell
     finally:
         click.echo("\r" + " " * shown + "\r", nl=False, err=True)
+
+
+def now() -> str:
+    """The moment, as the files keep it."""
+    import datetime
+
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def echo_json(row: object) -> None:

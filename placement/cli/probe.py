@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", "is_dry", is_flag=True, help="Print what would change; write nothing.")
 @options.json_option
-def command(machine_name: str | None, engine_name: str, is_json: bool, **asked: Any) -> None:
+def command(machine_name: str | None, engine_name: str, budget_s: float, is_dry: bool, is_json: bool) -> None:
     """Measure this machine in two minutes with llama-bench on small models made here.
 
     Seeds the speed coefficients of a new machine before any big model is loaded: bandwidth of every device and
@@ -37,22 +37,18 @@ def command(machine_name: str | None, engine_name: str, is_json: bool, **asked: 
     Example:
       place machine probe --machine machines/mine.toml
     """
-    import datetime
-
     from placement.cli.verify import running_engine
     from placement.probe import probe
     from placement.recognise import learned_path
 
     machine = options.own_machine(machine_name)
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    found = probe(machine, running_engine(engine_name), date, asked["budget_s"], options.warn)
+    found = probe(machine, running_engine(engine_name), options.now(), budget_s, options.warn)
     path = learned_path(machine_name, machine)
-    is_wanted = bool(found.changes) and not asked["is_dry"]
-    is_written, failure = options.keep_learned(found.machine, path, is_wanted)
+    is_written, failure = options.keep_learned(found.machine, path, bool(found.changes) and not is_dry)
     if is_json:
         options.echo_json(probe_row(found, str(path), is_written))
     else:
-        _print(found, path if is_written or asked["is_dry"] else None, asked["is_dry"])
+        _print(found, path if is_written or is_dry else None, is_dry)
     if failure is not None:
         raise failure
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from placement.cli import options
 
 if TYPE_CHECKING:
-    from placement.profiles import ModelFinder
+    from placement.profiles import ModelFinder, Profile
 
 defaults_option = click.option(
     "--defaults",
@@ -61,9 +62,8 @@ def command(
     no_solve: bool,
     root: str,
     is_fresh: bool,
-    reserve_mib: float,
-    program: str,
     is_json: bool,
+    **given: Any,
 ) -> None:
     """Say what every profile of a models.conf costs now, what place would do instead, and the gain.
 
@@ -77,28 +77,25 @@ def command(
     Example:
       place profiles models.conf --defaults '-ctk q8_0 -ctv q8_0'
     """
-    from placement.profiles import Defaults, profile_row, read_models_conf, survey, survey_lines
-    from placement.solve import Request
+    from placement.profiles import Defaults, read_models_conf, survey
 
     conf = read_models_conf(file)
     sections = [conf.section(name) for name in names] or None
-    request = Request(reserve_mib=reserve_mib, program=program)
     found = survey(
-        conf,
-        options.load_machine(machine_name),
-        finder_of(file, pairs),
-        Defaults.of_text(defaults_text),
-        request,
-        sections=sections,
-        is_solved=not no_solve,
-        root=Path(root),
-        is_fresh=is_fresh,
-        progress=lambda name: click.echo(f"place: [{name}]", err=True),
-    )
+        conf, options.load_machine(machine_name), finder_of(file, pairs), Defaults.of_text(defaults_text),
+        options.request_of(given), sections=sections, is_solved=not no_solve, root=Path(root),
+        is_fresh=is_fresh, progress=lambda name: click.echo(f"place: [{name}]", err=True),
+    )  # fmt: skip
     profiles = list(found)
+    _print(file, conf.problems, profiles, is_json)
+    if any(each.problem is not None for each in profiles):
+        raise click.exceptions.Exit(2)
+
+
+def _print(file: str, problems: Sequence[str], profiles: list[Profile], is_json: bool) -> None:
+    from placement.profiles import profile_row, survey_lines
+
     if is_json:
         options.echo_json({"file": file, "profiles": [profile_row(each) for each in profiles]})
     else:
-        click.echo("\n".join([*survey_lines(profiles), *(f"note: {text}" for text in conf.problems)]))
-    if any(each.problem is not None for each in profiles):
-        raise click.exceptions.Exit(2)
+        click.echo("\n".join([*survey_lines(profiles), *(f"note: {text}" for text in problems)]))

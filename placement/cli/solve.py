@@ -3,38 +3,52 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from placement.cli import options
+from placement.request import LEAST_TIME_S, MOST_BEST, MOST_SLOTS, Request
+
+if TYPE_CHECKING:
+    from placement.machine import Machine
+    from placement.model import Model
+    from placement.questions import Maximize
+    from placement.solving import Outcome
 
 
 @click.command()
 @options.model_argument
 @options.machine_option
-@click.option("--ctx", "ctx_tokens", type=click.IntRange(min=1), help="Context tokens over all slots.")
-@click.option("--parallel", "n_slots", type=click.IntRange(min=1, max=256), help="Slots (-np).")
-@click.option(
-    "--kv", "kv_type", metavar="TYPE", help="KV cache type, K and V alike: f16, q8_0, q4_0, … or auto."
-)
-@click.option("--ubatch", metavar="N|auto", default="auto", show_default=True, help="Physical batch (-ub).")
-@options.prompt_option
-@options.generate_option
-@click.option(
-    "--depth", "depth_tokens", type=click.IntRange(min=0), help="Tokens already there [a quarter of --ctx]."
-)
+@options.ctx_option
+@options.parallel_option(MOST_SLOTS)
+@options.kv_option("f16, q8_0, q4_0, … or auto.")
+@options.ubatch_option
+@options.prompt_option()
+@options.generate_option()
+@options.depth_option("Tokens already there")
 @options.reserve_option
 @options.objective_option
 @click.option("--pin", "pins", multiple=True, metavar="'REGEX=DEV'", help="Tensors that stay on a device.")
-@click.option("--ngl", type=click.IntRange(min=0), help="Keep -ngl N: the first layers on the CPU.")
-@click.option("--ts", metavar="A,B,…", help="Keep these layer counts.")
-@click.option("--devices", metavar="DEV,…", help="Use these cards in this order (none: the CPU).")
+@click.option(
+    "--ngl", "n_gpu_layers", type=click.IntRange(min=0), help="Keep -ngl N: the first layers on the CPU."
+)
+@click.option(
+    "--ts", "tensor_split", metavar="A,B,…", callback=options.layer_counts, help="Keep these layer counts."
+)
+@click.option(
+    "--devices",
+    metavar="DEV,…",
+    callback=options.device_names,
+    help="Use these cards in this order (none: the CPU).",
+)
 @click.option("--max-cpu-layers", type=click.IntRange(min=0), help="Layers that may use the CPU.")
 @click.option(
     "--threads",
-    "n_threads",
+    "fixed",
     type=click.IntRange(min=1),
+    callback=options.fixed_threads,
     metavar="N",
     help="Keep -t N: CPU threads [one a core, or fewer where thread_us says so].",
 )
@@ -63,22 +77,36 @@ from placement.cli import options
 @click.option(
     "--top",
     "n_best",
-    type=click.IntRange(min=1, max=50),
+    type=click.IntRange(min=1, max=MOST_BEST),
     metavar="K",
     help="Also the K best placements that differ in a range of layers or in two layers' experts.",
 )
 @click.option(
-    "--time-limit", "time_limit_s", type=options.Finite(min=0.05), default=10.0, show_default=True,
-    metavar="SECONDS", help="Of each search: then the best so far is taken, with its gap.",
+    "--time-limit", "time_limit_s", type=options.Finite(min=LEAST_TIME_S),
+    default=options.DEFAULTS.time_limit_s, show_default=True, metavar="SECONDS",
+    help="Of each search: then the best so far is taken, with its gap.",
 )  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="CP-SAT's seed.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=options.DEFAULTS.seed, show_default=True,
+    help="CP-SAT's seed.",
+)  # fmt: skip
 @options.program_option
 @options.engine_option
 @click.option("--rpc", multiple=True, metavar="HOST:PORT", help="RPC servers whose devices may be used.")
 @click.option("--out", "out_folder", metavar="DIR", help="Where solutions/ lies [./solutions].")
 @options.json_option
 def command(
-    model_name: str, machine_name: str | None, is_json: bool, out_folder: str | None, **asked: Any
+    model_name: str,
+    machine_name: str | None,
+    is_json: bool,
+    engine_name: str,
+    rpc: tuple[str, ...],
+    rivals: tuple[str, ...],
+    maximize: Maximize | None,
+    is_max_ctx: bool,
+    is_why: bool,
+    out_folder: str | None,
+    **given: Any,
 ) -> None:
     """Find the fastest placement of MODEL, with a proof of how close to optimal it is.
 
@@ -90,28 +118,39 @@ def command(
     Example:
       place solve qwen3-coder-q5 --ctx 262144
     """
-    from placement.solving import run_compare, run_solve
+    from placement.solving import EngineChoice, run_solve
 
-    model = options.load(model_name)
-    machine = options.load_machine(machine_name, asked["rpc"])
-    asked["is_detected"] = machine_name is None
-    if asked["rivals"]:
-        models = [model, *map(options.load, asked["rivals"])]
-        rows, rated = run_compare(models, machine, asked)
-        if is_json:
-            options.echo_json({"machine": machine.name, "models": rows})
-        else:
-            from placement.report import comparison_text
-
-            click.echo(comparison_text(rated, machine.name, sys.stdout.isatty()), nl=False)
+    model, machine = options.load(model_name), options.load_machine(machine_name, rpc)
+    if rivals:
+        _compare([model, *map(options.load, rivals)], machine, options.request_of(given), is_json)
         return
     with options.progress() as tell:
-        outcome = run_solve(model, machine, asked, out_folder, options.warn, tell)
-    if is_json:
-        options.echo_json(outcome.row())
-    else:
-        from placement.report import solutions_text
-
-        click.echo(solutions_text(outcome, sys.stdout.isatty()), nl=False)
+        outcome = run_solve(
+            model, machine, options.request_of(given), engine=EngineChoice(engine_name, rpc, machine_name is None),
+            maximize=maximize, is_max_ctx=is_max_ctx, is_why=is_why,
+            out_folder=out_folder, warn=options.warn, progress=tell,
+        )  # fmt: skip
+    _print(outcome, is_json)
     if not outcome.found.solutions:
         raise click.exceptions.Exit(1)
+
+
+def _print(outcome: Outcome, is_json: bool) -> None:
+    if is_json:
+        options.echo_json(outcome.row())
+        return
+    from placement.report import solutions_text
+
+    click.echo(solutions_text(outcome, sys.stdout.isatty()), nl=False)
+
+
+def _compare(models: Sequence[Model], machine: Machine, request: Request, is_json: bool) -> None:
+    from placement.solving import run_compare
+
+    rows, rated = run_compare(models, machine, request)
+    if is_json:
+        options.echo_json({"machine": machine.name, "models": rows})
+        return
+    from placement.report import comparison_text
+
+    click.echo(comparison_text(rated, machine.name, sys.stdout.isatty()), nl=False)

@@ -11,6 +11,8 @@ import click
 from placement.cli import options
 
 if TYPE_CHECKING:
+    from placement.machine import Machine
+    from placement.model import Model
     from placement.tune import Tuned
 
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
@@ -42,35 +44,26 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
     metavar="TIME",
     help="Stop then.",
 )
-@click.option("--ctx", "ctx_tokens", type=click.IntRange(min=1), help="Context tokens over all slots.")
-@click.option("--parallel", "n_slots", type=click.IntRange(min=1), help="Slots (-np).")
-@click.option("--kv", "kv_type", metavar="TYPE", help="KV cache type, K and V alike: f16, q8_0, q4_0, …")
-@click.option("--ubatch", metavar="N|auto", default="auto", show_default=True, help="Physical batch (-ub).")
-@click.option(
-    "--prompt",
-    "prompt_tokens",
-    type=click.IntRange(min=1),
-    default=2000,
-    show_default=True,
-    help="Tokens read.",
-)
-@click.option(
-    "--generate",
-    "generate_tokens",
-    type=click.IntRange(min=1),
-    default=500,
-    show_default=True,
-    help="Tokens written.",
-)
-@click.option(
-    "--depth", "depth_tokens", type=click.IntRange(min=0), help="Tokens there [a quarter of --ctx]."
-)
+@options.ctx_option
+@options.parallel_option()
+@options.kv_option("f16, q8_0, q4_0, …")
+@options.ubatch_option
+@options.prompt_option("Tokens read.")
+@options.generate_option("Tokens written.")
+@options.depth_option("Tokens there")
 @options.reserve_option
 @click.option("--dry-run", "is_dry", is_flag=True, help="Leave the machine file as it is.")
 @options.engine_option
 @click.option("--out", "out_folder", metavar="DIR", help="Where solutions/ lies [./solutions].")
 @options.json_option
-def command(model_name: str, machine_name: str | None, is_json: bool, **asked: Any) -> None:
+def command(
+    model_name: str,
+    model_file: str | None,
+    machine_name: str | None,
+    is_dry: bool,
+    is_json: bool,
+    **given: Any,
+) -> None:
     """Find the best placement of MODEL by measuring few: solve, run, refit the machine, solve again.
 
     Ends when the best measured placement is within its noise of the best predicted one, or with the budget.
@@ -83,18 +76,15 @@ def command(model_name: str, machine_name: str | None, is_json: bool, **asked: A
     """
     from placement.recognise import learned_path
 
-    model = options.load(model_name)
-    machine = options.load_machine(machine_name)
-    model_path = Path(asked["model_file"] or (model.files[0] if model.files else f"{model.name}.gguf"))
-    tuned = _tune(model, machine, model_path, asked, is_json)
-    path = learned_path(machine_name, machine)
-    is_wanted = bool(tuned.changes) and not asked["is_dry"]
-    is_written, failure = options.keep_learned(tuned.machine, path, is_wanted)
+    model, machine = options.load(model_name), options.load_machine(machine_name)
+    weights = options.weights_path(model, model_file)
+    tuned, path = _tune(model, machine, weights, given, is_json), learned_path(machine_name, machine)
+    is_written, failure = options.keep_learned(tuned.machine, path, bool(tuned.changes) and not is_dry)
     if is_json:
-        kept = {"path": str(path), "is_written": is_written}
-        options.echo_json({**_row(tuned, model.name, str(model_path)), **kept})
+        row = _row(tuned, model.name, str(weights))
+        options.echo_json({**row, "path": str(path), "is_written": is_written})
     else:
-        _print(tuned, str(model_path), path if is_written or asked["is_dry"] else None, asked["is_dry"])
+        _print(tuned, str(weights), path if is_written or is_dry else None, is_dry)
     if failure is not None:
         raise failure
     if tuned.report is None or tuned.report.verdict.recommended is None:
@@ -113,21 +103,18 @@ def _print(tuned: Tuned, model_path: str, path: Path | None, is_dry: bool) -> No
         click.echo(f"- {path}: {len(tuned.changes)} values {'would change' if is_dry else 'written'}")
 
 
-def _tune(model: Any, machine: Any, model_path: Path, asked: dict[str, Any], is_quiet: bool) -> Tuned:
+def _tune(model: Model, machine: Machine, weights: Path, given: dict[str, Any], is_quiet: bool) -> Tuned:
     from placement.cli.verify import progress_listener, running_engine
-    from placement.errors import InputError
+    from placement.solving import EngineChoice
     from placement.tune import tune
     from placement.verify.run import Options
 
-    if not model_path.is_file():
-        raise InputError(
-            "--model-file", "running needs the weights: there is no such file", value=str(model_path)
-        )
-    engine = running_engine(asked["engine_name"])
-    wanted = Options(budget_s=asked["budget_s"])
-    root = Path(asked["out_folder"] or "solutions")
+    options.require_weights(weights)
+    engine, planner = running_engine(given["engine_name"]), EngineChoice(given["engine_name"])
+    root, wanted = Path(given["out_folder"] or "solutions"), Options(budget_s=given["budget_s"])
+    request = options.request_of(given)
     with progress_listener(is_quiet) as listener:
-        return tune(model, machine, model_path, engine, asked, root, wanted, listener, options.warn)
+        return tune(model, machine, weights, engine, request, planner, root, wanted, listener, options.warn)
 
 
 def _row(tuned: Tuned, model: str, model_path: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import contextlib
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,8 +13,12 @@ import click
 from placement.cli import options
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from placement.engine import Engine
+    from placement.machine import Machine
     from placement.model import Model
+    from placement.problem import Problem
     from placement.verify.run import Options, Progress, Report
     from placement.verify.watch import Sample
 
@@ -24,15 +27,13 @@ if TYPE_CHECKING:
 @options.model_argument
 @click.option("--model-file", metavar="X.gguf", help="The weights to run [MODEL, where that is a .gguf].")
 @options.machine_option
-@click.option("--ctx", "ctx_tokens", type=click.IntRange(min=1), help="Context tokens over all slots.")
-@click.option("--parallel", "n_slots", type=click.IntRange(min=1), help="Slots (-np).")
-@click.option("--kv", "kv_type", metavar="TYPE", help="KV cache type, K and V alike: f16, q8_0, q4_0, …")
-@click.option("--ubatch", metavar="N|auto", default="auto", show_default=True, help="Physical batch (-ub).")
-@options.prompt_option
-@options.generate_option
-@click.option(
-    "--depth", "depth_tokens", type=click.IntRange(min=0), help="Tokens there [a quarter of --ctx]."
-)
+@options.ctx_option
+@options.parallel_option()
+@options.kv_option("f16, q8_0, q4_0, …")
+@options.ubatch_option
+@options.prompt_option()
+@options.generate_option()
+@options.depth_option("Tokens there")
 @options.reserve_option
 @options.objective_option
 @click.option(
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 @options.engine_option
 @click.option("--out", "out_folder", metavar="DIR", help="Where solutions/ lies [./solutions].")
 @options.json_option
-def command(model_name: str, machine_name: str | None, is_json: bool, **asked: Any) -> None:
+def command(model_name: str, machine_name: str | None, is_json: bool, **given: Any) -> None:
     """Run the best solutions of MODEL and llama.cpp's own --fit, and say which to use.
 
     Candidates run in turns: moderate, aggressive, --fit at the memory of each, then the others. Every phase
@@ -72,9 +73,9 @@ def command(model_name: str, machine_name: str | None, is_json: bool, **asked: A
 
     model = options.load(model_name)
     machine = options.load_machine(machine_name)
-    path = Path(asked["model_file"] or (model.files[0] if model.files else f"{model.name}.gguf"))
+    path = options.weights_path(model, given["model_file"])
     report = (
-        _show(model, machine, asked) if asked["is_shown"] else _verify(model, machine, path, asked, is_json)
+        _show(model, machine, given) if given["is_shown"] else _verify(model, machine, path, given, is_json)
     )
     if is_json:
         options.echo_json(report_row(report, model.name, machine.name, str(path)))
@@ -84,31 +85,33 @@ def command(model_name: str, machine_name: str | None, is_json: bool, **asked: A
         raise click.exceptions.Exit(1)
 
 
-def _show(model: Model, machine: Any, asked: dict[str, Any]) -> Report:
+def _show(model: Model, machine: Machine, given: dict[str, Any]) -> Report:
     from placement.solve import make_problem
-    from placement.solving import kept_folder, make_request
+    from placement.solving import kept_folder
     from placement.verify.run import show
 
-    request = make_request(asked, model)
+    request = options.request_of(given)
     problem, _ = make_problem(model, machine, request)
-    return show(kept_folder(asked["out_folder"], problem, request), problem.workload)
+    return show(kept_folder(given["out_folder"], problem, request), problem.workload)
 
 
-def _verify(model: Model, machine: Any, path: Path, asked: dict[str, Any], is_json: bool) -> Report:
+def _verify(model: Model, machine: Machine, path: Path, given: dict[str, Any], is_json: bool) -> Report:
     from placement.errors import InputError
-    from placement.solving import run_solve
+    from placement.solving import EngineChoice, run_solve
     from placement.verify.lock import require_free
     from placement.verify.run import verify
 
-    if not path.is_file():
-        raise InputError("--model-file", "running needs the weights: there is no such file", value=str(path))
-    engine = running_engine(asked["engine_name"])
+    options.require_weights(path)
+    engine = running_engine(given["engine_name"])
     require_free()  # the solve would plan on the workers that another verify measures
-    outcome = run_solve(model, machine, asked, asked["out_folder"], lambda text: click.echo(text, err=True))
+    outcome = run_solve(
+        model, machine, options.request_of(given),
+        engine=EngineChoice(given["engine_name"]), out_folder=given["out_folder"], warn=options.warn,
+    )  # fmt: skip
     if outcome.path is None:
         raise InputError("verify", f"there is no solution to run: {outcome.found.message}")
     with progress_listener(is_json) as listener:
-        wanted = _options(asked, outcome.problem)
+        wanted = _options(given, outcome.problem)
         return verify(outcome.problem, outcome.found, path, engine, outcome.path.parent, wanted, listener)
 
 
@@ -123,20 +126,20 @@ def running_engine(name: str) -> Engine:
     return engine
 
 
-def _options(asked: dict[str, Any], problem: Any) -> Options:
+def _options(given: dict[str, Any], problem: Problem) -> Options:
     from dataclasses import replace
 
     from placement.verify.phases import Limits
     from placement.verify.run import Options, asked_of
 
-    budget_min, timeout_s = asked["budget_min"], asked["timeout_s"]
+    budget_min, timeout_s = given["budget_min"], given["timeout_s"]
     return Options(
-        top=asked["n_top"],
-        rounds=asked["rounds"],
+        top=given["n_top"],
+        rounds=given["rounds"],
         budget_s=None if budget_min is None else budget_min * 60,
-        is_fresh=asked["is_fresh"],
+        is_fresh=given["is_fresh"],
         asked=replace(
-            asked_of(problem, asked["is_full_depth"]), repeats=asked["repeats"], least_s=asked["least_s"]
+            asked_of(problem, given["is_full_depth"]), repeats=given["repeats"], least_s=given["least_s"]
         ),
         limits=Limits(start_s=timeout_s, prompt_s=timeout_s, canary_s=4 * timeout_s),
     )

@@ -13,7 +13,7 @@ from placement.profiles.find_model import ModelFinder
 from placement.profiles.models_conf import ModelsConf
 from placement.profiles.options import parts_of, plain_words
 from placement.profiles.survey import Defaults, read_profile
-from placement.solve import Request
+from placement.request import Request
 
 
 def launch_of_choice(choice: Choice, model: Model, extra_args: Sequence[str]) -> Launch:

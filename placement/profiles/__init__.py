@@ -13,6 +13,7 @@ from placement.profiles.models_conf import ModelsConf, Section, parse_models_con
 from placement.profiles.sections import request_of, section_of
 from placement.profiles.survey import Defaults, Profile, profile_row, read_profile, survey
 from placement.profiles.table import survey_lines
+from placement.profiles.whole import Placed, place_in_conf
 
 __all__ = [
     "Applied",
@@ -21,6 +22,7 @@ __all__ = [
     "Measured",
     "ModelFinder",
     "ModelsConf",
+    "Placed",
     "Profile",
     "Section",
     "apply_choice",
@@ -29,6 +31,7 @@ __all__ = [
     "chosen_row",
     "measured_of",
     "parse_models_conf",
+    "place_in_conf",
     "profile_row",
     "read_mapping",
     "read_models_conf",

@@ -9,8 +9,9 @@ from typing import Any
 from placement.errors import PlacementError
 from placement.machine import Machine
 from placement.model import Model
-from placement.problem import Problem
-from placement.solve import Request, make_problem, solve
+from placement.problem import Problem, Program
+from placement.request import Request
+from placement.solve import make_problem, solve
 from placement.solving import commands
 from placement.store import read_solutions, save_solutions, solution_folder, solution_set_row
 
@@ -48,7 +49,7 @@ def chosen_row(
     return row
 
 
-def best_arguments(model: Model, machine: Machine, program: str = "llama-server") -> tuple[str, ...]:
+def best_arguments(model: Model, machine: Machine, program: Program = "llama-server") -> tuple[str, ...]:
     """The recommended solution's arguments for the model's own profile.
 
     Raises:

@@ -10,7 +10,8 @@ from placement.arguments import parse
 from placement.machine import Machine
 from placement.model import Model
 from placement.profiles.choice import Choice, Measured
-from placement.solve import Request, make_problem
+from placement.request import Request
+from placement.solve import make_problem
 from placement.store import solution_folders
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from placement.model import Model
 from placement.profiles.find_model import ModelFinder
 from placement.profiles.models_conf import ModelsConf, Section
 from placement.profiles.survey import Defaults, read_profile
-from placement.solve import Request
+from placement.request import Request
 
 
 def section_of(conf: ModelsConf, name: str, model: Model, finder: ModelFinder) -> Section:

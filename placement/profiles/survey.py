@@ -20,7 +20,8 @@ from placement.profiles.choice import Choice, choice_of
 from placement.profiles.chosen import chosen_row
 from placement.profiles.find_model import ModelFinder
 from placement.profiles.models_conf import ModelsConf, Section, words
-from placement.solve import Request, make_problem
+from placement.request import Request
+from placement.solve import make_problem
 
 Find = Callable[[Section, str | None], tuple[Model, str]]
 

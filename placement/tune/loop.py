@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from placement.calibrate.applied import Change, apply_fit
 from placement.calibrate.choosing import (
@@ -34,6 +34,7 @@ from placement.errors import InputError
 from placement.machine import Machine
 from placement.model import Model
 from placement.problem import Problem
+from placement.request import Request
 from placement.solution import Solution, SolutionSet
 from placement.tune.lines import Line, Tuned, what_was_learned
 from placement.tune.proposals import Proposals, Proposed
@@ -43,7 +44,7 @@ from placement.verify.decide import LEAST_NOISE, Result
 
 if TYPE_CHECKING:
     from placement.engine import Engine
-    from placement.solving import Outcome
+    from placement.solving import EngineChoice, Outcome
     from placement.verify.run import Listener, Options, Report
 
 PER_STEP = 2
@@ -60,7 +61,8 @@ class Tuning:
     base: Machine
     model_file: Path
     engine: Engine
-    asked: dict[str, Any]
+    request: Request
+    planner: EngineChoice
     root: Path
     options: Options
     listener: Listener
@@ -152,7 +154,10 @@ class Tuning:
         from placement.solving import run_solve
 
         if self._solved is None or self._solved[0] is not self.machine:
-            found = run_solve(self.model, self.machine, self.asked, str(self.root), self.tell)
+            found = run_solve(
+                self.model, self.machine, self.request,
+                engine=self.planner, out_folder=str(self.root), warn=self.tell,
+            )  # fmt: skip
             self._solved = self.machine, found
         return self._solved[1]
 
@@ -344,17 +349,20 @@ def tune(
     machine: Machine,
     model_file: Path,
     engine: Engine,
-    asked: dict[str, Any],
+    request: Request,
+    planner: EngineChoice,
     root: Path,
     options: Options,
     listener: Listener,
     tell: Callable[[str], None],
 ) -> Tuned:
-    """Find this model's best placement on this machine by measuring few; `asked` are the options of a solve.
+    """Find this model's best placement on this machine by measuring few: those that solving `request` gives.
+
+    `engine` runs them, `planner` is the solve's, which may do without one.
 
     Raises:
         MachineBusy: another verify runs here.
         InputError: the model file or the records cannot be read.
         EngineError: the engine has no llama-server or does not answer.
     """
-    return Tuning(model, machine, model_file, engine, asked, root, options, listener, tell).run()
+    return Tuning(model, machine, model_file, engine, request, planner, root, options, listener, tell).run()
