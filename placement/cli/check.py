@@ -44,10 +44,11 @@ def command(
     """
     from placement.arguments import parse
     from placement.check import check, check_row
+    from placement.engine_options import VARIABLE_PREFIX
     from placement.solving import rival, with_engine
 
     model = options.load(model_name)
-    environment = {name: value for name, value in os.environ.items() if name.startswith("LLAMA_ARG_")}
+    environment = {name: value for name, value in os.environ.items() if name.startswith(VARIABLE_PREFIX)}
     parsed = parse(arguments, environment)
     asked = {
         "engine_name": engine_name,
