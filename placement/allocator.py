@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from placement.backend_rules import CPU_ALIGNMENT_BYTES, CUDA_ALIGNMENT_BYTES
 from placement.graph import cuda
 from placement.graph.tensor import Tensor
 from placement.scheduler import Scheduler
@@ -28,8 +29,8 @@ class BufferType:
     alloc_bytes: Callable[[Tensor], int]
 
 
-CPU_BUFFER = BufferType("CPU", 32, lambda tensor: tensor.n_bytes)  # pinned host memory has the same sizes
-CUDA_BUFFER = BufferType("CUDA", cuda.ALIGNMENT, cuda.alloc_bytes)
+CPU_BUFFER = BufferType("CPU", CPU_ALIGNMENT_BYTES, lambda tensor: tensor.n_bytes)  # of pinned memory too
+CUDA_BUFFER = BufferType("CUDA", CUDA_ALIGNMENT_BYTES, cuda.alloc_bytes)
 
 
 class Pool:

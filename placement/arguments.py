@@ -13,18 +13,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from placement.engine_options import (
+    AUTO_WORDS,
+    FALSE_WORDS,
+    FLASH_WORDS,
+    OLDER_LOAD_FLAGS,
+    OPTION_BY_NAME,
+    OPTIONS,
+    TRUE_WORDS,
+    VARIABLE_PREFIX,
+    EngineOption,
+    Value,
+    is_option,
+    option_name,
+)
 from placement.errors import InputError
 
-KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
-LOAD_MODES = ("auto", "none", "mmap", "mlock", "mmap+mlock", "dio")
-SPLIT_MODES = ("none", "layer", "row", "tensor")
-EXPERTS_PATTERN = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # common.h LLM_FFN_EXPS_REGEX
-DENSE_FFN_PATTERN = r"\.ffn_(up|down|gate)\."  # common.h LLM_FFN_DENSE_REGEX
 MAX_DEVICES = 16  # llama_max_devices()
 
-_TRUE = ("on", "enabled", "true", "1")
-_FALSE = ("off", "disabled", "false", "0")
-_AUTO = ("auto", "-1")
 _INT = re.compile(r"\s*[+-]?\d+")
 _FLOAT = re.compile(r"\s*[+-]?(\d+\.?\d*([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?)")
 _INT_MAX = 2**31 - 1
@@ -139,7 +145,7 @@ def _sizes(option: str, value: str) -> tuple[int, ...]:
     return tuple(_at_least(0)(option, part) for part in _parts(option, value))
 
 
-def _one_of(*allowed: str) -> Reader:
+def _one_of(allowed: tuple[str, ...]) -> Reader:
     def read(option: str, value: str) -> str:
         if value not in allowed:
             raise InputError(option, f"must be one of {', '.join(allowed)}", value=value)
@@ -149,17 +155,17 @@ def _one_of(*allowed: str) -> Reader:
 
 
 def _switch(option: str, value: str) -> bool:
-    if value not in _TRUE + _FALSE:
+    if value not in TRUE_WORDS + FALSE_WORDS:
         raise InputError(option, "must be on or off", value=value)
-    return value in _TRUE
+    return value in TRUE_WORDS
 
 
 def _flash(option: str, value: str) -> str:
-    if value in _AUTO:
+    if value in AUTO_WORDS:
         return "auto"
-    if value not in _TRUE + _FALSE:
+    if value not in TRUE_WORDS + FALSE_WORDS:
         raise InputError(option, "must be on, off or auto", value=value)
-    return "on" if value in _TRUE else "off"
+    return "on" if value in TRUE_WORDS else "off"
 
 
 def _devices(option: str, value: str) -> tuple[str, ...]:
@@ -197,74 +203,45 @@ def read_overrides(option: str, value: str) -> tuple[Override, ...]:
     return tuple(overrides)
 
 
-def _first_layers(canonical: str, pattern: str) -> Reader:
+def _first_layers(of: EngineOption) -> Reader:
     def read(option: str, value: str) -> tuple[Override, ...]:
         n_layers = _at_least(0)(option, value)
-        return tuple(Override(rf"blk\.{layer}{pattern}", "CPU", canonical) for layer in range(n_layers))
+        return tuple(Override(rf"blk\.{layer}{of.pattern}", "CPU", of.name) for layer in range(n_layers))
 
     return read
 
 
-@dataclass(frozen=True, slots=True)
-class _Option:
-    """One engine option: its names, the field it sets, and its reader; without one it is a flag."""
-
-    names: tuple[str, ...]
-    field: str
-    reader: Reader | None = None
-    env: str | None = None
-    off_names: tuple[str, ...] = ()  # flags that set the field to False
-    flag: Any = True
-
-
-_OPTIONS = (
-    _Option(("-ngl", "--gpu-layers", "--n-gpu-layers"), "n_gpu_layers", _gpu_layers, "N_GPU_LAYERS"),
-    _Option(("-ts", "--tensor-split"), "tensor_split", _shares, "TENSOR_SPLIT"),
-    _Option(("-sm", "--split-mode"), "split_mode", _one_of(*SPLIT_MODES), "SPLIT_MODE"),
-    _Option(("-mg", "--main-gpu"), "main_gpu", _int, "MAIN_GPU"),
-    _Option(("-dev", "--device"), "devices", _devices, "DEVICE"),
-    _Option(("--rpc",), "rpc", _servers, "RPC"),
-    _Option(("-ot", "--override-tensor"), "overrides", read_overrides, "OVERRIDE_TENSOR"),
-    _Option(
-        ("-cmoe", "--cpu-moe"),
-        "overrides",
-        None,
-        "CPU_MOE",
-        flag=(Override(EXPERTS_PATTERN, "CPU", "-cmoe"),),
-    ),
-    _Option(("-ncmoe", "--n-cpu-moe"), "overrides", _first_layers("-ncmoe", EXPERTS_PATTERN), "N_CPU_MOE"),
-    _Option(("-ncffn", "--n-cpu-ffn"), "overrides", _first_layers("-ncffn", DENSE_FFN_PATTERN), "N_CPU_FFN"),
-    _Option(("-kvo", "--kv-offload"), "is_kv_offloaded", None, "KV_OFFLOAD", ("-nkvo", "--no-kv-offload")),
-    _Option(("-c", "--ctx-size"), "ctx_tokens", _at_least(0), "CTX_SIZE"),
-    _Option(("--kv-unified-per-slot",), "ctx_per_slot_tokens", _at_least(0), "KV_UNIFIED_PER_SLOT"),
-    _Option(("-b", "--batch-size"), "batch_tokens", _at_least(1), "BATCH"),
-    _Option(("-ub", "--ubatch-size"), "ubatch_tokens", _at_least(0), "UBATCH"),
-    _Option(("-np", "--parallel"), "n_slots", _slots, "N_PARALLEL"),
-    _Option(("-kvu", "--kv-unified"), "is_kv_unified", None, "KV_UNIFIED", ("-no-kvu", "--no-kv-unified")),
-    _Option(("-ctk", "--cache-type-k"), "kv_type_k", _one_of(*KV_TYPES), "CACHE_TYPE_K"),
-    _Option(("-ctv", "--cache-type-v"), "kv_type_v", _one_of(*KV_TYPES), "CACHE_TYPE_V"),
-    _Option(("-fa", "--flash-attn"), "flash_attention", _flash, "FLASH_ATTN"),
-    _Option(("--swa-full",), "is_swa_full", None, "SWA_FULL"),
-    _Option(("--op-offload",), "is_op_offloaded", None, None, ("--no-op-offload",)),
-    _Option(("-lm", "--load-mode"), "load_mode", _one_of(*LOAD_MODES), "LOAD_MODE"),
-    _Option(("-t", "--threads"), "n_threads", _int, "THREADS"),
-    _Option(("-tb", "--threads-batch"), "n_threads_batch", _int),
-    _Option(("-fit", "--fit"), "is_fit", _switch, "FIT"),
-    _Option(("-fitt", "--fit-target"), "fit_target_mib", _sizes, "FIT_TARGET"),
-    _Option(("-fitc", "--fit-ctx"), "fit_ctx_tokens", _int, "FIT_CTX"),
-    _Option(("-m", "--model"), "model_path", _text, "MODEL"),
-)
-_BY_NAME = {name: (option, True) for option in _OPTIONS for name in option.names} | {
-    name: (option, False) for option in _OPTIONS for name in option.off_names
+_READERS: dict[Value, Reader] = {
+    "gpu_layers": _gpu_layers,
+    "shares": _shares,
+    "devices": _devices,
+    "servers": _servers,
+    "overrides": read_overrides,
+    "slots": _slots,
+    "switch": _switch,
+    "flash": _flash,
+    "sizes": _sizes,
+    "text": _text,
 }
-# Options of older builds: the load mode that each meant, and what replaces it.
-_REMOVED = {
-    "--mmap": ("mmap", "-lm mmap"),
-    "--no-mmap": ("none", "-lm none"),
-    "--mlock": ("mmap+mlock", "-lm mmap+mlock"),
-    "-dio": ("dio", "-lm dio"),
-    "--direct-io": ("dio", "-lm dio"),
-}
+
+
+def _reader(option: EngineOption) -> Reader:
+    """What reads the option's value by its rules."""
+    if option.value == "number":
+        return _int if option.least is None else _at_least(option.least)
+    if option.value == "word":
+        return _one_of(option.allowed)
+    if option.value == "first_layers":
+        return _first_layers(option)
+    return _READERS[option.value]
+
+
+_READER_BY_NAME = {option.name: _reader(option) for option in OPTIONS if option.has_value}
+
+
+def _said(option: EngineOption) -> Any:
+    """What a flag sets its field to."""
+    return (Override(option.pattern, "CPU", option.name),) if option.pattern else True
 
 
 def parse(tokens: Sequence[str] | str, env: Mapping[str, str] | None = None) -> Arguments:
@@ -279,7 +256,7 @@ def parse(tokens: Sequence[str] | str, env: Mapping[str, str] | None = None) -> 
     """
     words = _split(tokens) if isinstance(tokens, str) else list(tokens)
     reading = _Reading()
-    for option in _OPTIONS:
+    for option in OPTIONS:
         reading.take_env(option, env or {})
     if words and not words[0].startswith("-"):
         reading.values["program"] = re.split(r"[/\\]", words.pop(0))[-1]
@@ -320,55 +297,56 @@ class _Reading:
         self.other: list[tuple[str, ...]] = []
         self.removed: list[tuple[str, str]] = []
 
-    def put(self, option: _Option, value: Any) -> None:
+    def put(self, option: EngineOption, value: Any) -> None:
         if option.field == "overrides":
             self.overrides.extend(value)
         else:
             self.values[option.field] = value
 
-    def take_env(self, option: _Option, env: Mapping[str, str]) -> None:
+    def take_env(self, option: EngineOption, env: Mapping[str, str]) -> None:
         """Read the option's variable; a LLAMA_ARG_NO_ one switches off whatever it holds."""
-        if option.env is None:
+        if option.variable is None:
             return
-        name = f"LLAMA_ARG_{option.env}"
-        if option.off_names and f"LLAMA_ARG_NO_{option.env}" in env:
+        name = f"{VARIABLE_PREFIX}{option.variable}"
+        if option.off_names and f"{VARIABLE_PREFIX}NO_{option.variable}" in env:
             self.put(option, False)
         elif name not in env:
             return
-        elif option.reader is not None:
-            self.put(option, option.reader(name, env[name]))
+        elif option.has_value:
+            self.put(option, _READER_BY_NAME[option.name](name, env[name]))
         elif option.off_names:
             self.put(option, _switch(name, env[name]))
-        elif env[name] in _TRUE:
-            self.put(option, option.flag)
+        elif env[name] in TRUE_WORDS:
+            self.put(option, _said(option))
 
     def take(self, words: list[str]) -> None:
         """Read one option and its value off the front of `words`."""
         word = words.pop(0)
-        name = word.replace("_", "-") if word.startswith("--") else word
-        if name in _REMOVED:
-            self.values["load_mode"], instead = _REMOVED[name]
-            self.removed.append((word, instead))
-        elif name not in _BY_NAME:
+        name = option_name(word)
+        option = OPTION_BY_NAME.get(name)
+        if name in OLDER_LOAD_FLAGS:
+            self.values["load_mode"] = OLDER_LOAD_FLAGS[name]
+            self.removed.append((word, f"-lm {OLDER_LOAD_FLAGS[name]}"))
+        elif option is None:
             self._take_other(word, name, words)
+        elif option.has_value:
+            self.put(option, self._value(option, word, words))
         else:
-            option, is_on = _BY_NAME[name]
-            self.put(option, self._value(option, word, words) if option.reader else is_on and option.flag)
+            self.put(option, name in option.names and _said(option))
 
-    def _value(self, option: _Option, word: str, words: list[str]) -> Any:
-        assert option.reader is not None
-        if option.field == "flash_attention" and (not words or words[0] not in (*_TRUE, *_FALSE, *_AUTO)):
+    def _value(self, option: EngineOption, word: str, words: list[str]) -> Any:
+        if option.value == "flash" and (not words or words[0] not in FLASH_WORDS):
             self.removed.append((word, f"{word} on"))
             return "on"
         if not words:
             raise InputError(word, "must be followed by a value")
-        return option.reader(word, words.pop(0))
+        return _READER_BY_NAME[option.name](word, words.pop(0))
 
     def _take_other(self, word: str, name: str, words: list[str]) -> None:
         known = name.partition("=")[0]
-        if known != name and known in _BY_NAME:
+        if known != name and known in OPTION_BY_NAME:
             raise InputError(word, f"must be two words: the engine does not take {known}=VALUE")
         group = [word]
-        while words and (not words[0].startswith("-") or _FLOAT.match(words[0])):
+        while words and not is_option(words[0]):
             group.append(words.pop(0))
         self.other.append(tuple(group))

@@ -8,20 +8,13 @@ from dataclasses import replace
 
 from placement.architecture import describe
 from placement.compute import ComputePlan
-from placement.cost import GraphCounts
+from placement.cost import GraphCounts, graph_counts
 from placement.groups import movable_groups
 from placement.problem import CPU, Assignment, Problem
 from placement.tables import ComputeTable, Way
 from placement.units import MIB
 
 Planner = Callable[[Assignment], ComputePlan]
-
-
-def graph_counts(plan: ComputePlan) -> GraphCounts:
-    """What the speed model needs of a plan."""
-    return GraphCounts(
-        plan.splits_prompt, plan.splits_decode, plan.n_nodes_prompt, plan.n_nodes_decode, plan.n_copies
-    )
 
 
 def compute_table(way: Way, plan: ComputePlan) -> ComputeTable:

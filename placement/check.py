@@ -8,9 +8,8 @@ from typing import Any
 
 from placement.advice import Advice, advise
 from placement.arguments import Arguments
-from placement.buffers import graph_counts
 from placement.compute import ComputePlan, plan_compute
-from placement.cost import Speed, evaluate
+from placement.cost import Speed, evaluate, graph_counts
 from placement.emit import resolve
 from placement.machine import Machine
 from placement.memory import context_size, static_memory

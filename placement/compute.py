@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from placement import coarse
 from placement.allocator import CPU_BUFFER, CUDA_BUFFER, Allocator, BufferType
 from placement.architecture import INPUT, OUTPUT, REPEATING, Architecture, describe
+from placement.context_rules import can_pipeline
 from placement.graph.builder import UnknownGraph
 from placement.graph.context import Batch, Context, make_context
 from placement.graph.flat import NO_BUFFER
@@ -148,7 +149,7 @@ class _Planner:
 
     @property
     def _flash_asked(self) -> str:
-        return self.settings.flash_attention if self.row.has_flash else "off"
+        return self.settings.flash_attention if self.facts.rule.has_flash_attention else "off"
 
     def _context(self) -> Context:
         return make_context(self.settings, self.facts, self.is_full_offload, self._flash_asked != "off")
@@ -170,13 +171,7 @@ class _Planner:
         devices = self.assignment.devices
         settings = self.settings
         is_cuda = [not self.machine.device(name).is_rpc for name in devices]
-        is_parallel = (
-            len(devices) > 1
-            and CPU not in self.assignment.homes
-            and settings.split_mode == "layer"
-            and settings.is_kv_offloaded
-            and not settings.has_overrides
-        )
+        is_parallel = CPU not in self.assignment.homes and can_pipeline(settings, len(devices))
         return Backends(
             names=(*devices, CPU),
             is_cuda=(*is_cuda, False),

@@ -15,7 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from placement.architecture import Architecture, LayerFacts, PlacedTensor, describe
+from placement.backend_rules import MIN_OFFLOAD_TOKENS, PINNED_LOAD_MODES
 from placement.coefficients import DEFAULTS
+from placement.compute import ComputePlan
 from placement.crossings import count_crossings
 from placement.groups import is_expert_stack, used_fraction
 from placement.machine import Device, Machine
@@ -26,8 +28,6 @@ from placement.problem import CPU, Assignment, Problem, Settings, Workload
 FAMILIES = ("quant", "float", "iq")
 READ_CLASSES = tuple((is_expert, family) for is_expert in (False, True) for family in FAMILIES)
 NO_READS = (0.0,) * len(READ_CLASSES)
-
-MIN_OFFLOAD_TOKENS = 32  # GGML_OP_OFFLOAD_MIN_BATCH: smaller batches are computed where the weights are
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ def rates(machine: Machine, devices: tuple[str, ...], settings: Settings) -> Rat
             stream_device = name
     stream = None
     if stream_device is not None:
-        kind = "pinned" if settings.load_mode in ("none", "dio") else "pageable"
+        kind = "pinned" if settings.load_mode in PINNED_LOAD_MODES else "pageable"
         link = machine.device(stream_device).link_gb_per_s * 1e9
         stream = 1.0 / (link * coefficient(machine, f"{kind}_link_efficiency", stream_device))
     return Rates(
@@ -373,6 +373,13 @@ class GraphCounts:
     n_nodes_prompt: int
     n_nodes_decode: int
     n_copies: int = 1
+
+
+def graph_counts(plan: ComputePlan) -> GraphCounts:
+    """What the speed model needs of a plan."""
+    return GraphCounts(
+        plan.splits_prompt, plan.splits_decode, plan.n_nodes_prompt, plan.n_nodes_decode, plan.n_copies
+    )
 
 
 def evaluate(problem: Problem, assignment: Assignment, counts: GraphCounts) -> Speed:

@@ -1,7 +1,7 @@
 """Turns an assignment into exact bytes per device: weights, KV caches and recurrent state.
 
-Mirrors the buffers of llama-model-loader.cpp, ggml-backend.cpp and ggml-cuda.cu, the context rounding of
-llama-context.cpp, and llama-kv-cache*.cpp and llama-memory-*.cpp. Compute buffers are not here.
+Mirrors the buffers of llama-model-loader.cpp and ggml-backend.cpp, and llama-kv-cache*.cpp and
+llama-memory-*.cpp. Compute buffers are not here.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from placement.architecture import Architecture, Cache, LayerFacts, PlacedTensor, describe
+from placement.backend_rules import CPU_ALIGNMENT_BYTES, CUDA_ALIGNMENT_BYTES, cuda_padding_bytes
+from placement.context_rules import ContextSize, compressed_cells, padded_cells, rounded_context, window_cells
 from placement.machine import Device, Machine
 from placement.model import Model, Tensor
 from placement.problem import CPU, Assignment, Settings
@@ -16,10 +18,6 @@ from placement.quants import block, row_bytes
 from placement.units import pad
 
 HOST = "Host"
-CUDA_ALIGNMENT_BYTES = 128
-CPU_ALIGNMENT_BYTES = 32
-CUDA_ROW_PADDING = 512  # elements; MATRIX_ROW_PADDING of ggml-cuda
-CACHE_PADDING_CELLS = 256
 STATE_BYTES = 4  # states are always F32
 
 
@@ -31,41 +29,18 @@ class DeviceMemory:
     context_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class ContextSize:
-    """What llama-context.cpp makes of the settings: cells per stream, streams, and the real ubatch."""
-
-    cells: int
-    n_streams: int
-    n_sequences: int
-    batch_tokens: int
-    ubatch_tokens: int
-
-
 def context_size(model: Model, settings: Settings) -> ContextSize:
-    """The context after the engine's rounding (llama-context.cpp)."""
-    n_ctx = settings.ctx_tokens or describe(model).n_ctx_train
-    n_slots = max(settings.n_slots, 1)
-    batch = min(n_ctx, settings.batch_tokens)
-    ubatch = min(batch, settings.ubatch_tokens or settings.batch_tokens)
-    padded = pad(n_ctx, CACHE_PADDING_CELLS)
-    if settings.is_kv_unified:
-        return ContextSize(padded, 1, n_slots, batch, ubatch)
-    return ContextSize(pad(padded // n_slots, CACHE_PADDING_CELLS), n_slots, n_slots, batch, ubatch)
+    """The model's context after the engine's rounding."""
+    return rounded_context(settings, describe(model).n_ctx_train)
 
 
 def weight_bytes(tensor: Tensor, device: Device | None) -> int:
-    """Bytes that a tensor takes in a weight buffer; `device` None is host memory.
-
-    CUDA aligns to 128 bytes and, once per quantised tensor, adds what its row lacks to a multiple of 512
-    elements (ggml_backend_cuda_buffer_type_get_alloc_size); the CPU, and RPC workers on one, align to 32.
-    """
+    """Bytes that a tensor takes in a weight buffer; `device` None is host memory, which RPC workers pad like."""
     if device is None or not device.is_cuda:
         return pad(tensor.n_bytes, CPU_ALIGNMENT_BYTES)
-    n_bytes, rest = tensor.n_bytes, tensor.shape[0] % CUDA_ROW_PADDING
-    if rest and block(tensor.type)[0] > 1:
-        n_bytes += row_bytes(tensor.type, CUDA_ROW_PADDING - rest)
-    return pad(n_bytes, CUDA_ALIGNMENT_BYTES)
+    is_quantised = block(tensor.type)[0] > 1
+    padding = cuda_padding_bytes(tensor.type, tensor.shape[0]) if is_quantised else 0
+    return pad(tensor.n_bytes + padding, CUDA_ALIGNMENT_BYTES)
 
 
 def tensor_devices(model: Model, machine: Machine, assignment: Assignment) -> dict[str, str]:
@@ -161,12 +136,11 @@ def layer_kv_bytes(model: Model, settings: Settings) -> tuple[int, ...]:
 def cache_cells(cache: Cache, settings: Settings, size: ContextSize) -> int:
     """Cells per stream of one cache (llama-kv-cache-iswa.cpp, llama-kv-cache-dsv4.cpp)."""
     if cache.ratio > 1:
-        return pad(max(1, -(-size.cells // cache.ratio)), CACHE_PADDING_CELLS)
+        return compressed_cells(size.cells, cache.ratio)
     if cache.window_tokens is None or settings.is_swa_full:
         return size.cells
     n_windows = 1 if cache.is_per_sequence or not settings.is_kv_unified else size.n_sequences
-    wanted = cache.window_tokens * n_windows + size.ubatch_tokens
-    return pad(min(size.cells, wanted), CACHE_PADDING_CELLS)
+    return window_cells(size.cells, cache.window_tokens, n_windows, size.ubatch_tokens)
 
 
 def _row_bytes(architecture: Architecture, cache: Cache, settings: Settings) -> int:
@@ -216,7 +190,7 @@ def kv_bytes_read(model: Model, settings: Settings, depth_tokens: int) -> tuple[
 
 def _cells_read(cache: Cache, settings: Settings, size: ContextSize, depth_tokens: int) -> int:
     filled = max(-(-(depth_tokens + 1) // cache.ratio), 1)
-    return min(cache_cells(cache, settings, size), pad(filled, CACHE_PADDING_CELLS))
+    return min(cache_cells(cache, settings, size), padded_cells(filled))
 
 
 def static_memory(model: Model, machine: Machine, assignment: Assignment) -> dict[str, DeviceMemory]:

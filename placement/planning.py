@@ -14,7 +14,8 @@ from dataclasses import replace
 
 from placement.check import device_use
 from placement.compute import ComputePlan
-from placement.emit import emit_arguments
+from placement.emit import emit_arguments, engine_devices
+from placement.emit.devices import rpc_servers
 from placement.engine import Engine, EnginePlan, PlanCache, find_engine, list_devices, plan_many
 from placement.engine.plan import measuring_program, program_flags
 from placement.errors import EngineError, EngineMissing, InputError
@@ -37,7 +38,7 @@ def engine_judge(engine: Engine, machine: Machine, program: str) -> Judge:
     What the engine must be asked once (its flags and devices) is asked while the search runs.
     """
     cache = PlanCache(engine)
-    servers = tuple(dict.fromkeys(device.address for device in machine.devices if device.address))
+    servers = rpc_servers(machine)
 
     def prepare() -> None:
         with contextlib.suppress(EngineError):
@@ -89,9 +90,8 @@ def _engine_name(machine: Machine, name: str, plan: EnginePlan) -> str:
     """A device as the plan's rows call it: its name, or the RPC buffer with its address."""
     if name in plan.devices or name == HOST:
         return name
-    address = machine.device(name).address
-    behind = [device.name for device in machine.devices if device.address == address]
-    return f"RPC{behind.index(name)}[{address}]" if address else name
+    found = engine_devices(machine, rpc_servers(machine))
+    return next(each.buffer_name for each in found if each.device.name == name)
 
 
 def _memory_of(machine: Machine, plan: EnginePlan, name: str) -> float | None:
@@ -144,8 +144,7 @@ def choose_engine(spec: str, machine: Machine) -> tuple[Engine | None, str]:
 
 def _mismatch(engine: Engine, machine: Machine) -> str:
     """Why the engine cannot plan for the machine's devices; empty when it can."""
-    servers = [device.address for device in machine.devices if device.address]
-    listed = {row.name: row for row in list_devices(engine, tuple(dict.fromkeys(servers)))}
+    listed = {row.name: row for row in list_devices(engine, rpc_servers(machine))}
     local = [device for device in machine.devices if not device.is_rpc]
     missing = [device.name for device in local if device.name not in listed]
     if not missing:

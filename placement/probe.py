@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from placement.buffers import graph_counts
 from placement.calibrate.applied import Change, apply_fit
 from placement.calibrate.features import Row, decode_row, prompt_row
 from placement.calibrate.fit import Calibration
@@ -27,6 +26,7 @@ from placement.calibrate.runs import Found
 from placement.calibrate.whole import fit_both
 from placement.check import device_use
 from placement.compute import plan_compute
+from placement.cost import graph_counts
 from placement.emit import emit_arguments
 from placement.engine import Engine, run
 from placement.errors import EngineError, EngineFailed, EngineOutputError
@@ -34,7 +34,15 @@ from placement.gguf_header import TensorInfo, write_header
 from placement.machine import Machine
 from placement.model import Model
 from placement.model_files import load_model
-from placement.problem import CPU, Assignment, Problem, Settings, Workload
+from placement.problem import (
+    CPU,
+    DEFAULT_BATCH_TOKENS,
+    DEFAULT_UBATCH_TOKENS,
+    Assignment,
+    Problem,
+    Settings,
+    Workload,
+)
 from placement.verify.times import usual_spread
 
 PROGRAM = "llama-bench"
@@ -76,7 +84,7 @@ class Case:
     devices: tuple[str, ...]
     target: str | None = None
     load_mode: str = "auto"
-    ubatch_tokens: int = 512
+    ubatch_tokens: int = DEFAULT_UBATCH_TOKENS
     n_prompt: int = 0
     n_generate: int = 16
     depth: int = 0
@@ -277,7 +285,7 @@ def placed(case: Case, model: Model, machine: Machine) -> tuple[Problem, Assignm
     )
     settings = Settings(
         ctx_tokens=case.n_prompt + case.n_generate + case.depth,
-        batch_tokens=max(2048, case.ubatch_tokens),
+        batch_tokens=max(DEFAULT_BATCH_TOKENS, case.ubatch_tokens),
         ubatch_tokens=case.ubatch_tokens,
         flash_attention="on",
         is_op_offloaded=case.is_op_offloaded,

@@ -9,6 +9,8 @@ from placement.machine import Machine
 from placement.model import Model
 
 CPU = "CPU"
+# n_batch and n_ubatch of common_params (common/common.h).
+DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS = 2048, 512
 Program = Literal["llama-server", "llama-bench", "llama-fit-params"]
 PROGRAMS: tuple[Program, ...] = get_args(Program)
 
@@ -22,8 +24,8 @@ class Settings:
     is_kv_unified: bool = False  # -kvu
     kv_type_k: str = "f16"
     kv_type_v: str = "f16"
-    batch_tokens: int = 2048  # -b
-    ubatch_tokens: int = 512  # -ub
+    batch_tokens: int = DEFAULT_BATCH_TOKENS  # -b
+    ubatch_tokens: int = DEFAULT_UBATCH_TOKENS  # -ub
     flash_attention: str = "auto"  # on, off, auto
     is_kv_offloaded: bool = True  # False: -nkvo
     is_swa_full: bool = False

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from placement.backend_rules import MIN_OFFLOAD_TOKENS
 from placement.graph import cuda
 from placement.graph.flat import NO_BUFFER, FlatGraph
 from placement.graph.fusion import Dependencies, keep_for_fusion
@@ -118,7 +119,7 @@ class Scheduler:
         backends = self.backends
         if backends.is_op_offloaded and found == self.cpu and backends.is_host_memory_host:
             batch = cuda.offload_batch(self.flat.tensors[i])
-            if batch >= cuda.OFFLOAD_MIN_BATCH:
+            if batch >= MIN_OFFLOAD_TOKENS:
                 for b in range(self.cpu):
                     if backends.is_cuda[b] and self.supports(i, b):
                         return b

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from placement.architecture import describe
-from placement.buffers import graph_counts
 from placement.check import default_workload, device_use, differences
 from placement.compute import ComputePlan
-from placement.cost import evaluate
+from placement.cost import evaluate, graph_counts
 from placement.emit import emit_arguments
 from placement.errors import InputError
 from placement.front import DECODE_FIRST, best_different, is_dominated, spread, walk

@@ -13,6 +13,7 @@ from placement.architecture import describe
 from placement.arguments import Arguments
 from placement.emit import compile_pattern, engine_devices, layer_homes
 from placement.emit.devices import buffer_target, rpc_servers, selected_devices
+from placement.emit.resolve import model_devices
 from placement.errors import InputError
 from placement.groups import movable_groups
 from placement.machine import Machine
@@ -202,11 +203,8 @@ def kept_wishes(model: Model, machine: Machine, arguments: Arguments) -> list[Wi
     if arguments.devices is not None:
         wishes.append(devices_wish(machine, arguments.devices or ("none",)))
     if arguments.split_mode == "none":
-        found = selected_devices(engine_devices(machine, rpc_servers(machine)), arguments.devices)
-        index = arguments.main_gpu or 0
-        if index >= len(found):
-            raise InputError("-mg", f"must be below {len(found)}", value=index)
-        wishes.append(devices_wish(machine, [found[index].dev_name]))
+        chosen = model_devices(engine_devices(machine, rpc_servers(machine)), arguments)
+        wishes.append(devices_wish(machine, [each.dev_name for each in chosen] or ["none"]))
     if arguments.tensor_split is not None:
         wishes.append(
             ts_wish(model, machine, arguments.tensor_split, arguments.devices, arguments.n_gpu_layers)

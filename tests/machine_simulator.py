@@ -15,7 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from placement.buffers import graph_counts
 from placement.calibrate.choosing import (
     LEAST_ROUNDS,
     MORE_ROUNDS,
@@ -32,7 +31,7 @@ from placement.calibrate.fit import calibrate
 from placement.calibrate.parameters import DECODE, PROMPT, parameters
 from placement.check import device_use
 from placement.compute import plan_compute
-from placement.cost import GraphCounts
+from placement.cost import GraphCounts, graph_counts
 from placement.emit import emit_arguments
 from placement.groups import movable_groups
 from placement.machine import Coefficient, Cpu, Device, Machine

@@ -10,7 +10,7 @@ from first_user import CONF, GPT_OT, choice
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.arguments import _OPTIONS, _REMOVED, parse
+from placement.arguments import parse
 from placement.errors import InputError
 from placement.machine_files import resolve_machine
 from placement.model_files import resolve_model
@@ -22,7 +22,6 @@ from placement.profiles import (
     parse_models_conf,
     read_models_conf,
 )
-from placement.profiles.options import FLAGS, VALUED
 from placement.request import Request
 from placement.solve import make_problem
 from placement.store import solution_folder
@@ -208,14 +207,6 @@ def test_file_changed_meanwhile_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has changed"):
         applied.write()
     assert path.read_text() == "other"
-
-
-def test_every_placement_option_is_known_here() -> None:
-    """The options that apply replaces are those that `arguments` reads, but the model and batch threads."""
-    read = {name for option in _OPTIONS for name in (*option.names, *option.off_names)} | set(_REMOVED)
-    mine = {name for names in (*VALUED.values(), *FLAGS.values()) for name in names}
-    assert read - mine == {"-m", "--model", "-tb", "--threads-batch"}
-    assert mine - read == set()
 
 
 _VALUES = st.sampled_from(["131072", "on", "off", "", "99", "1,1", "  7  # c", '"8"'])

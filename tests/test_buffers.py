@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 from solving_support import dense_model, expert_model, problem, two_cards, way
 
-from placement.buffers import Buffers, compute_table, graph_counts, typical_assignment
+from placement.buffers import Buffers, compute_table, typical_assignment
 from placement.compute import ComputePlan
+from placement.cost import graph_counts
 from placement.problem import CPU, Assignment, Problem
 from placement.search import Search
 

@@ -21,10 +21,9 @@ from solving_support import (
 )
 from test_solver import answers
 
-from placement.buffers import graph_counts
 from placement.check import device_use
 from placement.compute import plan_compute
-from placement.cost import evaluate
+from placement.cost import evaluate, graph_counts
 from placement.front import FASTER, FRONT_GAP, RESERVES, Merit, best_different, is_dominated, spread, walk
 from placement.machine import Machine
 from placement.model import Model

@@ -13,11 +13,11 @@ from machine_simulator import Simulated, bare_machine
 from verify_support import cluster, cpu_machine
 
 import placement.detect
-from placement.buffers import graph_counts
 from placement.calibrate.features import decode_row, prompt_row
 from placement.calibrate.parameters import prior_of
 from placement.cli import cli
 from placement.compute import plan_compute
+from placement.cost import graph_counts
 from placement.engine import Engine, rpc_workers
 from placement.errors import EngineFailed, EngineOutputError
 from placement.machine import Coefficient

@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 from solving_support import card, dense_model, expert_model, one_card, problem, two_cards
 
-from placement.buffers import graph_counts
 from placement.check import device_use
 from placement.coefficients import DEFAULTS
-from placement.cost import evaluate, rates
+from placement.cost import evaluate, graph_counts, rates
 from placement.machine import Coefficient, Machine
 from placement.search import UBATCHES, Freedom, Search, device_orders, shortfall, ways
 from placement.solver.frame import is_valid

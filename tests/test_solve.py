@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from solving_support import card, dense_model, expert_model, one_card, random_answer, table_of, two_cards, way
 
 from placement.arguments import parse
-from placement.buffers import graph_counts
 from placement.check import check, device_use
 from placement.compute import plan_compute
-from placement.cost import evaluate
+from placement.cost import evaluate, graph_counts
 from placement.emit import resolve
 from placement.errors import InputError
 from placement.machine import Coefficient, Machine

@@ -9,9 +9,8 @@ import golden_sample
 import pytest
 from solving_support import card, dense_model, expert_model, problem, random_answer, table_of, two_cards, way
 
-from placement.buffers import graph_counts
 from placement.compute import plan_compute
-from placement.cost import GraphCounts, coefficient, evaluate
+from placement.cost import GraphCounts, coefficient, evaluate, graph_counts
 from placement.machine import Machine
 from placement.machine_files import REFERENCE_MACHINE, resolve_machine
 from placement.memory import static_memory

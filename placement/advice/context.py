@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from placement.advice.case import Advice, Case, count, layer_list
 from placement.architecture import LayerFacts
+from placement.backend_rules import CUDA_FLASH_TYPES, has_vector_kernel
 from placement.memory import (
     context_size,
     has_one_kv_type,
@@ -19,7 +20,6 @@ from placement.quants import block
 from placement.units import MIB, format_bytes
 
 _CUDA_PAIRS = {("q4_0", "q4_0"), ("q8_0", "q8_0"), ("f16", "f16"), ("bf16", "bf16")}  # GGML_CUDA_FA_QUANTS
-_NO_CUDA_ATTENTION = ("iq4_nl",)
 F16_BYTES = 2
 
 
@@ -59,11 +59,11 @@ def kv_types_without_kernel(case: Case) -> Iterator[Advice]:
     if not case.is_on_cuda or pair in _CUDA_PAIRS or settings.flash_attention == "off":
         return
     cells = context_size(case.model, settings).cells
-    layers = [layer for layer in case.architecture.layers if layer.is_loaded and _has_vector_kernel(layer)]
+    layers = [layer for layer in case.architecture.layers if layer.is_loaded and _has_vector_heads(layer)]
     if not layers:
         return
     code = "kv-types-mixed" if pair[0] != pair[1] else "kv-type-without-kernel"
-    if set(pair) & set(_NO_CUDA_ATTENTION):
+    if not CUDA_FLASH_TYPES.issuperset(type_name.upper() for type_name in pair):
         yield Advice(
             code, f"no CUDA flash attention for {'/'.join(pair)}: {count(len(layers), 'layer')} on the CPU"
         )
@@ -78,10 +78,10 @@ def kv_types_without_kernel(case: Case) -> Iterator[Advice]:
     )
 
 
-def _has_vector_kernel(layer: LayerFacts) -> bool:
-    """Whether single tokens take the kernel that reads quantised caches as they are (fattn.cu)."""
+def _has_vector_heads(layer: LayerFacts) -> bool:
+    """Whether single tokens take the kernel that reads quantised caches as they are."""
     heads = [cache.k_head for cache in layer.caches if not cache.is_indexer]
-    return any(0 < head <= 256 and head % 64 == 0 and head != 192 for head in heads)
+    return any(map(has_vector_kernel, heads))
 
 
 def quantised_v_without_flash(case: Case) -> Iterator[Advice]:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from placement.advice.case import Advice, Case, count
+from placement.backend_rules import PINNED_LOAD_MODES
 from placement.cost import rates
 from placement.memory import HOST
 from placement.problem import CPU
 from placement.units import MIB, format_bytes
 
-PINNED_MODES = ("none", "dio")
 MIN_STREAMED_BYTES = 64 * MIB
 
 
@@ -93,7 +93,7 @@ def mapped_weights(case: Case) -> Iterator[Advice]:
     n_bytes = sum(t.n_bytes for tensors in case.layers.values() for t in tensors if used[t.name] == CPU)
     pageable = rates(case.machine, devices, replace(settings, load_mode="mmap"))
     pinned = rates(case.machine, devices, replace(settings, load_mode="none"))
-    if settings.load_mode in PINNED_MODES or n_bytes < MIN_STREAMED_BYTES:
+    if settings.load_mode in PINNED_LOAD_MODES or n_bytes < MIN_STREAMED_BYTES:
         return
     if pageable.stream_s_per_byte is None or pinned.stream_s_per_byte is None:
         return

@@ -219,7 +219,4 @@ LAZY_MIN_BYTES = 4 * 1024**3
 SCAN_ARCHITECTURES = frozenset(
     {"mamba", "mamba2", "jamba", "plamo2", "granitehybrid", "falcon-h1", "nemotron_h", "nemotron_h_moe"}
 )
-NO_CUDA_TYPES = frozenset({"TQ1_0", "TQ2_0", "Q8_1", "F64"})
 CONV_TENSORS = frozenset({"ssm_conv1d", "shortconv.conv", "ple_conv1d"})
-CUDA_CONV_MULTIPLE = 128
-CUDA_SCAN_STATES = frozenset({96, 128, 256})  # Mamba-2; Mamba's own is 16

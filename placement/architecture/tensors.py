@@ -12,20 +12,18 @@ from placement.architecture.header import Header
 from placement.architecture.records import PlacedTensor
 from placement.architecture.rules import (
     CONV_TENSORS,
-    CUDA_CONV_MULTIPLE,
-    CUDA_SCAN_STATES,
     FIRST_LAYER_TENSORS,
     INPUT_TENSORS,
     LAZY_ARCHITECTURES,
     LAZY_MIN_BYTES,
     LAZY_TENSORS,
-    NO_CUDA_TYPES,
     PLAIN,
     ROPE_TENSORS,
     SCAN_ARCHITECTURES,
     UNUSED_TENSORS,
     Rule,
 )
+from placement.backend_rules import NO_CUDA_TYPES, has_conv_kernel, has_scan_kernel
 from placement.model import Model, Tensor
 
 INPUT, REPEATING, OUTPUT = "input", "repeating", "output"
@@ -105,7 +103,7 @@ def _has_cuda_kernel(tensor: Tensor, header: Header) -> bool:
     if tensor.type == "BF16" and (name.endswith("norm") or tensor.name.endswith(".bias")):
         return False
     if name in CONV_TENSORS and tensor.name.endswith(".weight"):
-        return math.prod(tensor.shape[1:2]) % CUDA_CONV_MULTIPLE == 0
+        return has_conv_kernel(math.prod(tensor.shape[1:2]))
     if name == "ssm_a" and header.model.architecture in SCAN_ARCHITECTURES:
         return _has_scan_kernel(tensor, header)
     return True
@@ -115,7 +113,6 @@ def _has_scan_kernel(tensor: Tensor, header: Header) -> bool:
     d_inner = header.integer("ssm.inner_size")
     n_head = tensor.shape[1] if len(tensor.shape) > 1 else 1
     head_size = d_inner // max(n_head, 1)
-    if tensor.shape[0] == 1:
-        return header.integer("ssm.state_size") in CUDA_SCAN_STATES and head_size % 16 == 0
-    is_one_group = header.integer("ssm.group_count") <= 1
-    return tensor.shape[0] == 16 and head_size == 1 and n_head % CUDA_CONV_MULTIPLE == 0 and is_one_group
+    n_rows = tensor.shape[0]
+    d_state = header.integer("ssm.state_size") if n_rows == 1 else n_rows
+    return has_scan_kernel(n_rows, d_state, head_size, n_head, header.integer("ssm.group_count"))

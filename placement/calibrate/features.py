@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from placement.backend_rules import PINNED_LOAD_MODES
 from placement.calibrate.parameters import CPU_KV, DECODE, PROMPT
 from placement.cost import (
     READ_CLASSES,
@@ -173,7 +174,7 @@ def _prompt_terms(
     at = where
     if where == CPU and rates.stream_s_per_byte is not None and rates.stream_device is not None:
         at = rates.stream_device
-        kind = "pinned" if assignment.settings.load_mode in ("none", "dio") else "pageable"
+        kind = "pinned" if assignment.settings.load_mode in PINNED_LOAD_MODES else "pageable"
         link = machine.device(at).link_gb_per_s * 1e9
         amount = (load.prompt_bytes + load.prompt_kv_bytes) / link
         yield Term(amount, ((f"{kind}_link_efficiency.{at}", -1),), where)

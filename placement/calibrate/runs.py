@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from placement.arguments import parse
-from placement.buffers import graph_counts
 from placement.calibrate.features import Row
 from placement.calibrate.models import Models
 from placement.calibrate.timings import Run, run_rows, timing_noise
 from placement.compute import plan_compute
+from placement.cost import graph_counts
 from placement.emit import resolve
 from placement.errors import InputError
 from placement.machine import Machine

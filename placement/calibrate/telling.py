@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from placement.architecture import describe
-from placement.buffers import graph_counts
 from placement.calibrate.features import Row, decode_row, prompt_row
 from placement.calibrate.fit import Calibration
 from placement.calibrate.fit_problem import MODEL_NOISE, UNIDENTIFIED
 from placement.check import device_use
 from placement.compute import plan_compute
-from placement.cost import GraphCounts
+from placement.cost import GraphCounts, graph_counts
 from placement.emit import emit_arguments
 from placement.groups import EXPERTS_DOWN, movable_groups
 from placement.memory import context_size

@@ -46,10 +46,11 @@ def command(
       place check glm-flash --args '-c 131072 -ngl 99 -ts 33,15 -ctk q8_0 -ctv q8_0 -fa on -fit off'
     """
     from placement.arguments import parse
+    from placement.engine_options import VARIABLE_PREFIX
     from placement.solving import EngineChoice, run_check
 
     model = options.load(model_name)
-    environment = {name: value for name, value in os.environ.items() if name.startswith("LLAMA_ARG_")}
+    environment = {name: value for name, value in os.environ.items() if name.startswith(VARIABLE_PREFIX)}
     parsed = parse(arguments, environment)
     result = run_check(
         model, options.load_machine(machine_name, parsed.rpc), parsed, options.request_of(given),

@@ -6,6 +6,7 @@ import itertools
 import shlex
 from collections.abc import Sequence
 
+from placement.context_rules import SERVER_SLOTS
 from placement.emit.devices import EngineDevice, engine_devices, rpc_servers
 from placement.emit.regex import compile_pattern, patterns_for
 from placement.errors import InputError
@@ -120,9 +121,9 @@ def _setting_tokens(settings: Settings, program: str) -> list[str]:
 
 
 def _slot_tokens(settings: Settings, program: str) -> list[str]:
-    """`-np` and `-kvu`; neither for llama-server's own four slots on one cache: both programs take that."""
+    """`-np` and `-kvu`; neither for llama-server's own choice of slots on one cache: both programs take that."""
     if not settings.is_kv_unified or settings.n_slots == 1:
         return ["-np", str(settings.n_slots)]
     if program == "llama-fit-params":
         return ["-np", "1"]
-    return [] if settings.n_slots == 4 else ["-np", str(settings.n_slots), "-kvu"]
+    return [] if settings.n_slots == SERVER_SLOTS else ["-np", str(settings.n_slots), "-kvu"]

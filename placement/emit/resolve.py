@@ -10,6 +10,7 @@ from typing import Any
 
 from placement.architecture import INPUT, OUTPUT, describe, tensor_class, tensor_layer
 from placement.arguments import Arguments
+from placement.context_rules import SERVER_SLOTS
 from placement.emit.devices import EngineDevice, buffer_target, engine_devices, selected_devices
 from placement.emit.regex import compile_pattern
 from placement.errors import InputError
@@ -33,7 +34,7 @@ def resolve(
             placement by device.
     """
     found = engine_devices(machine, arguments.rpc)
-    devices = _model_devices(found, arguments)
+    devices = model_devices(found, arguments)
     homes = layer_homes(
         describe(model).n_layer_all, arguments.n_gpu_layers, _shares(devices, arguments), devices
     )
@@ -73,7 +74,7 @@ def _float32(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
-def _model_devices(found: Sequence[EngineDevice], arguments: Arguments) -> tuple[EngineDevice, ...]:
+def model_devices(found: Sequence[EngineDevice], arguments: Arguments) -> tuple[EngineDevice, ...]:
     """The devices given to the model, after `-dev`, `-sm none` and `-mg` (llama_prepare_model_devices)."""
     if arguments.split_mode == "tensor":
         raise InputError("-sm", "must not be tensor here: it has no placement by device", value="tensor")
@@ -152,10 +153,10 @@ def _settings(model: Model, machine: Machine, arguments: Arguments, program: str
 
 
 def _slots(arguments: Arguments, program: str) -> tuple[int, bool]:
-    """Sequences and whether they share one cache; llama-server's automatic choice is four that do."""
+    """Sequences and whether they share one cache; llama-server's automatic choice is several that do."""
     given = arguments.n_slots
     if program == "llama-server" and (given is None or given < 0):
-        return 4, True
+        return SERVER_SLOTS, True
     if given is not None and given < 1:
         raise InputError("-np", f"must be 1 or more for {program}", value=given)
     return given or 1, bool(arguments.is_kv_unified)

@@ -19,6 +19,7 @@ from typing import Any
 from placement.engine.find import Engine, list_devices
 from placement.engine.logs import EngineMemory, PlanReading
 from placement.engine.rpc import endpoints_of, exclusive
+from placement.engine_options import names_of
 from placement.errors import EngineError
 from placement.model import Model
 
@@ -89,7 +90,7 @@ class PlanCache:
             model_key = _model_key(model)
         except (EngineError, OSError):
             return None
-        has_split = any(flag in arguments for flag in ("-ts", "--tensor-split"))
+        has_split = any(flag in arguments for flag in names_of("-ts"))
         n_known = 4 if not has_split and len(devices) > 1 else 3  # layers follow free memory unless -ts says
         return {
             "format": _FORMAT,

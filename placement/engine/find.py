@@ -13,6 +13,7 @@ from pathlib import Path
 from placement.engine.flags import WANTED, Flags, read_flags
 from placement.engine.outcome import require_success
 from placement.engine.run import run
+from placement.engine_options import names_of
 from placement.errors import EngineError, EngineMissing, EngineOutputError
 
 PROGRAMS = (
@@ -213,7 +214,7 @@ def read_program_flags(engine: Engine, program: str) -> Flags:
         EngineError: it failed, hung, or printed no help.
     """
     flags = read_flags(_ask(engine, program, "--help"))
-    if not {"-m", "--model"} & flags.names:
+    if flags.names.isdisjoint(names_of("-m")):
         raise EngineOutputError(
             f"{engine.program(program)} --help names no model option: not a llama.cpp program"
         )

@@ -9,6 +9,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from placement.engine_options import (
+    FALSE_WORDS,
+    FLASH_WORDS,
+    LOAD_MODE_AS_OLDER_FLAGS,
+    OLDER_LOAD_FLAGS,
+    TRUE_WORDS,
+    names_of,
+)
+
 # Flags that planning and running use, with the oldest other spelling that does the same.
 WANTED = {
     "llama-fit-params": (("-fitp",), ("-lv",), ("--log-jsonl",), ("-ot",), ("-ncmoe",), ("-lm",), ("--rpc",)),
@@ -24,13 +33,6 @@ WANTED = {
     ),
 }
 _FLAG = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
-_LOAD_MODES = {
-    "none": ("--no-mmap",),
-    "mlock": ("--mlock",),
-    "mmap+mlock": ("--mlock",),
-    "auto": (),
-    "mmap": (),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +51,16 @@ class Flags:
         rest = list(arguments)
         while rest:
             flag = rest.pop(0)
-            if (
-                flag in ("-fa", "--flash-attn")
-                and flag in self.bare
-                and rest
-                and rest[0] in ("on", "off", "auto")
-            ):
-                spelt += [flag] if rest.pop(0) == "on" else []
-            elif flag in ("-lm", "--load-mode") and flag not in self and rest and rest[0] in _LOAD_MODES:
-                spelt += _LOAD_MODES[rest.pop(0)]
-            elif flag in ("-fit", "--fit") and flag not in self and rest and rest[0] in ("on", "off"):
+            value = rest[0] if rest else ""
+            if flag in names_of("-fa") and flag in self.bare and value in FLASH_WORDS:
+                spelt += [flag] if rest.pop(0) in TRUE_WORDS else []
+            elif flag in names_of("-lm") and flag not in self and value in LOAD_MODE_AS_OLDER_FLAGS:
+                spelt += LOAD_MODE_AS_OLDER_FLAGS[rest.pop(0)]
+            elif flag in names_of("-fit") and flag not in self and value in TRUE_WORDS + FALSE_WORDS:
                 rest.pop(0)  # a build that cannot fit does not
-            elif flag in ("--mmap", "--no-mmap", "--mlock") and flag not in self and "-lm" in self:
-                spelt += ["-lm", {"--mmap": "mmap", "--no-mmap": "none", "--mlock": "mlock"}[flag]]
+            elif flag in OLDER_LOAD_FLAGS and flag not in self and "-lm" in self:
+                # every build with -lm takes "mlock", not every one "mmap+mlock"
+                spelt += ["-lm", OLDER_LOAD_FLAGS[flag].removeprefix("mmap+")]
             else:
                 spelt.append(flag)
         return tuple(spelt)

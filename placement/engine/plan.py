@@ -24,10 +24,15 @@ from placement.engine.logs import EngineMemory, PlanReading, has_all_buffers, is
 from placement.engine.outcome import failure_line, is_unconnected, is_unexplained, require_success, unreadable
 from placement.engine.rpc import endpoints_of, exclusive
 from placement.engine.run import Finished, run, run_many
+from placement.engine_options import names_of
 from placement.errors import EngineFailed, EngineTimeout, InputError
 from placement.model import Model
 
-_FIT_FLAGS = ("-fit", "--fit", "-fitt", "--fit-target", "-fitc", "--fit-ctx", "-fitp", "--fit-print")
+_FIT_FLAGS = (
+    *names_of("-fit", "-fitt", "-fitc"),
+    "-fitp",
+    "--fit-print",
+)  # the last two: llama-fit-params' own
 _MEASURED = re.compile(
     r"projected to use|failed to fit params|encountered an error while trying to fit"
     r"|fitting params to free memory took"

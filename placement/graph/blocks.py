@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from placement.context_rules import CELL_PADDING
 from placement.graph.sparse import SparseBuilder
 from placement.graph.tensor import Tensor
 
-EMPTY_CACHE_POSITIONS = 256  # what an empty cache counts as used: reservations are made with one
+EMPTY_CACHE_POSITIONS = CELL_PADDING  # what an empty cache counts as used: reservations are made with one
 
 
 class BlockSparseBuilder(SparseBuilder):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from placement.architecture import Cache
+from placement.context_rules import compressed_cells
 from placement.graph.gated_hyper import GatedHyperBuilder
 from placement.graph.tensor import Tensor
-from placement.units import pad
 
 OVERLAPPED = 4  # the ratio whose blocks overlap and have an indexer
-CACHE_PAD = 256
 
 
 class CompressedBuilder(GatedHyperBuilder):
@@ -63,7 +62,7 @@ class CompressedBuilder(GatedHyperBuilder):
     # --- compressed caches
 
     def _n_compressed(self, cache: Cache) -> int:
-        return pad(max(1, -(-self.context.n_ctx_seq // cache.ratio)), CACHE_PAD)
+        return compressed_cells(self.context.n_ctx_seq, cache.ratio)
 
     def _compressed_cache(self, il: int, which: str, cache: Cache) -> Tensor:
         key = f"cache_{which}.{il}"

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from placement.architecture import Architecture
+from placement.context_rules import rounded_context, window_cells
 from placement.problem import Settings
-from placement.units import pad
-
-QUANTISED_ALIGN = 256  # llama.cpp pads contexts and caches to 256 cells
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,7 @@ class Context:
         if self.is_swa_full:
             return self.n_ctx_seq
         shared = self.n_seq_max if self.is_unified else 1
-        return pad(min(self.n_ctx_seq, window_tokens * shared + self.n_ubatch), QUANTISED_ALIGN)
+        return window_cells(self.n_ctx_seq, window_tokens, shared, self.n_ubatch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +51,15 @@ class Batch:
 
 
 def make_context(settings: Settings, facts: Architecture, is_full_offload: bool, is_flash: bool) -> Context:
-    """Round the settings as llama_context's constructor does; `is_flash` is what -fa asks for."""
-    n_seq_max = max(1, settings.n_slots)
-    asked = settings.ctx_tokens or facts.n_ctx_train
-    n_batch = min(pad(asked, 1), settings.batch_tokens)
-    n_ubatch = min(n_batch, settings.ubatch_tokens or n_batch)
-    n_ctx = pad(asked, QUANTISED_ALIGN)
-    n_ctx_seq = n_ctx
-    if not settings.is_kv_unified:
-        n_ctx_seq = pad(n_ctx // n_seq_max, QUANTISED_ALIGN)
-        n_ctx = n_ctx_seq * n_seq_max
+    """The rounded settings of a context; `is_flash` is what -fa asks for."""
+    size = rounded_context(settings, facts.n_ctx_train)
     has_own_streams = any(cache.is_per_sequence for layer in facts.layers for cache in layer.caches)
     return Context(
-        n_ctx=n_ctx,
-        n_ctx_seq=n_ctx_seq,
-        n_seq_max=n_seq_max,
-        n_ubatch=n_ubatch,
-        n_batch=n_batch,
+        n_ctx=size.cells * size.n_streams,
+        n_ctx_seq=size.cells,
+        n_seq_max=size.n_sequences,
+        n_ubatch=size.ubatch_tokens,
+        n_batch=size.batch_tokens,
         is_unified=settings.is_kv_unified and not has_own_streams,
         type_k=settings.kv_type_k.upper(),
         type_v=settings.kv_type_v.upper(),

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from placement.graph.tensor import Tensor, row_size
+from placement.backend_rules import (
+    CUDA_ALIGNMENT_BYTES,
+    CUDA_FLASH_TYPES,
+    NO_CUDA_TYPES,
+    cuda_padding_bytes,
+    has_conv_kernel,
+    has_scan_kernel,
+    has_vector_kernel,
+)
+from placement.graph.tensor import Tensor
 from placement.quants import BLOCKS
+from placement.units import pad
 
-ROW_PADDING = 512  # elements, MATRIX_ROW_PADDING
 KERNEL_STRIDE = 256  # FATTN_KQ_STRIDE
-ALIGNMENT = 128
-OFFLOAD_MIN_BATCH = 32
 MAX_SORT_COLUMNS = 25600 // 4  # shared memory that any card has, for bitonic sorts in builds without CUB
 
-_NO_MUL_MAT = frozenset({"TQ1_0", "TQ2_0", "I32", "I64", "F64", "Q8_1"})
+_NO_MUL_MAT = NO_CUDA_TYPES | {"I32", "I64"}
 _GET_ROWS = frozenset(BLOCKS) - {"TQ1_0", "TQ2_0", "NVFP4", "Q8_1", "Q8_K", "I64", "F64", "I8", "I16"}
 _NEEDS_ROWS_OF_256 = frozenset({"IQ4_NL", "MXFP4"})
 _SAME_HEADS = frozenset({40, 64, 72, 80, 96, 112, 128, 256})
-_FLASH_TYPES = frozenset({"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"})
 
 
 def is_quantised(type: str) -> bool:
@@ -30,8 +36,8 @@ def alloc_bytes(tensor: Tensor) -> int:
     size = tensor.n_bytes
     if tensor.op == "FLASH_ATTN_EXT":
         size = _with_half_copies(tensor, size)
-    if is_quantised(tensor.type) and (rest := tensor.ne[0] % ROW_PADDING):
-        size += row_size(tensor.type, ROW_PADDING - rest)
+    if is_quantised(tensor.type):
+        size += cuda_padding_bytes(tensor.type, tensor.ne[0])
     return size
 
 
@@ -40,16 +46,15 @@ def _with_half_copies(node: Tensor, size: int) -> int:
     if q.ne[1] <= 1 and _can_use_vectors(q, k):
         return size
     if k.type != "F16":
-        size = -(-size // ALIGNMENT) * ALIGNMENT + 2 * k.n_elements
+        size = pad(size, CUDA_ALIGNMENT_BYTES) + 2 * k.n_elements
     is_shared = v.root is not None and (v.root is k or (v.root is k.root and v.offset == k.offset))
     if v.type != "F16" and not is_shared:
-        size = -(-size // ALIGNMENT) * ALIGNMENT + 2 * v.n_elements
+        size = pad(size, CUDA_ALIGNMENT_BYTES) + 2 * v.n_elements
     return size
 
 
 def _can_use_vectors(q: Tensor, k: Tensor) -> bool:
-    head = q.ne[0]
-    return head <= 256 and head % 64 == 0 and head != 192 and k.ne[1] % KERNEL_STRIDE == 0
+    return has_vector_kernel(q.ne[0]) and k.ne[1] % KERNEL_STRIDE == 0
 
 
 def offload_batch(node: Tensor) -> int:
@@ -84,7 +89,7 @@ def _supports_flash(node: Tensor, has_alibi: bool) -> bool:
             is_grouped = False
     if not _supports_heads(k.ne[0], v.ne[0], ratio, is_grouped):
         return False
-    has_types = k.type in _FLASH_TYPES and v.type in _FLASH_TYPES
+    has_types = k.type in CUDA_FLASH_TYPES and v.type in CUDA_FLASH_TYPES
     return has_types and (mask is None or mask.ne[2] == 1)
 
 
@@ -159,13 +164,11 @@ def _concat(node: Tensor) -> bool:
 
 def _ssm_scan(node: Tensor) -> bool:
     state, a_matrix, b_matrix = node.src[0], node.src[3], node.src[4]
-    if a_matrix.ne[0] == 1:
-        return state.ne[0] in (96, 128, 256) and state.ne[1] % 16 == 0
-    return state.ne[0] == 16 and state.ne[1] == 1 and state.ne[2] % 128 == 0 and b_matrix.ne[1] == 1
+    return has_scan_kernel(a_matrix.ne[0], *state.ne[:3], b_matrix.ne[1])
 
 
 def _ssm_conv(node: Tensor) -> bool:
-    return node.src[0].ne[1] % 128 == 0
+    return has_conv_kernel(node.src[0].ne[1])
 
 
 def _repeat(node: Tensor) -> bool:
@@ -178,7 +181,7 @@ def _rows_f32(node: Tensor) -> bool:
 
 def _indexer(node: Tensor) -> bool:
     q, k = node.src[:2]
-    if q.ne[0] != 128 or q.ne[1] not in (4, 32, 64) or k.type not in _FLASH_TYPES:
+    if q.ne[0] != 128 or q.ne[1] not in (4, 32, 64) or k.type not in CUDA_FLASH_TYPES:
         return False
     return not any(nb % 16 for t in (q, k) if not is_quantised(t.type) for nb in t.nb[1:])
 

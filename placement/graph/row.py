@@ -55,7 +55,6 @@ class Row:
     has_rows_after_norm: bool = False  # the last layer's rows are chosen after that norm
     is_residual_first: bool = False  # order of the sum after attention
     is_middle_first: bool = False  # order of the sum after the feed-forward block
-    has_flash: bool = True
     unread: str = (
         ""  # loaded, not used: q, o, f biases of QKV, output and feed-forward, l of the logits, s scales
     )

@@ -117,7 +117,6 @@ ROWS: dict[str, Row] = {
     ),
     "granitemoe": Row(has_rope_factors=True, **_GRANITE),
     "grok": Row(
-        has_flash=False,
         embedding_scale="always",
         logit_scale="always",
         softcap="meta",

@@ -8,31 +8,22 @@ from __future__ import annotations
 import shlex
 
 from placement.arguments import parse
+from placement.engine_options import LOAD_MODE_AS_OLDER_FLAGS, OPTION_BY_NAME, names_of
 from placement.errors import InputError
 from placement.presets.launch import Launch, check_tokens, comment_lines, options_of
 
 _WHERE = "ik_llama.cpp"
 _SAME = (
-    *("-ngl", "--gpu-layers", "--n-gpu-layers", "-ts", "--tensor-split", "-ot", "--override-tensor"),
-    *("-c", "--ctx-size", "-b", "--batch-size", "-ub", "--ubatch-size", "-np", "--parallel"),
-    *("-fa", "--flash-attn", "-nkvo", "--no-kv-offload", "-t", "--threads", "-tb", "--threads-batch"),
-    *("-dev", "--device", "-mg", "--main-gpu"),
+    *names_of("-ngl", "-ts", "-ot", "-c", "-b", "-ub", "-np", "-fa", "-t", "-tb", "-dev", "-mg"),
+    *OPTION_BY_NAME["-kvo"].off_names,
 )
-_KV_TYPES = ("-ctk", "--cache-type-k", "-ctv", "--cache-type-v")
 _SAME_KV_TYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 _SAME_EXTRA = (
     *("--jinja", "--temp", "--top-p", "--top-k", "--min-p", "--no-context-shift", "--chat-template"),
     *("--chat-template-file", "--chat-template-kwargs", "--reasoning-format", "--reasoning-budget"),
     *("--host", "--port", "--api-key", "-a", "--alias", "-cram", "--cache-ram", "--no-warmup"),
 )
-_LOAD_MODES = {
-    "auto": [],
-    "mmap": [],
-    "none": ["--no-mmap"],
-    "mlock": ["--no-mmap", "--mlock"],
-    "mmap+mlock": ["--mlock"],
-}
-_MEANT_ANYWAY = {("-fit", "off"), ("--fit", "off")}  # its fit is off unless asked for
+_MEANT_ANYWAY = tuple((name, "off") for name in names_of("-fit"))  # its fit is off unless asked for
 
 
 def ik_llama(launch: Launch) -> str:
@@ -55,11 +46,11 @@ def _translated(option: str, values: list[str]) -> list[str]:
     value = " ".join(values)
     if (option, value) in _MEANT_ANYWAY:
         return []
-    if option in ("-sm", "--split-mode") and value in ("layer", "none"):
+    if option in names_of("-sm") and value in ("layer", "none"):
         return [option, value]
-    if option in ("-lm", "--load-mode") and value in _LOAD_MODES:
-        return _LOAD_MODES[value]
-    if option in _KV_TYPES and value in _SAME_KV_TYPES:
+    if option in names_of("-lm") and value in LOAD_MODE_AS_OLDER_FLAGS:
+        return list(LOAD_MODE_AS_OLDER_FLAGS[value])
+    if option in names_of("-ctk", "-ctv") and value in _SAME_KV_TYPES:
         return [option, value]
     if option in _SAME or option in _SAME_EXTRA:
         return [option, *values]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from placement.engine_options import names_of
 from placement.errors import InputError
 from placement.machine import Machine
 from placement.model import Model
@@ -46,7 +47,7 @@ def launches_of_conf(
         if profile.problem is not None or profile.model is None:
             raise InputError(f"[{section.name}]", profile.problem or "has no model")
         parts = parts_of(plain_words(profile.tokens))
-        kept = [word for part in parts if part.values[0] not in ("-m", "--model") for word in part.values]
+        kept = [word for part in parts if part.values[0] not in names_of("-m") for word in part.values]
         path = profile.arguments.model_path if profile.arguments else None
         launches.append(Launch(section.name, path or _path(profile.model), tuple(_last_wins(kept))))
     return launches

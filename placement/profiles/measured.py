@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from placement.arguments import parse
+from placement.engine_options import OPTIONS
 from placement.machine import Machine
 from placement.model import Model
 from placement.profiles.choice import Choice, Measured
@@ -17,14 +17,13 @@ from placement.store import solution_folders
 if TYPE_CHECKING:
     from placement.verify.schema import Record
 
-NOT_PLACEMENT = ("n_threads", "n_threads_batch", "model_path", "program", "other", "removed")
+PLACEMENT_FIELDS = tuple(dict.fromkeys(option.field for option in OPTIONS if option.is_placement))
 
 
 def placement_of(tokens: tuple[str, ...] | list[str]) -> dict[str, Any]:
     """What arguments say about placement, field by field."""
     said = parse(tokens)
-    names = (field.name for field in dataclasses.fields(said) if field.name not in NOT_PLACEMENT)
-    return {name: getattr(said, name) for name in names}
+    return {name: getattr(said, name) for name in PLACEMENT_FIELDS}
 
 
 def measured_of(

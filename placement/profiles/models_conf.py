@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from placement.engine_options import OPTIONS, VARIABLE_PREFIX
 from placement.errors import InputError
 
 MAX_BYTES = 1 << 24
@@ -25,31 +26,8 @@ _WORD = re.compile(r"'[^']*'(?=\s|$)|\"[^\"]*\"(?=\s|$)|\S+")
 _CONTINUED = re.compile(r"(?:^|\s)\\$")
 _EXTRA_ARGS = ("EXTRA_ARGS", "ARGS")
 
-# Keys are the engine's own variables without LLAMA_ARG_; with it they are read too.
-KEY_OPTIONS = {
-    "CTX_SIZE": "-c",
-    "N_GPU_LAYERS": "-ngl",
-    "FIT": "-fit",
-    "FIT_TARGET": "-fitt",
-    "FIT_CTX": "-fitc",
-    "MODEL": "-m",
-    "TENSOR_SPLIT": "-ts",
-    "SPLIT_MODE": "-sm",
-    "MAIN_GPU": "-mg",
-    "DEVICE": "-dev",
-    "OVERRIDE_TENSOR": "-ot",
-    "N_CPU_MOE": "-ncmoe",
-    "N_CPU_FFN": "-ncffn",
-    "BATCH": "-b",
-    "UBATCH": "-ub",
-    "N_PARALLEL": "-np",
-    "CACHE_TYPE_K": "-ctk",
-    "CACHE_TYPE_V": "-ctv",
-    "FLASH_ATTN": "-fa",
-    "LOAD_MODE": "-lm",
-    "THREADS": "-t",
-    "RPC": "--rpc",
-}
+# Keys are the engine's own variables of options with a value; with LLAMA_ARG_ before them they are read too.
+KEY_OPTIONS = {option.variable: option.name for option in OPTIONS if option.variable and option.has_value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +53,7 @@ class Entry:
     @property
     def option(self) -> str | None:
         """The engine option that the key stands for; None for others and for EXTRA_ARGS."""
-        return KEY_OPTIONS.get(self.key.upper().removeprefix("LLAMA_ARG_"))
+        return KEY_OPTIONS.get(self.key.upper().removeprefix(VARIABLE_PREFIX))
 
     @property
     def is_extra_args(self) -> bool:
@@ -104,7 +82,7 @@ class Section:
 
     def current(self) -> dict[str, Entry]:
         """The entry that counts for each key: the last one."""
-        return {entry.key.upper().removeprefix("LLAMA_ARG_"): entry for entry in self.entries}
+        return {entry.key.upper().removeprefix(VARIABLE_PREFIX): entry for entry in self.entries}
 
     def tokens(self) -> list[str]:
         """The engine arguments of the section: its keys' first, then EXTRA_ARGS, so that the latter win.

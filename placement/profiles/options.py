@@ -6,52 +6,24 @@ written with; what the choice adds follows at the end; what it does not have goe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from placement.engine_options import FLASH_WORDS, OLDER_LOAD_FLAGS, OPTION_BY_NAME, is_option, option_name
 from placement.profiles.models_conf import Word, quoted
 
-_NUMBER = re.compile(r"[+-]?(\d|\.\d)")
-_FLASH = ("on", "enabled", "true", "1", "off", "disabled", "false", "0", "auto", "-1")
-
-# The name that the choice is written with, and every name of the same option (common/arg.cpp).
-VALUED = {
-    "-ngl": ("-ngl", "--gpu-layers", "--n-gpu-layers"),
-    "-ts": ("-ts", "--tensor-split"),
-    "-sm": ("-sm", "--split-mode"),
-    "-mg": ("-mg", "--main-gpu"),
-    "-dev": ("-dev", "--device"),
-    "--rpc": ("--rpc",),
-    "-ot": ("-ot", "--override-tensor"),
-    "-ncmoe": ("-ncmoe", "--n-cpu-moe"),
-    "-ncffn": ("-ncffn", "--n-cpu-ffn"),
-    "-c": ("-c", "--ctx-size"),
-    "--kv-unified-per-slot": ("--kv-unified-per-slot",),
-    "-b": ("-b", "--batch-size"),
-    "-ub": ("-ub", "--ubatch-size"),
-    "-np": ("-np", "--parallel"),
-    "-ctk": ("-ctk", "--cache-type-k"),
-    "-ctv": ("-ctv", "--cache-type-v"),
-    "-fa": ("-fa", "--flash-attn"),
-    "-lm": ("-lm", "--load-mode"),
-    "-t": ("-t", "--threads"),
-    "-fit": ("-fit", "--fit"),
-    "-fitt": ("-fitt", "--fit-target"),
-    "-fitc": ("-fitc", "--fit-ctx"),
-}
-FLAGS = {
-    "-cmoe": ("-cmoe", "--cpu-moe"),
-    "-kvo": ("-kvo", "--kv-offload", "-nkvo", "--no-kv-offload"),
-    "-kvu": ("-kvu", "--kv-unified", "-no-kvu", "--no-kv-unified"),
-    "--swa-full": ("--swa-full",),
-    "--op-offload": ("--op-offload", "--no-op-offload"),
-    "-lm": ("--mmap", "--no-mmap", "--mlock", "-dio", "--direct-io"),  # of older builds
-}
 KEPT_UNLESS_CHOSEN = ("-t",)  # threads are not placement, but an assignment may fix them
-_BY_NAME = {name: (option, True) for option, names in VALUED.items() for name in names} | {
-    name: (option, False) for option, names in FLAGS.items() for name in names
-}
+
+
+def chosen_option(word: str) -> tuple[str | None, bool]:
+    """(canonical name of the option that a choice may replace, whether a value follows it); None for others."""
+    name = option_name(word)
+    if name in OLDER_LOAD_FLAGS:
+        return "-lm", False
+    option = OPTION_BY_NAME.get(name)
+    if option is None or not (option.is_placement or option.name in KEPT_UNLESS_CHOSEN):
+        return None, False
+    return option.name, option.has_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +43,14 @@ def parts_of(given: Sequence[Word]) -> list[Part]:
     """The options in a list of words, each with the values that follow it."""
     parts, at = [], 0
     while at < len(given):
-        name = given[at].value
-        option, is_valued = _BY_NAME.get(
-            name.replace("_", "-") if name.startswith("--") else name, (None, False)
-        )
+        option, is_valued = chosen_option(given[at].value)
         end = at + 1
         if option == "-fa" and is_valued:
-            end += end < len(given) and given[end].value in _FLASH
+            end += end < len(given) and given[end].value in FLASH_WORDS
         elif option is not None:
             end += is_valued and end < len(given)
         else:
-            while end < len(given) and not _is_option(given[end].value):
+            while end < len(given) and not is_option(given[end].value):
                 end += 1
         parts.append(Part(tuple(given[at:end]), option))
         at = end
@@ -121,7 +90,3 @@ def _renewed(old: Part, new: Part) -> tuple[Word, ...]:
     if old.values[1:] == new.values[1:] and len(new.words) > 1:
         return old.words
     return (old.words[0], *new.words[1:]) if len(old.words) == len(new.words) == 2 else new.words
-
-
-def _is_option(word: str) -> bool:
-    return word.startswith("-") and len(word) > 1 and not _NUMBER.match(word)

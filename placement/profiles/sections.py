@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from placement.engine_options import names_of
 from placement.errors import InputError
 from placement.machine import Machine
 from placement.model import Model
@@ -36,7 +37,7 @@ def section_of(conf: ModelsConf, name: str, model: Model, finder: ModelFinder) -
 
 def _model_path(section: Section) -> str | None:
     tokens = section.tokens()
-    return next((tokens[i + 1] for i, token in enumerate(tokens[:-1]) if token in ("-m", "--model")), None)
+    return next((tokens[i + 1] for i, token in enumerate(tokens[:-1]) if token in names_of("-m")), None)
 
 
 def request_of(

@@ -144,7 +144,7 @@ def _request(
             f" solved with {settings.kv_type_k} for both"
         )
     elif len(settings.kv_types) > 1:
-        fixed = (*fixed, ("kv_type_v", settings.kv_type_v))
+        fixed = replace(fixed, kv_type_v=settings.kv_type_v)
     ctx = settings.ctx_tokens or None
     asked = replace(request, ctx_tokens=ctx, n_slots=n_slots, kv_type=settings.kv_type_k, fixed=fixed)
     return asked, notes

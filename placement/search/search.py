@@ -10,10 +10,10 @@ from dataclasses import replace
 from placement.buffers import Planner
 from placement.compute import ComputePlan
 from placement.pieces import Pieces
-from placement.problem import Assignment, Problem
+from placement.problem import DEFAULT_UBATCH_TOKENS, Assignment, Problem
 from placement.search.leads import Found, Hope, Lead, Leads
 from placement.search.settle import GAP, WORK_LIMIT, Settling
-from placement.search.ways import DEFAULT_UBATCH, Freedom, ways
+from placement.search.ways import Freedom, ways
 from placement.solver.placing import Placing
 from placement.tables import TableBuilder, Way
 from placement.units import KIB
@@ -59,7 +59,7 @@ class Search:
     def _without_needless_cards(self, hopes: list[Hope], freedom: Freedom) -> list[Hope]:
         """Where the fast cards hold the whole model at the engine's own ubatch, slower cards are left out."""
         speed = {device.name: device.bandwidth_gb_per_s for device in self.problem.machine.devices}
-        roomy = [tokens for tokens in freedom.ubatches if tokens >= DEFAULT_UBATCH]
+        roomy = [tokens for tokens in freedom.ubatches if tokens >= DEFAULT_UBATCH_TOKENS]
         slowest = {hope.way: min((speed[name] for name in hope.way.devices), default=0.0) for hope in hopes}
         if not roomy:
             return hopes

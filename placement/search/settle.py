@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from placement.buffers import compute_table, graph_counts
-from placement.cost import evaluate
+from placement.buffers import compute_table
+from placement.cost import evaluate, graph_counts
 from placement.pieces import N_EARLY_LAYERS
 from placement.search.leads import Found, Lead, Leads
 from placement.search.ways import Freedom

@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from placement.context_rules import can_pipeline
 from placement.cost import coefficient, rates
 from placement.pieces import NO_PINS, Pins
-from placement.problem import Problem, Settings
+from placement.problem import DEFAULT_UBATCH_TOKENS, Problem, Settings
 from placement.tables import Way
 
 UBATCHES = (256, 512, 1024, 2048, 4096)
-DEFAULT_UBATCH = 512
 MAX_ORDERED_DEVICES = 3  # up to here every subset in every order is tried
 FEWER_THREADS = (0.25, 0.5, 0.75)  # of the cores
 
@@ -63,7 +63,7 @@ def ways(problem: Problem, freedom: Freedom) -> Iterator[Way]:
     orders = freedom.orders if freedom.orders is not None else tuple(device_orders(problem))
     # what a pipeline gains by finer ubatches is believed only once it was measured: each reads all weights again
     is_known = "pipeline_overlap" in problem.machine.coefficients
-    least_pipelined = smallest if is_known else min(DEFAULT_UBATCH, max(freedom.ubatches))
+    least_pipelined = smallest if is_known else min(DEFAULT_UBATCH_TOKENS, max(freedom.ubatches))
     for order, ubatch in itertools.product(orders or ((),), freedom.ubatches):
         if ubatch >= longest:
             continue
@@ -71,7 +71,8 @@ def ways(problem: Problem, freedom: Freedom) -> Iterator[Way]:
         settings = replace(problem.settings, ubatch_tokens=ubatch, batch_tokens=batch)
         if order:
             yield Way(order, settings, uses_host=False)
-        if len(order) > 1 and settings.is_kv_offloaded and ubatch >= least_pipelined:
+        can_overlap = can_pipeline(replace(settings, has_overrides=False), len(order))
+        if can_overlap and ubatch >= least_pipelined:
             yield Way(order, settings, uses_host=False, is_pipelined=True)
         loaded = _fastest_loading(problem, order, settings, freedom.load_modes)
         for n_threads in thread_counts(problem):

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from placement.buffers import graph_counts
 from placement.calibrate.choosing import Proposal
 from placement.calibrate.features import Row, decode_row, predict_s, prompt_row
 from placement.calibrate.telling import Trial, trials
 from placement.compute import plan_compute
-from placement.cost import GraphCounts, Speed
+from placement.cost import GraphCounts, Speed, graph_counts
 from placement.machine import Machine
 from placement.problem import Assignment, Problem, Settings
 from placement.solution import Solution

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from placement.emit.devices import rpc_servers
+from placement.engine_options import OPTIONS
 from placement.machine import Device, Machine, margin_mib
 from placement.solution import Solution
 from placement.solve import AGGRESSIVE, MODERATE, MODERATE_RESERVE
@@ -21,15 +22,9 @@ if TYPE_CHECKING:
 
 SOLUTION, FIT = "solution", "fit"
 
-# Arguments that place the model, with the number of values each takes: what --fit decides instead.
-_PLACING = {
-    **dict.fromkeys(
-        ("-ngl", "--gpu-layers", "--n-gpu-layers", "-ts", "--tensor-split", "-dev", "--device"), 1
-    ),
-    **dict.fromkeys(("-ot", "--override-tensor", "-ncmoe", "--n-cpu-moe", "-mg", "--main-gpu"), 1),
-    **dict.fromkeys(("-sm", "--split-mode", "-fit", "--fit", "-fitt", "--fit-target"), 1),
-    **dict.fromkeys(("-cmoe", "--cpu-moe"), 0),
-}
+# What --fit decides instead, and what it is told for that.
+_FOR_FIT = tuple(option for option in OPTIONS if option.role == "place" or option.name in ("-fit", "-fitt"))
+_N_VALUES = {name: int(option.has_value) for option in _FOR_FIT for name in option.names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +149,8 @@ def without_placement(arguments: Sequence[str]) -> tuple[str, ...]:
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:
-        if argument in _PLACING:
-            for _ in itertools.islice(rest, _PLACING[argument]):
+        if argument in _N_VALUES:
+            for _ in itertools.islice(rest, _N_VALUES[argument]):
                 pass
         else:
             kept.append(argument)
