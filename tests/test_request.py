@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from solving_support import dense_model, expert_model, one_card
 
-from placement import arguments
+from placement import engine_options
 from placement.cli import options, solve, tune, verify
 from placement.errors import InputError
 from placement.problem import Settings
@@ -185,7 +185,7 @@ def test_an_open_kv_type_makes_no_problem() -> None:
 
 def test_load_modes_are_the_engines() -> None:
     """A request knows the load modes that the engine's parser knows."""
-    assert arguments.LOAD_MODES == get_args(LoadMode)
+    assert engine_options.LOAD_MODES == get_args(LoadMode)
 
 
 def test_fixed_settings_are_fields_of_the_settings() -> None:
