@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placement.architecture import Architecture, PlacedTensor, describe
-from placement.cost import CostModel, Load, total
 from placement.crossings import AFTER_FFN
 from placement.groups import movable_groups
+from placement.loads import Load, Work, total
 from placement.machine import Device
 from placement.memory import layer_context_bytes, weight_bytes
 from placement.problem import Problem, Settings
@@ -36,14 +36,12 @@ NO_PINS = Pins()
 
 @dataclass(frozen=True)
 class Loads:
-    """What every part of every kind asks for under one ubatch; `decode` and `prompt` are arrays of kind × part ×
-    feature (cost.DECODE_FEATURES, cost.PROMPT_FEATURES), the last part being the layer's context. `work` is a
-    cost model of it, of no device.
+    """What every part of every kind asks for under one ubatch, by `work`; `amounts` is an array of kind × part ×
+    quantity (loads.QUANTITIES), the last part being the layer's context.
     """
 
-    work: CostModel
-    decode: NDArray[np.float64]
-    prompt: NDArray[np.float64]
+    work: Work
+    amounts: NDArray[np.float64]
     context_bytes: NDArray[np.int64]  # per kind
 
 
@@ -155,10 +153,10 @@ class Pieces:
         return self._loads[key]
 
     def _make_loads(self, settings: Settings) -> Loads:
-        work = CostModel(self.problem, settings, ())
+        work = Work(self.problem, settings)
         rows = [
             [
-                *(total(map(work.tensor_load, part)) for part in self.parts[kind]),
+                *(total(map(work.tensor, part)) for part in self.parts[kind]),
                 *[Load()] * (self.n_parts - len(self.parts[kind])),
                 self._context_load(work, i),
             ]
@@ -167,10 +165,9 @@ class Pieces:
         sizes = layer_context_bytes(self.problem.model, settings)
         return Loads(
             work,
-            np.array([[load.decode_features for load in row] for row in rows]),
-            np.array([[load.prompt_features for load in row] for row in rows]),
+            np.array([[load.amounts for load in row] for row in rows]),
             np.array([sizes[i] if i < self.n_layers else 0 for _, i in sorted(self.example.items())]),
         )
 
-    def _context_load(self, work: CostModel, i: int) -> Load:
-        return work.context_load(self.architecture.layers[i]) if i < self.n_layers else Load()
+    def _context_load(self, work: Work, i: int) -> Load:
+        return work.context(self.architecture.layers[i]) if i < self.n_layers else Load()

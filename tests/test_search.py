@@ -168,7 +168,7 @@ def test_shortfall_is_the_least() -> None:
 
 def knowing(**values: float) -> Machine:
     """A card that holds a third of the model, on a host of eight cores that knows these coefficients."""
-    known = {name: Coefficient(value, DEFAULTS[name][1]) for name, value in values.items()}
+    known = {name: Coefficient(value, DEFAULTS[name].unit) for name, value in values.items()}
     return dataclasses.replace(one_card(300), coefficients=known)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from placement.architecture import describe
 from placement.buffers import graph_counts
-from placement.calibrate.features import Row, decode_row, prompt_row
+from placement.calibrate.features import TimingRow, decode_row, prompt_row
 from placement.calibrate.fit import Calibration
 from placement.calibrate.fit_problem import MODEL_NOISE, UNIDENTIFIED
 from placement.check import device_use
@@ -34,7 +34,7 @@ class Trial:
     arguments: tuple[str, ...]
     problem: Problem
     assignment: Assignment
-    rows: tuple[Row, ...]
+    rows: tuple[TimingRow, ...]
     counts: GraphCounts
     devices: dict[str, DeviceUse]
 

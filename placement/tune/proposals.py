@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from placement.buffers import graph_counts
 from placement.calibrate.choosing import Proposal
-from placement.calibrate.features import Row, decode_row, predict_s, prompt_row
+from placement.calibrate.features import TimingRow, decode_row, predict_s, prompt_row
 from placement.calibrate.telling import Trial, trials
 from placement.compute import plan_compute
 from placement.cost import GraphCounts, Speed
@@ -30,7 +30,7 @@ class _Worked:
 
     counts: GraphCounts
     proposal: Proposal
-    at_depth: Row
+    at_depth: TimingRow
 
 
 class Proposals:
