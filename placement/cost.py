@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from operator import mul
 
 from placement.crossings import count_crossings
-from placement.loads import Load, Work, total
+from placement.loads import QUANTITIES, Load, Work, total
 from placement.memory import placed_tensors
-from placement.problem import CPU, Assignment, Problem, Settings
-from placement.rates import rates
+from placement.problem import CPU, Assignment, Problem
+from placement.rates import Rates, rates
 from placement.terms import DECODE, GRAPH, OVERLAP, PROMPT, Phase, coefficient
 
 
@@ -58,11 +58,12 @@ class GraphCounts:
 class CostModel:
     """What loads take on a machine's devices, and what graphs take beside them."""
 
-    def __init__(self, work: Work, settings: Settings, devices: tuple[str, ...]) -> None:
-        machine = work.problem.machine
-        self.n_ubatches = len(work.ubatches)
-        self.rates = rates(machine, devices, settings, work.is_offloaded)
-        self.overlap = coefficient(machine, OVERLAP)
+    def __init__(self, work: Work, rates: Rates) -> None:
+        self.n_ubatches, self.rates = len(work.ubatches), rates
+        self.overlap = coefficient(work.problem.machine, OVERLAP)
+        self._decode_s, self._prompt_s = (
+            dict(zip(QUANTITIES, rates.at(phase, GRAPH), strict=True)) for phase in (DECODE, PROMPT)
+        )
 
     def seconds(self, phase: Phase, load: Load, where: str) -> float:
         """Seconds of a phase's load that a device, the CPU or the graph holds: of a token, or of the whole prompt."""
@@ -71,24 +72,23 @@ class CostModel:
 
     def fixed_s(self, n_nodes_decode: int, n_nodes_prompt: int) -> tuple[float, float]:
         """(decode, prompt) seconds that every placement takes: launches, and the token's fixed time."""
+        decode, prompt = self._decode_s, self._prompt_s
         return (
-            self.seconds(DECODE, Load(n_nodes=n_nodes_decode, n_graphs=1), GRAPH),
-            self._prompt_s(Load(n_nodes=n_nodes_prompt, n_graphs=1)),
+            decode["n_nodes"] * n_nodes_decode + decode["n_graphs"],
+            (prompt["n_nodes"] * n_nodes_prompt + prompt["n_graphs"]) * self.n_ubatches,
         )
 
     def splits_s(self, n_decode: float, n_prompt: float, n_between: float = 0.0) -> tuple[float, float]:
         """(decode, prompt) seconds of that many splits per graph, `n_between` of decode's between GPUs."""
-        decode = Load(n_splits=n_decode - n_between, n_boundaries=n_between)
-        return self.seconds(DECODE, decode, GRAPH), self._prompt_s(Load(n_splits=n_prompt))
+        decode, prompt = self._decode_s, self._prompt_s
+        decode_s = decode["n_splits"] * (n_decode - n_between) + decode["n_boundaries"] * n_between
+        return decode_s, prompt["n_splits"] * n_prompt * self.n_ubatches
 
     def rpc_s(self, n_crossings: float) -> tuple[float, float]:
         """(decode, prompt) seconds of going to a worker and back that many times per graph."""
-        load = Load(n_rpc_calls=2 * n_crossings)
-        return self.seconds(DECODE, load, GRAPH), self._prompt_s(load)
-
-    def _prompt_s(self, graph: Load) -> float:
-        """Seconds of a prompt's graph, once for each ubatch."""
-        return self.seconds(PROMPT, graph, GRAPH) * self.n_ubatches
+        n_calls = 2 * n_crossings
+        prompt_s = self._prompt_s["n_rpc_calls"] * n_calls * self.n_ubatches
+        return self._decode_s["n_rpc_calls"] * n_calls, prompt_s
 
 
 def placement_loads(work: Work, assignment: Assignment, counts: GraphCounts) -> dict[Phase, dict[str, Load]]:
@@ -135,7 +135,7 @@ def evaluate(problem: Problem, assignment: Assignment, counts: GraphCounts) -> S
     """Predicted speed of any assignment, whoever wrote it."""
     settings, workload = assignment.settings, problem.workload
     work = Work(problem, settings)
-    model = CostModel(work, settings, assignment.devices)
+    model = CostModel(work, rates(problem.machine, assignment.devices, settings, work.is_offloaded))
     decode_s, prompt_s = (
         {where: model.seconds(phase, load, where) for where, load in loads.items()}
         for phase, loads in placement_loads(work, assignment, counts).items()

@@ -17,6 +17,7 @@ from placement.loads import Load, Work, total
 from placement.machine import Device
 from placement.memory import layer_context_bytes, weight_bytes
 from placement.problem import Problem, Settings
+from placement.rates import Rates, rates
 
 # The allocator packs a graph's start less densely: streaming experts of the first three layers may take hundreds
 # of MiB more on the first card than streaming any others.
@@ -89,6 +90,7 @@ class Pieces:
         self.n_of_kind = np.bincount(self.kinds)
         self._bytes: dict[tuple[int, int, bool], int] = {}
         self._loads: dict[Settings, Loads] = {}
+        self._rates: dict[Hashable, Rates] = {}
 
     def _signature(self, i: int) -> Hashable:
         shapes = tuple(
@@ -151,6 +153,14 @@ class Pieces:
         if key not in self._loads:
             self._loads[key] = self._make_loads(key)
         return self._loads[key]
+
+    def rates(self, devices: tuple[str, ...], settings: Settings) -> Rates:
+        """The rates of the devices; of the settings the load mode, the threads and what is offloaded matter."""
+        is_offloaded = self.loads(settings).work.is_offloaded
+        key = (devices, settings.load_mode, settings.n_threads, settings.is_op_offloaded, is_offloaded)
+        if key not in self._rates:
+            self._rates[key] = rates(self.problem.machine, devices, settings, is_offloaded)
+        return self._rates[key]
 
     def _make_loads(self, settings: Settings) -> Loads:
         work = Work(self.problem, settings)

@@ -100,7 +100,7 @@ class TableBuilder:
         self.pieces, self.way = pieces, way
         self.problem = pieces.problem
         self.loads = pieces.loads(way.settings)
-        self.cost = CostModel(self.loads.work, way.settings, way.devices)
+        self.cost = CostModel(self.loads.work, pieces.rates(way.devices, way.settings))
         self.positions = (CPU, *way.devices)
         self.devices: tuple[Device | None, ...] = (None, *map(self.problem.machine.device, way.devices))
         self.decode_s, self.prompt_s = self._seconds(DECODE), self._seconds(PROMPT)

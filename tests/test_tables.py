@@ -11,7 +11,7 @@ from solving_support import card, dense_model, expert_model, problem, random_ans
 
 from placement.buffers import graph_counts
 from placement.compute import plan_compute
-from placement.cost import GraphCounts, coefficient, evaluate
+from placement.cost import GraphCounts, evaluate
 from placement.machine import Machine
 from placement.machine_files import REFERENCE_MACHINE, resolve_machine
 from placement.memory import static_memory
@@ -21,6 +21,7 @@ from placement.search import Freedom, Search
 from placement.solve import Request, make_problem
 from placement.solver.frame import Answer, times_us, used_kib
 from placement.tables import ComputeTable, Table, TableBuilder, host_pattern
+from placement.terms import coefficient
 from placement.units import KIB
 
 TWO = two_cards(4000, 3000)
