@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placement.architecture import Architecture, PlacedTensor, describe
-from placement.cost import CostModel, Load, total
 from placement.crossings import AFTER_FFN
 from placement.groups import movable_groups
+from placement.loads import Load, Work, total
 from placement.machine import Device
 from placement.memory import layer_context_bytes, weight_bytes
 from placement.problem import Problem, Settings
+from placement.rates import Rates, rates
 
 # The allocator packs a graph's start less densely: streaming experts of the first three layers may take hundreds
 # of MiB more on the first card than streaming any others.
@@ -36,14 +37,12 @@ NO_PINS = Pins()
 
 @dataclass(frozen=True)
 class Loads:
-    """What every part of every kind asks for under one ubatch; `decode` and `prompt` are arrays of kind × part ×
-    feature (cost.DECODE_FEATURES, cost.PROMPT_FEATURES), the last part being the layer's context. `work` is a
-    cost model of it, of no device.
+    """What every part of every kind asks for under one ubatch, by `work`; `amounts` is an array of kind × part ×
+    quantity (loads.QUANTITIES), the last part being the layer's context.
     """
 
-    work: CostModel
-    decode: NDArray[np.float64]
-    prompt: NDArray[np.float64]
+    work: Work
+    amounts: NDArray[np.float64]
     context_bytes: NDArray[np.int64]  # per kind
 
 
@@ -91,6 +90,7 @@ class Pieces:
         self.n_of_kind = np.bincount(self.kinds)
         self._bytes: dict[tuple[int, int, bool], int] = {}
         self._loads: dict[Settings, Loads] = {}
+        self._rates: dict[Hashable, Rates] = {}
 
     def _signature(self, i: int) -> Hashable:
         shapes = tuple(
@@ -154,11 +154,19 @@ class Pieces:
             self._loads[key] = self._make_loads(key)
         return self._loads[key]
 
+    def rates(self, devices: tuple[str, ...], settings: Settings) -> Rates:
+        """The rates of the devices; of the settings the load mode, the threads and what is offloaded matter."""
+        is_offloaded = self.loads(settings).work.is_offloaded
+        key = (devices, settings.load_mode, settings.n_threads, settings.is_op_offloaded, is_offloaded)
+        if key not in self._rates:
+            self._rates[key] = rates(self.problem.machine, devices, settings, is_offloaded)
+        return self._rates[key]
+
     def _make_loads(self, settings: Settings) -> Loads:
-        work = CostModel(self.problem, settings, ())
+        work = Work(self.problem, settings)
         rows = [
             [
-                *(total(map(work.tensor_load, part)) for part in self.parts[kind]),
+                *(total(map(work.tensor, part)) for part in self.parts[kind]),
                 *[Load()] * (self.n_parts - len(self.parts[kind])),
                 self._context_load(work, i),
             ]
@@ -167,10 +175,9 @@ class Pieces:
         sizes = layer_context_bytes(self.problem.model, settings)
         return Loads(
             work,
-            np.array([[load.decode_features for load in row] for row in rows]),
-            np.array([[load.prompt_features for load in row] for row in rows]),
+            np.array([[load.amounts for load in row] for row in rows]),
             np.array([sizes[i] if i < self.n_layers else 0 for _, i in sorted(self.example.items())]),
         )
 
-    def _context_load(self, work: CostModel, i: int) -> Load:
-        return work.context_load(self.architecture.layers[i]) if i < self.n_layers else Load()
+    def _context_load(self, work: Work, i: int) -> Load:
+        return work.context(self.architecture.layers[i]) if i < self.n_layers else Load()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from placement.calibrate.applied import Change, apply_fit
-from placement.calibrate.features import Row, decode_row, prompt_row
+from placement.calibrate.features import TimingRow, decode_row, prompt_row
 from placement.calibrate.fit import Calibration
 from placement.calibrate.runs import Found
 from placement.calibrate.whole import fit_both
@@ -98,7 +98,7 @@ class Probed:
     machine: Machine
     changes: tuple[Change, ...]
     fits: tuple[Calibration, Calibration]
-    rows: tuple[Row, ...]
+    rows: tuple[TimingRow, ...]
     failed: tuple[str, ...]
     wall_s: float
 
@@ -185,7 +185,7 @@ def probe(
     return Probed(changed, changes, fits, tuple(rows), tuple(failed), time.monotonic() - began_s)
 
 
-def _words(row: Row) -> str:
+def _words(row: TimingRow) -> str:
     return f"{row.kind} {(row.measured_s or 0.0) * 1e3:.2f} ms"
 
 
@@ -220,7 +220,7 @@ def _seeded(
     return replace(machine, coefficients=coefficients, history=(*machine.history, *past)), tuple(kept)
 
 
-def run_case(case: Case, machine: Machine, engine: Engine, folder: Path, timeout_s: float) -> list[Row]:
+def run_case(case: Case, machine: Machine, engine: Engine, folder: Path, timeout_s: float) -> list[TimingRow]:
     """Run a case and return its token's and its prompt's time as rows.
 
     Raises:

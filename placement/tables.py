@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from placement.cost import CostModel, GraphCounts, decode_rates, prompt_rates
+from placement.cost import CostModel, GraphCounts
 from placement.machine import Device, margin_mib
 from placement.memory import weight_bytes
 from placement.pieces import Pieces
 from placement.problem import CPU, Assignment, Settings
 from placement.solver.frame import Answer, Choice, Extra, Frame, LayerTable
+from placement.terms import DECODE, PROMPT, Phase
 from placement.units import KIB, MIB
 
 
@@ -99,13 +100,16 @@ class TableBuilder:
         self.pieces, self.way = pieces, way
         self.problem = pieces.problem
         self.loads = pieces.loads(way.settings)
-        self.cost = CostModel(self.problem, way.settings, way.devices)
+        self.cost = CostModel(self.loads.work, pieces.rates(way.devices, way.settings))
         self.positions = (CPU, *way.devices)
         self.devices: tuple[Device | None, ...] = (None, *map(self.problem.machine.device, way.devices))
-        rates = self.cost.rates
-        self.decode_s = self.loads.decode @ np.array([decode_rates(rates, at) for at in self.positions]).T
+        self.decode_s, self.prompt_s = self._seconds(DECODE), self._seconds(PROMPT)
         self._moved: dict[tuple[int, tuple[int, ...]], list[tuple[int, int, int]]] = {}
-        self.prompt_s = self.loads.prompt @ np.array([prompt_rates(rates, at) for at in self.positions]).T
+
+    def _seconds(self, phase: Phase) -> NDArray[np.float64]:
+        unit_s = np.array([self.cost.rates.at(phase, at) for at in self.positions])
+        found: NDArray[np.float64] = self.loads.amounts @ unit_s.T
+        return found
 
     @functools.cached_property
     def n_bytes(self) -> NDArray[np.int64]:
@@ -175,12 +179,12 @@ class TableBuilder:
 
     def serial_share(self) -> float:
         """What of a stage's prompt time cannot overlap: serial·(1 − overlap·(1 − 1/n)) (cost.pipelined_s)."""
-        n = max(len(self.cost.ubatches), 1)
+        n = max(self.cost.n_ubatches, 1)
         return 1.0 - self.cost.overlap * (1.0 - 1.0 / n) if self.way.is_pipelined else 1.0
 
     def longest_permille(self) -> int:
         """What of the longest stage's time is added where stages overlap."""
-        n = max(len(self.cost.ubatches), 1)
+        n = max(self.cost.n_ubatches, 1)
         if not self.way.is_pipelined or n == 1:
             return 0
         return round(1000 * self.cost.overlap * (1.0 - 1.0 / n) / self.serial_share())
@@ -190,7 +194,7 @@ class TableBuilder:
         if self.way.is_pipelined or len(self.way.devices) < 2:
             return 0, 0
         # a streamed weight is computed on a GPU, where the boundary is still to be crossed
-        n_prompt = 1 if self.cost.rates.stream_s_per_byte is None else 0
+        n_prompt = 0 if self.cost.rates.is_streamed else 1
         return self._turn_us(*self.cost.splits_s(1, n_prompt, n_between=1))
 
     def fixed_us(self, counts: GraphCounts) -> tuple[int, int]:
@@ -318,7 +322,7 @@ class TableBuilder:
         """Prompt seconds of a CPU layer's splits where its weights are streamed, per kind; the output has none."""
         found = np.zeros(len(self.decode_s))
         for kind, i in self.pieces.example.items():
-            if i < self.pieces.n_layers and self.cost.rates.stream_s_per_byte is not None:
+            if i < self.pieces.n_layers and self.cost.rates.is_streamed:
                 n_splits = sum(map(len, self.pieces.parts[kind])) + _CPU_LAYER_SPLITS
                 found[kind] = self.cost.splits_s(0, n_splits)[1]
         return found
@@ -345,7 +349,7 @@ class TableBuilder:
 
     def n_prompt_splits(self, home: int, targets: tuple[int, ...]) -> NDArray[np.int64]:
         """Per kind, one split per streamed weight, and one more to come back to a home that is not the first."""
-        if 0 not in targets or self.cost.rates.stream_s_per_byte is None:
+        if 0 not in targets or not self.cost.rates.is_streamed:
             return np.full(len(self.decode_s), 2)
         streamed = [part for part, at in enumerate(targets, 1) if at == 0]
         found: NDArray[np.int64] = self.pieces.n_tensors[:, streamed].sum(axis=1) + (home > 1)

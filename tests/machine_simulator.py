@@ -26,9 +26,9 @@ from placement.calibrate.choosing import (
     surprising,
     worth_again,
 )
-from placement.calibrate.features import Row, decode_row, predict_s, prompt_row
+from placement.calibrate.features import TimingRow, decode_row, predict_s, prompt_row
 from placement.calibrate.fit import calibrate
-from placement.calibrate.parameters import DECODE, PROMPT, parameters
+from placement.calibrate.parameters import parameters
 from placement.check import device_use
 from placement.compute import plan_compute
 from placement.cost import GraphCounts, graph_counts
@@ -38,6 +38,7 @@ from placement.machine import Coefficient, Cpu, Device, Machine
 from placement.model import Model, Tensor
 from placement.model_files import resolve_model
 from placement.problem import CPU, Assignment, Problem, Settings, Workload
+from placement.terms import DECODE, PROMPT
 from placement.verify.decide import LEAST_NOISE
 from placement.verify.keys import machine_key
 from placement.verify.records import RunLog
@@ -163,7 +164,7 @@ def _random(model: Model, rng: random.Random, number: int, machine: Machine) -> 
     return Placed(f"p{number}", problem, assignment, graph_counts(plan))
 
 
-def rows_of(placed: Placed) -> tuple[Row, Row]:
+def rows_of(placed: Placed) -> tuple[TimingRow, TimingRow]:
     """The decode and the prompt row of a placement, not measured."""
     args = (placed.problem, placed.assignment, placed.counts)
     return (
@@ -175,7 +176,7 @@ def rows_of(placed: Placed) -> tuple[Row, Row]:
 @lru_cache(maxsize=8)
 def pool(
     name: str = "qwen3-30b-a3b-q4", n: int = 40, seed: int = 0, kind: str = "two cards"
-) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+) -> tuple[tuple[TimingRow, ...], tuple[TimingRow, ...]]:
     """(decode rows, prompt rows) of random placements."""
     rows = [rows_of(each) for each in placements(name, n, seed, kind)]
     return tuple(row for row, _ in rows), tuple(row for _, row in rows)
@@ -206,17 +207,17 @@ class Simulated:
             true[each.name] = Coefficient(value, each.unit)
         self.machine = replace(base, coefficients=true)
 
-    def true_s(self, row: Row) -> float:
+    def true_s(self, row: TimingRow) -> float:
         """What a placement takes when nothing disturbs it: the model's time and the placement's own error."""
         own = random.Random(f"{self.seed}/{row.run}/{row.kind}").gauss(0.0, self.misfit)
         return predict_s(row, self.machine) * math.exp(own)
 
-    def run(self, row: Row, throttle: float = 1.0) -> Row:
+    def run(self, row: TimingRow, throttle: float = 1.0) -> TimingRow:
         """The row as measured, `throttle` times slower."""
         measured_s = self.true_s(row) * math.exp(self.rng.gauss(0.0, self.noise)) * throttle
         return replace(row, measured_s=measured_s, noise=self.noise)
 
-    def runs(self, rows: Sequence[Row]) -> list[Row]:
+    def runs(self, rows: Sequence[TimingRow]) -> list[TimingRow]:
         """All rows as measured."""
         return [self.run(row) for row in rows]
 
@@ -298,10 +299,10 @@ def tuned_choice(
     simulated = Simulated(seed, spread=spread, noise=noise)
     proposals = [Proposal(d.run, d, p, 500) for d, p in zip(*pool(), strict=True)]
     by_key = {each.key: each for each in proposals}
-    rows: list[Row] = []
+    rows: list[TimingRow] = []
     turns: dict[str, float] = {}
 
-    def turn(each: Proposal) -> tuple[Row, Row, float]:
+    def turn(each: Proposal) -> tuple[TimingRow, TimingRow, float]:
         hot = 1.3 if simulated.rng.random() < throttled else 1.0
         token, prompt = simulated.run(each.decode, hot), simulated.run(each.prompt, hot)
         return token, prompt, (prompt.measured_s or 0.0) + each.generate_tokens * (token.measured_s or 0.0)

@@ -11,26 +11,26 @@ import numpy as np
 import pytest
 from machine_simulator import MACHINES, Simulated, bare_machine, no_card, placements, pool
 
-from placement.calibrate.features import Row, predict_s
+from placement.calibrate.features import TimingRow, predict_s
 from placement.calibrate.fit import Calibration, calibrate, with_values
-from placement.calibrate.parameters import DECODE, PROMPT
 from placement.cost import evaluate
 from placement.machine import Coefficient
+from placement.terms import DECODE, PROMPT, Phase
 
 DENSE = "gemma-3-27b-q4"
 
 
 @pytest.fixture(scope="module")
-def decode() -> tuple[Row, ...]:
+def decode() -> tuple[TimingRow, ...]:
     return pool()[0]
 
 
-def learn(simulated: Simulated, rows: list[Row], with_errors: bool = False) -> Calibration:
+def learn(simulated: Simulated, rows: list[TimingRow], with_errors: bool = False) -> Calibration:
     return calibrate(bare_machine(), rows, with_errors=with_errors)
 
 
 @pytest.mark.parametrize("kind", [DECODE, PROMPT])
-def test_terms_sum_to_the_speed_model(kind: str) -> None:
+def test_terms_sum_to_the_speed_model(kind: Phase) -> None:
     """The terms of a placement give exactly what `cost.evaluate` says, whatever the coefficients."""
     simulated = Simulated(5)
     for placed, *rows in zip(placements(), *pool(), strict=True):
@@ -40,7 +40,7 @@ def test_terms_sum_to_the_speed_model(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [DECODE, PROMPT])
-def test_the_fit_predicts_what_the_speed_model_says(kind: str) -> None:
+def test_the_fit_predicts_what_the_speed_model_says(kind: Phase) -> None:
     """A fit's matrices and `cost.evaluate`'s arithmetic are the same, pipelined prompts included."""
     simulated, rows = Simulated(6), pool()[kind == PROMPT]
     fit = calibrate(bare_machine(), simulated.runs(rows[:12]), kind, with_errors=False)
@@ -76,7 +76,7 @@ def test_speeds_of_a_dense_model() -> None:
     assert median_error(8, 0.01, range(10), DENSE) <= 0.05
 
 
-def test_coefficients_are_recovered_within_their_uncertainty(decode: tuple[Row, ...]) -> None:
+def test_coefficients_are_recovered_within_their_uncertainty(decode: tuple[TimingRow, ...]) -> None:
     """Of the identified coefficients, nine in ten lie within 2.5 standard deviations of the truth."""
     inside = []
     for seed in range(12):
@@ -114,7 +114,7 @@ def test_without_runs_every_coefficient_keeps_its_prior() -> None:
     assert fit.values == pytest.approx({each.name: each.prior for each in fit.parameters})
 
 
-def test_what_no_run_touches_is_unidentified_and_at_its_prior(decode: tuple[Row, ...]) -> None:
+def test_what_no_run_touches_is_unidentified_and_at_its_prior(decode: tuple[TimingRow, ...]) -> None:
     """Runs on CUDA0 alone say nothing about a boundary between GPUs."""
     mine = [row for row in decode if not any("boundary_us" in dict(term.powers) for term in row.terms)]
     fit = learn(Simulated(1), Simulated(1).runs(mine[:8]))
@@ -122,7 +122,7 @@ def test_what_no_run_touches_is_unidentified_and_at_its_prior(decode: tuple[Row,
     assert fit.values["boundary_us"] == pytest.approx(45.0)
 
 
-def test_a_fit_does_not_depend_on_what_was_fitted_before(decode: tuple[Row, ...]) -> None:
+def test_a_fit_does_not_depend_on_what_was_fitted_before(decode: tuple[TimingRow, ...]) -> None:
     """The same runs give the same values on the machine that they have already changed."""
     from placement.calibrate.applied import apply_fit
 
@@ -133,14 +133,14 @@ def test_a_fit_does_not_depend_on_what_was_fitted_before(decode: tuple[Row, ...]
     assert second.values == pytest.approx(first.values, rel=1e-6)
 
 
-def test_no_coefficient_is_negative(decode: tuple[Row, ...]) -> None:
+def test_no_coefficient_is_negative(decode: tuple[TimingRow, ...]) -> None:
     """Times that are too short for the model push nothing below zero."""
     rows = [replace(row, measured_s=predict_s(row, bare_machine()) * 0.3) for row in decode[:10]]
     assert min(calibrate(bare_machine(), rows, with_errors=False).values.values()) >= 0.0
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_throttled_run_is_flagged_and_does_not_count(decode: tuple[Row, ...], seed: int) -> None:
+def test_a_throttled_run_is_flagged_and_does_not_count(decode: tuple[TimingRow, ...], seed: int) -> None:
     """Of ten runs one is 45 % slow: it is named, and the fit is what the nine others say."""
     simulated = Simulated(seed)
     rows = simulated.runs(decode[:9])
@@ -150,7 +150,7 @@ def test_a_throttled_run_is_flagged_and_does_not_count(decode: tuple[Row, ...], 
     assert fit.values == pytest.approx(learn(simulated, rows).values, rel=1e-3)
 
 
-def test_a_run_that_says_itself_that_it_was_disturbed_is_not_fitted(decode: tuple[Row, ...]) -> None:
+def test_a_run_that_says_itself_that_it_was_disturbed_is_not_fitted(decode: tuple[TimingRow, ...]) -> None:
     """A run that swapped is listed with its reason, however well it fits."""
     simulated = Simulated(2)
     rows = simulated.runs(decode[:6])
@@ -160,7 +160,7 @@ def test_a_run_that_says_itself_that_it_was_disturbed_is_not_fitted(decode: tupl
     assert fit.n_rows == 6
 
 
-def test_calm_runs_are_not_flagged(decode: tuple[Row, ...]) -> None:
+def test_calm_runs_are_not_flagged(decode: tuple[TimingRow, ...]) -> None:
     """Noise alone makes no outlier: at most one in twenty machines of eight runs."""
     flagged = [
         bool(learn(s, s.runs(decode[8:16])).outliers)
@@ -169,7 +169,7 @@ def test_calm_runs_are_not_flagged(decode: tuple[Row, ...]) -> None:
     assert sum(flagged) <= 1
 
 
-def test_every_run_has_an_error_before_and_without_it(decode: tuple[Row, ...]) -> None:
+def test_every_run_has_an_error_before_and_without_it(decode: tuple[TimingRow, ...]) -> None:
     """The leave-one-out error of a run is what a fit to all others predicts of it."""
     simulated = Simulated(4)
     rows = simulated.runs(decode[:6])
@@ -200,7 +200,7 @@ def test_prompts_are_learned_apart() -> None:
 @pytest.mark.parametrize("n_calm", [0, 2, 3, 7])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_run_at_a_fifth_of_its_speed_is_never_fitted(
-    decode: tuple[Row, ...], n_calm: int, seed: int
+    decode: tuple[TimingRow, ...], n_calm: int, seed: int
 ) -> None:
     """A machine that swapped through a whole run without saying so: alone, one of three, of four, of eight."""
     simulated = Simulated(seed)
@@ -209,7 +209,7 @@ def test_a_run_at_a_fifth_of_its_speed_is_never_fitted(
     assert [each.run for each in fit.outliers] == [decode[9].run]
 
 
-def test_two_slow_runs_that_agree_are_believed(decode: tuple[Row, ...]) -> None:
+def test_two_slow_runs_that_agree_are_believed(decode: tuple[TimingRow, ...]) -> None:
     """A machine may really be three times slower than anybody believes."""
     slow = replace(bare_machine(), coefficients={"cpu_read_efficiency": Coefficient(0.1, "fraction")})
     host = on_the_host(decode)
@@ -219,13 +219,15 @@ def test_two_slow_runs_that_agree_are_believed(decode: tuple[Row, ...]) -> None:
     assert fit.predict(host[5:8])[0] == pytest.approx([predict_s(row, slow) for row in host[5:8]], rel=0.1)
 
 
-def on_the_host(rows: tuple[Row, ...]) -> list[Row]:
+def on_the_host(rows: tuple[TimingRow, ...]) -> list[TimingRow]:
     """Rows whose time the host's bandwidth matters to."""
     return [row for row in rows if any("cpu_read_efficiency" in dict(term.powers) for term in row.terms)]
 
 
 @pytest.mark.parametrize("noise", [0.04, 0.08])
-def test_runs_that_are_noisier_than_they_say_are_not_flagged(decode: tuple[Row, ...], noise: float) -> None:
+def test_runs_that_are_noisier_than_they_say_are_not_flagged(
+    decode: tuple[TimingRow, ...], noise: float
+) -> None:
     """Where all runs lie far from each other none is an outlier: at most one run in forty is taken for one."""
     flagged = 0
     for seed in range(20):
@@ -272,7 +274,7 @@ def test_the_hosts_cache_has_a_rate_of_its_own() -> None:
     assert fit.values["cpu_read_efficiency"] == pytest.approx(0.55, rel=0.15)
 
 
-def test_what_a_probe_found_to_be_nothing_can_grow_again(decode: tuple[Row, ...]) -> None:
+def test_what_a_probe_found_to_be_nothing_can_grow_again(decode: tuple[TimingRow, ...]) -> None:
     """A fixed time that was detected as zero is no logarithm: runs may still find 120 us."""
     nothing = Coefficient(3e-16, "us", "detected", "2026-01-01", 4, 60.0)
     machine = replace(bare_machine(), coefficients={"token_us": nothing})
@@ -284,7 +286,7 @@ def test_what_a_probe_found_to_be_nothing_can_grow_again(decode: tuple[Row, ...]
 
 
 @pytest.mark.parametrize("name", ["split_us", "boundary_us", "layer_us.CUDA0"])
-def test_a_file_may_say_that_a_time_is_nothing(decode: tuple[Row, ...], name: str) -> None:
+def test_a_file_may_say_that_a_time_is_nothing(decode: tuple[TimingRow, ...], name: str) -> None:
     """A prior of zero is fitted in its unit."""
     machine = replace(bare_machine(), coefficients={name: Coefficient(0.0, "us")})
     fit = calibrate(machine, Simulated(1).runs(decode[:8]), with_errors=False)

@@ -87,10 +87,10 @@ def test_what_is_not_identified_is_not_written() -> None:
 def test_a_boundary_without_runs_keeps_its_prior_when_splits_are_learned() -> None:
     """The machine file then says the boundary's prior: silence would mean the new split_us."""
     machine, _ = apply_fit(bare_machine(), [fit(n=3)], (), "2026-01-02")
-    from placement.cost import boundary_us
+    from placement.terms import coefficient
 
     expected = 45.0 if "boundary_us" in fit(n=3).unidentified else fit(n=3).values["boundary_us"]
-    assert boundary_us(machine) == pytest.approx(expected, rel=1e-4)
+    assert coefficient(machine, "boundary_us") == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_same_fit_twice_changes_nothing() -> None:

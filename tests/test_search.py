@@ -7,10 +7,13 @@ from solving_support import card, dense_model, expert_model, one_card, problem, 
 
 from placement.check import device_use
 from placement.coefficients import DEFAULTS
-from placement.cost import evaluate, graph_counts, rates
+from placement.cost import evaluate, graph_counts
+from placement.loads import QUANTITIES
 from placement.machine import Coefficient, Machine
+from placement.rates import rates
 from placement.search import UBATCHES, Freedom, Search, device_orders, shortfall, ways
 from placement.solver.frame import is_valid
+from placement.terms import DECODE
 
 TWO = two_cards(400, 250)
 EXPERTS = problem(expert_model(8), TWO)
@@ -167,7 +170,7 @@ def test_shortfall_is_the_least() -> None:
 
 def knowing(**values: float) -> Machine:
     """A card that holds a third of the model, on a host of eight cores that knows these coefficients."""
-    known = {name: Coefficient(value, DEFAULTS[name][1]) for name, value in values.items()}
+    known = {name: Coefficient(value, DEFAULTS[name].unit) for name, value in values.items()}
     return dataclasses.replace(one_card(300), coefficients=known)
 
 
@@ -201,8 +204,9 @@ def test_fixed_threads_stay() -> None:
     few, many = (
         rates(one_card(300), ("CUDA0",), dataclasses.replace(EXPERTS.settings, n_threads=n)) for n in (1, 8)
     )
-    assert few.read_s_per_byte["CPU"] == pytest.approx(1 / 10e9)
-    assert many.read_s_per_byte["CPU"] == pytest.approx(1 / (50e9 * DEFAULTS["cpu_read_efficiency"][0]))
+    few_s, many_s = (each.at(DECODE, "CPU")[QUANTITIES.index("dense_quant_bytes")] for each in (few, many))
+    assert few_s == pytest.approx(1 / 10e9)
+    assert many_s == pytest.approx(1 / (50e9 * DEFAULTS["cpu_read_efficiency"].value))
 
 
 def test_fine_pipelines_only_where_they_were_measured() -> None:

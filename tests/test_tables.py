@@ -10,7 +10,7 @@ import pytest
 from solving_support import card, dense_model, expert_model, problem, random_answer, table_of, two_cards, way
 
 from placement.compute import plan_compute
-from placement.cost import GraphCounts, coefficient, evaluate, graph_counts
+from placement.cost import GraphCounts, evaluate, graph_counts
 from placement.machine import Machine
 from placement.machine_files import REFERENCE_MACHINE, resolve_machine
 from placement.memory import static_memory
@@ -21,6 +21,7 @@ from placement.search import Freedom, Search
 from placement.solve import make_problem
 from placement.solver.frame import Answer, times_us, used_kib
 from placement.tables import ComputeTable, Table, TableBuilder, host_pattern
+from placement.terms import coefficient
 from placement.units import KIB
 
 TWO = two_cards(4000, 3000)

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from placement.advice.case import Advice, Case, count
 from placement.backend_rules import PINNED_LOAD_MODES
-from placement.cost import rates
 from placement.memory import HOST
 from placement.problem import CPU
+from placement.rates import link_place, stream_s_per_byte
 from placement.units import MIB, format_bytes
 
 MIN_STREAMED_BYTES = 64 * MIB
@@ -91,21 +91,19 @@ def mapped_weights(case: Case) -> Iterator[Advice]:
     devices = case.assignment.devices
     used = case.tensor_devices
     n_bytes = sum(t.n_bytes for tensors in case.layers.values() for t in tensors if used[t.name] == CPU)
-    pageable = rates(case.machine, devices, replace(settings, load_mode="mmap"))
-    pinned = rates(case.machine, devices, replace(settings, load_mode="none"))
+    pageable = link_place(case.machine, devices, replace(settings, load_mode="mmap"))
+    pinned = link_place(case.machine, devices, replace(settings, load_mode="none"))
     if settings.load_mode in PINNED_LOAD_MODES or n_bytes < MIN_STREAMED_BYTES:
         return
-    if pageable.stream_s_per_byte is None or pinned.stream_s_per_byte is None:
+    if pageable is None or pinned is None:
         return
+    pageable_s, pinned_s = (n_bytes * stream_s_per_byte(case.machine, each) for each in (pageable, pinned))
     room = case.machine.cpu.usable_mib * MIB - _needs(case)[HOST]
     fits = "" if room >= 0 else f", though the host lacks {format_bytes(-room)} for it"
     yield Advice(
         "mmap-cpu-weights",
-        f"{format_bytes(n_bytes)} of memory-mapped CPU weights stream to {pageable.stream_device} for "
-        f"every ubatch of "
-        f"a prompt: {n_bytes * pageable.stream_s_per_byte:.2f} s pageable, "
-        f"{n_bytes * pinned.stream_s_per_byte:.2f} s "
-        f"pinned with -lm none{fits}",
+        f"{format_bytes(n_bytes)} of memory-mapped CPU weights stream to {pageable.name} for every ubatch of "
+        f"a prompt: {pageable_s:.2f} s pageable, {pinned_s:.2f} s pinned with -lm none{fits}",
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from placement.calibrate.features import coefficient_value
 from placement.calibrate.fit import Calibration
 from placement.calibrate.memory import MemoryFit
 from placement.calibrate.parameters import prior_of
 from placement.coefficients import MEMORY
 from placement.machine import Coefficient, Machine, Past
+from placement.terms import coefficient
 
 KEPT_PER_NAME = 10  # values of a coefficient in the history
 
@@ -64,7 +64,7 @@ def _wanted(machine: Machine, fits: Iterable[Calibration], date: str) -> dict[st
     after = replace(machine, coefficients={**machine.coefficients, **wanted})
     for fit in kept:
         for each in fit.parameters:
-            if each.name not in wanted and abs(coefficient_value(after, each.name) - each.prior) > 1e-9:
+            if each.name not in wanted and abs(coefficient(after, each.name) - each.prior) > 1e-9:
                 prior = prior_of(machine, each.name)
                 wanted[each.name] = replace(prior, unit=each.unit)
     return wanted

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.calibrate.design import Array
-from placement.calibrate.features import Row
+from placement.calibrate.features import TimingRow
 from placement.calibrate.fit import Calibration
 from placement.calibrate.fit_problem import MODEL_NOISE
-from placement.calibrate.parameters import DECODE
+from placement.terms import DECODE
 from placement.verify.times import middle
 
 NEAR = 0.1  # a turn so much slower than the best predicted counts less by a factor e
@@ -36,8 +36,8 @@ class Proposal:
     """A placement that could be run: its token and its prompt, and how many tokens a turn generates."""
 
     key: str
-    decode: Row
-    prompt: Row
+    decode: TimingRow
+    prompt: TimingRow
     generate_tokens: int
 
 

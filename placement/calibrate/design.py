@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from placement.calibrate.features import FIXED, Powers, Row
-from placement.calibrate.parameters import ALIKE, CPU_KV, Parameter
+from placement.calibrate.features import TimingRow
+from placement.calibrate.parameters import ALIKE, Parameter
+from placement.coefficients import SERVED_BY
+from placement.terms import GRAPH, OVERLAP, Powers
 
 Array = Any  # numpy.ndarray of floats
 
@@ -38,7 +40,7 @@ class Design:
         weights, more = self._weights(x, stage)
         np.add.at(total, self.row_of_stage, weights * stage)
         np.add.at(total_slope, self.row_of_stage, weights[:, None] * stage_slope)
-        at = self._index("pipeline_overlap")
+        at = self._index(OVERLAP)
         if at is not None:
             total_slope[:, at] += more * np.exp(x[at])
         return total, total_slope
@@ -59,7 +61,7 @@ class Design:
         np.maximum.at(longest, self.row_of_stage, stage)
         serial = np.zeros(n_rows)
         np.add.at(serial, self.row_of_stage, stage)
-        at = self._index("pipeline_overlap")
+        at = self._index(OVERLAP)
         overlap = np.where(self.is_pipelined, np.exp(x[at]) if at is not None else 0.0, 0.0)
         hidden = overlap * (1.0 - 1.0 / self.n_ubatches)
         is_longest = stage >= longest[self.row_of_stage]
@@ -75,7 +77,9 @@ class Design:
         return next((i for i, each in enumerate(self.parameters) if each.name == name), None)
 
 
-def make_design(rows: Sequence[Row], parameters: tuple[Parameter, ...], known: Mapping[str, float]) -> Design:
+def make_design(
+    rows: Sequence[TimingRow], parameters: tuple[Parameter, ...], known: Mapping[str, float]
+) -> Design:
     """Collect the rows' terms; coefficients that are no parameters have their `known` values.
 
     Raises:
@@ -90,7 +94,7 @@ def make_design(rows: Sequence[Row], parameters: tuple[Parameter, ...], known: M
         for term in row.terms:
             amount, powers = _reduced(term.amount, term.powers, index, known)
             k = products.setdefault(powers, len(products))
-            if term.stage == FIXED:
+            if term.stage == GRAPH:
                 fixed.append((i, k, amount))
             else:
                 staged.append((stages.setdefault((i, term.stage), len(stages)), k, amount))
@@ -147,13 +151,13 @@ def prior_start(parameters: Sequence[Parameter]) -> Array:
 
 
 def prior_precision(parameters: Sequence[Parameter]) -> Array:
-    """The inverse of the priors' covariance; the same coefficient of several devices is believed alike, but how
-    the host reads a cache tells nothing of cards."""
+    """The inverse of the priors' covariance; the same coefficient of several devices is believed alike, but not
+    what another serves for: how the host reads a cache tells nothing of cards."""
     spread = np.array([each.spread for each in parameters])
     covariance = np.diag(spread**2)
     for i, a in enumerate(parameters):
         for j, b in enumerate(parameters):
-            is_host = CPU_KV in (a.name, b.name)
-            if i != j and a.base == b.base and a.is_log and b.is_log and not is_host:
+            is_alike = a.base == b.base and not {a.name, b.name} & SERVED_BY.keys()
+            if i != j and is_alike and a.is_log and b.is_log:
                 covariance[i, j] = ALIKE * spread[i] * spread[j]
     return np.linalg.inv(covariance)

@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from placement.calibrate.design import Array, make_design
-from placement.calibrate.features import Row, coefficient_value
+from placement.calibrate.features import TimingRow
 from placement.calibrate.fit_problem import UNIDENTIFIED, FitProblem
 from placement.calibrate.outliers import Outlier, scale_of, without_doubtful
-from placement.calibrate.parameters import DECODE, NEVER_FITTED, Parameter, parameters
+from placement.calibrate.parameters import Parameter, full_names, parameters
+from placement.coefficients import DEFAULTS
 from placement.machine import Coefficient, Machine
+from placement.terms import DECODE, OVERLAP, Phase, coefficient
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Calibration:
     `x` and `covariance` are in the fit's own terms (logarithms where a parameter is_log).
     """
 
-    kind: str
+    kind: Phase
     parameters: tuple[Parameter, ...]
     known: dict[str, float]
     x: Array
@@ -76,14 +78,14 @@ class Calibration:
         """Names of the coefficients that keep their priors."""
         return tuple(name for name, left in self.left.items() if left > UNIDENTIFIED)
 
-    def predict(self, rows: Sequence[Row]) -> tuple[Array, Array]:
+    def predict(self, rows: Sequence[TimingRow]) -> tuple[Array, Array]:
         """(seconds, standard deviation as a share) of placements, run or not."""
         design = make_design(rows, self.parameters, self.known)
         seconds, slope = design.seconds(self.x)
         share = slope / seconds[:, None]
         return seconds, np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", share, self.covariance, share), 0.0))
 
-    def gradients(self, rows: Sequence[Row]) -> Array:
+    def gradients(self, rows: Sequence[TimingRow]) -> Array:
         """How the logarithm of each row's time changes with each parameter."""
         seconds, slope = make_design(rows, self.parameters, self.known).seconds(self.x)
         return slope / seconds[:, None]
@@ -103,8 +105,8 @@ class Calibration:
 
 def calibrate(
     machine: Machine,
-    rows: Sequence[Row],
-    kind: str = DECODE,
+    rows: Sequence[TimingRow],
+    kind: Phase = DECODE,
     known: Mapping[str, float] | None = None,
     with_errors: bool = True,
     is_trusted: bool = False,
@@ -116,7 +118,7 @@ def calibrate(
     """
     mine = [row for row in rows if row.kind == kind and row.measured_s]
     unknowns = parameters(machine, kind)
-    values = _known_values(machine, mine, unknowns, known or {})
+    values = _known_values(machine, unknowns, known or {})
     problem = FitProblem(unknowns, values, kind)
     kept, outliers = (mine, []) if is_trusted else without_doubtful(problem, mine)
     problem.scale = scale_of(problem, kept)
@@ -138,20 +140,14 @@ def calibrate(
 
 
 def _known_values(
-    machine: Machine, rows: Sequence[Row], unknowns: Sequence[Parameter], known: Mapping[str, float]
+    machine: Machine, unknowns: Sequence[Parameter], known: Mapping[str, float]
 ) -> dict[str, float]:
-    """The machine's values of what is not fitted: those that a row may have, all coefficients of both kinds."""
-    names = {name for row in rows for term in row.terms for name, _ in term.powers}
-    for kind in ("decode", "prompt"):
-        names |= {each.name for each in parameters(machine, kind)}
-    names -= {each.name for each in unknowns}
-    names |= NEVER_FITTED | {"rpc_split_us"}
-    return {
-        name: known[name] if name in known else coefficient_value(machine, name) for name in sorted(names)
-    }
+    """The machine's values of all coefficients that are not fitted: a row may have any."""
+    names = set(full_names(machine, tuple(DEFAULTS))) - {each.name for each in unknowns}
+    return {name: known[name] if name in known else coefficient(machine, name) for name in sorted(names)}
 
 
-def _samples(rows: Sequence[Row], unknowns: Sequence[Parameter]) -> dict[str, int]:
+def _samples(rows: Sequence[TimingRow], unknowns: Sequence[Parameter]) -> dict[str, int]:
     """How many runs each coefficient has a part in."""
     runs: dict[str, set[str]] = {each.name: set() for each in unknowns}
     for row in rows:
@@ -159,12 +155,14 @@ def _samples(rows: Sequence[Row], unknowns: Sequence[Parameter]) -> dict[str, in
             for name, _ in term.powers:
                 if name in runs:
                     runs[name].add(row.run)
-        if row.n_copies > 1 and "pipeline_overlap" in runs:
-            runs["pipeline_overlap"].add(row.run)
+        if row.n_copies > 1 and OVERLAP in runs:
+            runs[OVERLAP].add(row.run)
     return {name: len(found) for name, found in runs.items()}
 
 
-def _errors(problem: FitProblem, rows: Sequence[Row], kept: Sequence[Row], x: Array) -> list[RunError]:
+def _errors(
+    problem: FitProblem, rows: Sequence[TimingRow], kept: Sequence[TimingRow], x: Array
+) -> list[RunError]:
     """Each row's error with the priors, and with what all other runs teach."""
     if not rows:
         return []
@@ -183,7 +181,7 @@ def _errors(problem: FitProblem, rows: Sequence[Row], kept: Sequence[Row], x: Ar
 
 
 def _error(
-    problem: FitProblem, row: Row, before_s: float, others: Array | None, is_counted: bool
+    problem: FitProblem, row: TimingRow, before_s: float, others: Array | None, is_counted: bool
 ) -> RunError:
     measured = row.measured_s or 1.0
     after = None if others is None else float(problem.design([row]).seconds(others)[0][0]) / measured - 1.0

@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 
 from placement.calibrate.design import Array, Design, make_design, prior_precision, prior_start
-from placement.calibrate.features import Row
+from placement.calibrate.features import TimingRow
 from placement.calibrate.parameters import Parameter
+from placement.terms import OVERLAP, Phase
 
-MODEL_NOISE = {"decode": 0.02, "prompt": 0.05}  # what the model itself is off by, as a share
+MODEL_NOISE: dict[Phase, float] = {
+    "decode": 0.02,
+    "prompt": 0.05,
+}  # what the model itself is off by, as a share
 UNIDENTIFIED = 0.9  # of the prior's spread is left: the runs say nothing
 ROBUST_SCALES = (30.0, 8.0, 2.5)  # residuals beyond so many standard deviations lose their pull
 
@@ -30,26 +34,24 @@ class FitProblem:
 
     parameters: tuple[Parameter, ...]
     known: dict[str, float]
-    kind: str
+    kind: Phase
 
     def __post_init__(self) -> None:
         self.start = prior_start(self.parameters)
         self.precision = prior_precision(self.parameters)
         self.lower = np.array([-np.inf if each.is_log else 0.0 for each in self.parameters])
-        self.upper = np.array(
-            [0.0 if each.name == "pipeline_overlap" else np.inf for each in self.parameters]
-        )
+        self.upper = np.array([0.0 if each.name == OVERLAP else np.inf for each in self.parameters])
         self.scale = 1.0
 
-    def design(self, rows: Sequence[Row]) -> Design:
+    def design(self, rows: Sequence[TimingRow]) -> Design:
         """The rows' terms as matrices."""
         return make_design(rows, self.parameters, self.known)
 
-    def sigma(self, rows: Sequence[Row]) -> Array:
+    def sigma(self, rows: Sequence[TimingRow]) -> Array:
         """What each row's time is off by, as a share."""
         return self.scale * np.array([math.hypot(MODEL_NOISE[self.kind], row.noise) for row in rows])
 
-    def solve(self, rows: Sequence[Row], free: Array, start: Array | None = None) -> Array:
+    def solve(self, rows: Sequence[TimingRow], free: Array, start: Array | None = None) -> Array:
         """The best parameters, those not `free` at their priors."""
         x = np.where(free, self.start if start is None else start, self.start)
         if not rows or not free.any():
@@ -93,7 +95,7 @@ class FitProblem:
         )
         return full(found.x)
 
-    def information(self, rows: Sequence[Row], x: Array) -> Array:
+    def information(self, rows: Sequence[TimingRow], x: Array) -> Array:
         """What the rows add to the precision, doubtful ones less."""
         if not rows:
             return np.zeros_like(self.precision)
@@ -105,7 +107,7 @@ class FitProblem:
         share = slope / seconds[:, None]
         return np.asarray(share.T @ (weight[:, None] * share))
 
-    def solve_identified(self, rows: Sequence[Row]) -> tuple[Array, Array, Array]:
+    def solve_identified(self, rows: Sequence[TimingRow]) -> tuple[Array, Array, Array]:
         """(parameters, covariance, share of each prior's spread left), what stays unknown at its prior."""
         free = np.ones(len(self.parameters), dtype=bool)
         x = self.solve(rows, free)
@@ -117,13 +119,13 @@ class FitProblem:
             x = self.solve(rows, known, x)
         return x, covariance, left
 
-    def n_directions(self, rows: Sequence[Row], x: Array) -> int:
+    def n_directions(self, rows: Sequence[TimingRow], x: Array) -> int:
         """Combinations of the parameters that the rows tell better than the priors do."""
         root = np.linalg.cholesky(np.linalg.inv(self.precision))
         values = np.linalg.svd(root.T @ self.information(rows, x) @ root, compute_uv=False)
         return int((values > 1.0).sum())
 
-    def cost(self, rows: Sequence[Row], x: Array) -> float:
+    def cost(self, rows: Sequence[TimingRow], x: Array) -> float:
         """How badly the parameters fit rows and priors together, doubtful rows counting less."""
         off = x - self.start
         found = float(off @ self.precision @ off)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.calibrate.design import Array
-from placement.calibrate.features import Row
+from placement.calibrate.features import TimingRow
 from placement.calibrate.fit_problem import ROBUST_SCALES, FitProblem
 from placement.verify.times import usual_spread
 
@@ -41,13 +41,13 @@ class _Gap:
     """How far a row's measured time lies from what other runs say, as a logarithm and in standard deviations;
     `cost`: how badly the others are explained without it."""
 
-    row: Row
+    row: TimingRow
     log_ratio: float
     z: float
     cost: float
 
 
-def without_doubtful(problem: FitProblem, rows: Sequence[Row]) -> tuple[list[Row], list[Outlier]]:
+def without_doubtful(problem: FitProblem, rows: Sequence[TimingRow]) -> tuple[list[TimingRow], list[Outlier]]:
     """The rows that count, and the runs that do not."""
     kept = [row for row in rows if not row.doubt]
     outliers = [_told(problem, row) for row in rows if row.doubt]
@@ -61,19 +61,19 @@ def without_doubtful(problem: FitProblem, rows: Sequence[Row]) -> tuple[list[Row
     return kept, outliers
 
 
-def scale_of(problem: FitProblem, rows: Sequence[Row]) -> float:
+def scale_of(problem: FitProblem, rows: Sequence[TimingRow]) -> float:
     """How many times as far as their noise rows lie from what the others say: one, or more with enough runs."""
     if len({row.run for row in rows}) < LEAST_RUNS_TO_SCALE:
         return 1.0
     return max(1.0, usual_spread(each.z for each in _gaps(problem, rows)))
 
 
-def _told(problem: FitProblem, row: Row) -> Outlier:
+def _told(problem: FitProblem, row: TimingRow) -> Outlier:
     seconds, _ = problem.design([row]).seconds(problem.start)
     return Outlier(row.run, row.kind, row.label, (row.measured_s or 0.0) / float(seconds[0]), row.doubt)
 
 
-def _worst(problem: FitProblem, rows: Sequence[Row]) -> Outlier | None:
+def _worst(problem: FitProblem, rows: Sequence[TimingRow]) -> Outlier | None:
     """The run that is contradicted most, if any is: of few runs the one without which the others, and what is
     believed, agree best."""
     gaps = _gaps(problem, rows)
@@ -93,7 +93,7 @@ def _worst(problem: FitProblem, rows: Sequence[Row]) -> Outlier | None:
     return _contradicted(worst.row, math.exp(worst.log_ratio))
 
 
-def _usual_z(problem: FitProblem, others: Sequence[Row]) -> float:
+def _usual_z(problem: FitProblem, others: Sequence[TimingRow]) -> float:
     """How far, beside their noise, the other runs lie from each other; nothing where they are too few to tell."""
     gaps = _gaps(problem, others)
     if len(gaps) < LEAST_RUNS_TO_DOUBT - 1:
@@ -101,7 +101,7 @@ def _usual_z(problem: FitProblem, others: Sequence[Row]) -> float:
     return max(1.0, usual_spread(each.z for each in gaps))
 
 
-def _gaps(problem: FitProblem, rows: Sequence[Row]) -> list[_Gap]:
+def _gaps(problem: FitProblem, rows: Sequence[TimingRow]) -> list[_Gap]:
     """For each run its row farthest from what the others predict."""
     if not rows:
         return []
@@ -123,7 +123,7 @@ def _gaps(problem: FitProblem, rows: Sequence[Row]) -> list[_Gap]:
     return found
 
 
-def _stepped(problem: FitProblem, x: Array, mine: Sequence[Row], rest: Sequence[Row]) -> Array:
+def _stepped(problem: FitProblem, x: Array, mine: Sequence[TimingRow], rest: Sequence[TimingRow]) -> Array:
     """What the rest says, by one Gauss-Newton step from what all say: many runs move little by one."""
     seconds, slope = problem.design(mine).seconds(x)
     share, sigma = slope / seconds[:, None], problem.sigma(mine)
@@ -133,7 +133,7 @@ def _stepped(problem: FitProblem, x: Array, mine: Sequence[Row], rest: Sequence[
     return np.asarray(np.clip(x + covariance @ (share.T @ (weight * off)), problem.lower, problem.upper))
 
 
-def _contradicted(row: Row, ratio: float) -> Outlier:
+def _contradicted(row: TimingRow, ratio: float) -> Outlier:
     if ratio > 1:
         reason = f"{ratio - 1:.0%} slower than the other runs say: a hot or busy machine?"
     else:

@@ -8,62 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from placement.coefficients import DEFAULTS
+from placement.coefficients import DEFAULTS, SERVED_BY
 from placement.machine import Coefficient, Device, Machine
 from placement.problem import CPU
+from placement.terms import Phase, fitted_in
 
-DECODE, PROMPT = "decode", "prompt"
-
-# How far off a prior may well be (one standard deviation): as a share of the value, or in its unit where the
-# prior is zero.
-SPREADS = {
-    "read_efficiency": 0.2,
-    "kv_read_efficiency": 0.4,
-    "expert_read_share": 0.2,
-    "float_read_share": 0.15,
-    "iq_read_share": 0.2,
-    "cpu_read_efficiency": 0.35,
-    "layer_us": 8.0,
-    "split_us": 0.5,
-    "boundary_us": 0.8,
-    "node_us": 0.4,
-    "token_us": 150.0,
-    "rpc_split_us": 0.9,
-    "pinned_link_efficiency": 0.3,
-    "pageable_link_efficiency": 0.5,
-    "dense_compute_efficiency": 0.5,
-    "expert_compute_efficiency": 0.6,
-    "attention_compute_efficiency": 0.7,
-    "compute_half_tokens": 0.5,
-    "pipeline_overlap": 0.4,
-    "cpu_tflops_per_thread": 0.6,
-}
-CPU_KV = f"kv_read_efficiency.{CPU}"
-CPU_KV_SPREAD = 1.0  # a processor's attention is seldom as fast as its memory
-NEVER_FITTED = frozenset({"thread_us", "cpu_thread_gb_per_s"})  # runs have one number of threads
-MAY_BE_ZERO = ("layer_us", "token_us")
-RPC_SPREAD = 1.5  # nobody knows a worker, or the network, before they are measured
-RPC_LAYER_US = 60.0
-NO_CARD_SPREAD = 1.0  # the defaults are of machines with NVIDIA cards and models larger than any cache
-_OF_CARDS = ("node_us", "cpu_read_efficiency")
 ALIKE = 0.5  # correlation between the devices of one machine: they share a build and a driver
 LEAST_SPREAD = 0.05
-
-_DECODE_EACH = (
-    "read_efficiency",
-    "kv_read_efficiency",
-    "expert_read_share",
-    "float_read_share",
-    "iq_read_share",
-    "layer_us",
-)
-_DECODE_CPU = ("kv_read_efficiency", "expert_read_share", "float_read_share", "iq_read_share", "layer_us")
-_DECODE_ONCE = ("cpu_read_efficiency", "split_us", "boundary_us", "node_us", "token_us", "rpc_split_us")
-_PROMPT_EACH = ("dense_compute_efficiency", "expert_compute_efficiency", "attention_compute_efficiency")
-_PROMPT_CUDA = ("pinned_link_efficiency", "pageable_link_efficiency")
-_PROMPT_ONCE = ("compute_half_tokens", "pipeline_overlap", "cpu_tflops_per_thread")
-_RPC_RATES = ("read_efficiency", "kv_read_efficiency", *_PROMPT_EACH)
-_RPC_WAITS = ("split_us", "boundary_us", "rpc_split_us")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,43 +36,57 @@ class Parameter:
         return self.name.partition(".")[0]
 
 
-def parameters(machine: Machine, kind: str) -> tuple[Parameter, ...]:
+def parameters(machine: Machine, kind: Phase) -> tuple[Parameter, ...]:
     """The coefficients of decode or of prompts that this machine has, in a fixed order."""
-    each, once = (_DECODE_EACH, _DECODE_ONCE) if kind == DECODE else (_PROMPT_EACH, _PROMPT_ONCE)
-    names: list[tuple[str, Device | None]] = []
-    for base in each:
-        names += [(f"{base}.{device.name}", device) for device in machine.devices]
-    if kind == DECODE:
-        names += [(f"{base}.{CPU}", None) for base in _DECODE_CPU]
-    else:
-        cuda = [device for device in machine.devices if device.is_cuda]
-        names += [(f"{base}.{device.name}", device) for base in _PROMPT_CUDA for device in cuda]
-    has_rpc = any(device.is_rpc for device in machine.devices)
-    names += [(base, None) for base in once if base != "rpc_split_us" or has_rpc]
-    return tuple(_parameter(machine, name, device) for name, device in names)
+    return tuple(_parameter(machine, name) for name in full_names(machine, fitted_in(kind)))
 
 
-def _parameter(machine: Machine, name: str, device: Device | None) -> Parameter:
-    base = name.partition(".")[0]
-    prior = prior_of(machine, name)
-    is_log = prior.value > 0 and base not in MAY_BE_ZERO
-    spread = SPREADS[base]
-    if not is_log and base not in MAY_BE_ZERO:
-        spread *= DEFAULTS[base][0]  # a file says that it is nothing
-    has_rpc = any(each.is_rpc for each in machine.devices)
-    is_rpc_rate = device is not None and device.is_rpc and base in _RPC_RATES
-    if is_rpc_rate or (has_rpc and base in _RPC_WAITS):
-        spread = RPC_SPREAD
-    if device is not None and device.is_rpc and base == "layer_us":
-        spread = RPC_LAYER_US
-    if base in _OF_CARDS and is_log and not any(each.is_cuda for each in machine.devices):
-        spread = NO_CARD_SPREAD
-    if name == CPU_KV:
-        spread = CPU_KV_SPREAD
+def full_names(machine: Machine, bases: tuple[str, ...]) -> tuple[str, ...]:
+    """The coefficients under all names that a machine has of them: each device's, the CPU's, the machine's."""
+    devices = [device.name for device in machine.devices]
+    cuda = [device.name for device in machine.devices if device.is_cuda]
+    has_worker = any(device.is_rpc for device in machine.devices)
+    scoped = [(base, DEFAULTS[base].scope) for base in bases]
+    return (
+        *(f"{base}.{name}" for base, scope in scoped if scope in ("device", "place") for name in devices),
+        *(f"{base}.{CPU}" for base, scope in scoped if scope == "place"),
+        *(f"{base}.{name}" for base, scope in scoped if scope == "cuda" for name in cuda),
+        *(base for base, scope in scoped if scope == "machine" or (scope == "workers" and has_worker)),
+    )
+
+
+def _parameter(machine: Machine, name: str) -> Parameter:
+    default, prior = DEFAULTS[name.partition(".")[0]], prior_of(machine, name)
+    is_log = prior.value > 0 and not default.may_be_zero
+    spread = _spread(machine, name, is_log)
     is_own = name in machine.coefficients or any(each.name == name for each in machine.history)
     if is_own and prior.source == "detected" and prior.uncertainty is not None:
         spread = max(prior.uncertainty / prior.value, LEAST_SPREAD) if is_log else max(prior.uncertainty, 1.0)
-    return Parameter(name, prior.value, spread, is_log, DEFAULTS[base][1])
+    return Parameter(name, prior.value, spread, is_log, default.unit)
+
+
+def _spread(machine: Machine, name: str, is_log: bool) -> float:
+    """How far off the prior may well be on this machine, as a share if `is_log`, else in the unit.
+
+    Raises:
+        ValueError: no run teaches the coefficient.
+    """
+    base, _, where = name.partition(".")
+    default = DEFAULTS[base]
+    if default.spread is None:
+        raise ValueError(f"{base} is not fitted")
+    concerned: tuple[Device, ...] = machine.devices
+    if where:
+        concerned = tuple(device for device in machine.devices if device.name == where)
+    if default.rpc_spread is not None and any(device.is_rpc for device in concerned):
+        return default.rpc_spread
+    if default.cpu_spread is not None and where == CPU:
+        return default.cpu_spread
+    has_cuda = any(device.is_cuda for device in machine.devices)
+    if default.no_card_spread is not None and is_log and not has_cuda:
+        return default.no_card_spread
+    is_nothing = not is_log and not default.may_be_zero  # a file says so
+    return default.spread * default.value if is_nothing else default.spread
 
 
 def prior_of(machine: Machine, name: str) -> Coefficient:
@@ -134,12 +99,7 @@ def prior_of(machine: Machine, name: str) -> Coefficient:
         return believed[-1]
     if values:
         return values[0]  # came with the file
+    if name in SERVED_BY:
+        return prior_of(machine, SERVED_BY[name])
     base, _, where = name.partition(".")
-    if name == CPU_KV:
-        return prior_of(machine, "cpu_read_efficiency")
-    if where:
-        return prior_of(machine, base)
-    if base == "boundary_us":
-        return prior_of(machine, "split_us")
-    value, unit, _ = DEFAULTS[base]
-    return Coefficient(value, unit)
+    return prior_of(machine, base) if where else Coefficient(DEFAULTS[base].value, DEFAULTS[base].unit)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from placement.arguments import parse
-from placement.calibrate.features import Row
+from placement.calibrate.features import TimingRow
 from placement.calibrate.models import Models
 from placement.calibrate.timings import Run, run_rows, timing_noise
 from placement.compute import plan_compute
@@ -67,7 +67,7 @@ class MemorySample:
 class Found:
     """What there is to fit. `left_out` counts records of other conditions, `skipped` says what could not be used."""
 
-    rows: tuple[Row, ...] = ()
+    rows: tuple[TimingRow, ...] = ()
     memory: tuple[MemorySample, ...] = ()
     runs: tuple[Run, ...] = ()
     conditions: Conditions | None = None

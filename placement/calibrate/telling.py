@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from placement.architecture import describe
-from placement.calibrate.features import Row, decode_row, prompt_row
+from placement.calibrate.features import TimingRow, decode_row, prompt_row
 from placement.calibrate.fit import Calibration
 from placement.calibrate.fit_problem import MODEL_NOISE, UNIDENTIFIED
 from placement.check import device_use
@@ -33,7 +33,7 @@ class Trial:
     arguments: tuple[str, ...]
     problem: Problem
     assignment: Assignment
-    rows: tuple[Row, ...]
+    rows: tuple[TimingRow, ...]
     counts: GraphCounts
     devices: dict[str, DeviceUse]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from placement.calibrate.features import Row, decode_row, prompt_row
+from placement.calibrate.features import TimingRow, decode_row, prompt_row
 from placement.cost import GraphCounts
 from placement.problem import Assignment, Problem, Workload
 from placement.verify.phases import CANARY, LONG, SHORT
@@ -67,7 +67,7 @@ def timing_noise(records: Sequence[Record]) -> float | None:
     return float((squares / freedom) ** 0.5) if freedom else None
 
 
-def run_rows(run: Run, records: Sequence[Record], noise: float) -> Iterator[Row]:
+def run_rows(run: Run, records: Sequence[Record], noise: float) -> Iterator[TimingRow]:
     """The rows of a run; `noise` is what one of its timings is off by, as a share."""
     noise = max(noise, LEAST_NOISE)
     for phase in (SHORT, CANARY):
@@ -100,13 +100,13 @@ def _timings(records: Sequence[Record], phase: str) -> Iterable[tuple[Record, Ti
             yield record, record.timing, doubt
 
 
-def _phase_rows(run: Run, phase: str, values: list[_Value], is_prompt: bool) -> Iterator[Row]:
+def _phase_rows(run: Run, phase: str, values: list[_Value], is_prompt: bool) -> Iterator[TimingRow]:
     for n_tokens in dict.fromkeys(value.n_tokens for value in values):
         mine = [value for value in values if value.n_tokens == n_tokens]
         yield from _rows_alike(run, phase, mine, is_prompt)
 
 
-def _rows_alike(run: Run, phase: str, values: list[_Value], is_prompt: bool) -> Iterator[Row]:
+def _rows_alike(run: Run, phase: str, values: list[_Value], is_prompt: bool) -> Iterator[TimingRow]:
     """One row of what was undisturbed, its noise from the rounds' spread; one more of each disturbed round."""
     by_round: dict[tuple[str, int], list[_Value]] = {}
     for value in values:
@@ -155,7 +155,7 @@ def _spread(seconds: Sequence[float]) -> float:
     return float(statistics.stdev(seconds) / statistics.median(seconds) / len(seconds) ** 0.5)
 
 
-def _row(run: Run, phase: str, values: Sequence[_Value], is_prompt: bool, doubt: str) -> Row:
+def _row(run: Run, phase: str, values: Sequence[_Value], is_prompt: bool, doubt: str) -> TimingRow:
     seconds = [value.seconds for value in values]
     middle, n_tokens = statistics.median(seconds), values[0].n_tokens
     noise = max(_spread(seconds), *(value.noise / len(values) ** 0.5 for value in values))
@@ -163,7 +163,7 @@ def _row(run: Run, phase: str, values: Sequence[_Value], is_prompt: bool, doubt:
         noise = max(noise, SHORT_PROMPT_NOISE)
     workload = Workload(n_tokens, 1, 0) if is_prompt else Workload(1, 1, n_tokens)
     make: Any = prompt_row if is_prompt else decode_row
-    row: Row = make(
+    row: TimingRow = make(
         replace(run.problem, workload=workload), run.assignment, run.counts, run=run.id,
         measured_s=middle, noise=noise, label=f"{run.name}, {phase}", doubt=doubt,
     )  # fmt: skip

@@ -8,12 +8,12 @@ from pathlib import Path
 from placement.calibrate.applied import apply_fit
 from placement.calibrate.fit import Calibration, calibrate
 from placement.calibrate.memory import CHANCE, fit_memory
-from placement.calibrate.parameters import DECODE, PROMPT
 from placement.calibrate.report import Report
 from placement.calibrate.runs import Found, find_runs
 from placement.calibrate.telling import Telling, trials, what_would_tell
 from placement.machine import Machine
 from placement.problem import Workload
+from placement.terms import DECODE, PROMPT
 
 MOST_PROBLEMS = 3  # of those run, whose simple placements are weighed
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from placement.context_rules import can_pipeline
-from placement.cost import coefficient, rates
 from placement.pieces import NO_PINS, Pins
 from placement.problem import DEFAULT_UBATCH_TOKENS, Problem, Settings
+from placement.rates import link_place, stream_s_per_byte
 from placement.tables import Way
+from placement.terms import coefficient
 
 UBATCHES = (256, 512, 1024, 2048, 4096)
 MAX_ORDERED_DEVICES = 3  # up to here every subset in every order is tried
@@ -94,5 +95,10 @@ def _fastest_loading(
     problem: Problem, order: tuple[str, ...], settings: Settings, modes: tuple[str, ...]
 ) -> Settings:
     """The settings with the load mode that streams fastest; memory and decode time are the same in all of them."""
-    every = [replace(settings, load_mode=mode) for mode in modes]
-    return min(every, key=lambda each: rates(problem.machine, order, each).stream_s_per_byte or 0.0)
+    machine = problem.machine
+
+    def byte_s(each: Settings) -> float:
+        link = link_place(machine, order, each)
+        return 0.0 if link is None else stream_s_per_byte(machine, link)
+
+    return min((replace(settings, load_mode=mode) for mode in modes), key=byte_s)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from placement.calibrate.choosing import Proposal
-from placement.calibrate.features import Row, decode_row, predict_s, prompt_row
+from placement.calibrate.features import TimingRow, decode_row, predict_s, prompt_row
 from placement.calibrate.telling import Trial, trials
 from placement.compute import plan_compute
 from placement.cost import GraphCounts, Speed, graph_counts
@@ -29,7 +29,7 @@ class _Worked:
 
     counts: GraphCounts
     proposal: Proposal
-    at_depth: Row
+    at_depth: TimingRow
 
 
 class Proposals:
