@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from placement.architecture import RULES, describe
 from placement.graph import cuda
+from placement.graph.builder import Builder
 from placement.graph.context import Batch, make_context
-from placement.graph.decoder import Decoder
+from placement.graph.decoder import build
 from placement.graph.ops import Graph
 from placement.graph.rows import ROWS
 from placement.graph.runs import KEPT_REPETITIONS, MAX_PERIOD, shorten
@@ -17,13 +18,13 @@ from placement.problem import Settings
 SETTINGS = Settings(ctx_tokens=8192, n_slots=2)
 
 
-def decoder(name: str, n_tokens: int) -> Decoder:
+def decoder(name: str, n_tokens: int) -> Builder:
     """The built graph of a small recorded model."""
     one = model(name)
     facts = describe(one)
     context = make_context(SETTINGS, facts, is_full_offload=True, is_flash=True)
-    graph = Decoder(one, facts, ROWS[one.architecture], context, Batch(n_tokens, 2, n_tokens))
-    graph.build(range(facts.n_layer))
+    graph = Builder(one, facts, ROWS[one.architecture], context, Batch(n_tokens, 2, n_tokens))
+    build(graph, range(facts.n_layer))
     return graph
 
 
