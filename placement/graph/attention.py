@@ -1,4 +1,7 @@
-"""Attention over the caches: masks, writes and reads, flash attention or plain products (build_attn*)."""
+"""Attention through the caches: flash attention or plain products, and the output projection.
+
+Mirrors src/llama-graph.cpp (build_attn, build_attn_mha) and src/llama-kv-cache.cpp (the rotations).
+"""
 
 from __future__ import annotations
 

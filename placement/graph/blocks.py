@@ -1,4 +1,7 @@
-"""Block-sparse attention (MiniMax M3): an indexer chooses blocks of positions for each of its heads."""
+"""Block-sparse attention (MiniMax M3): an indexer chooses blocks of positions for each of its heads.
+
+Mirrors src/models/minimax-m3.cpp and src/llama-kv-cache-msa.cpp.
+"""
 
 from __future__ import annotations
 

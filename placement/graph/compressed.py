@@ -1,4 +1,7 @@
-"""DeepSeek 4's attention: a window of raw keys beside keys compressed by 4 (with an indexer) or by 128."""
+"""DeepSeek 4's attention: a window of raw keys beside keys compressed by 4 (with an indexer) or by 128.
+
+Mirrors src/models/deepseek4.cpp and src/llama-kv-cache-dsv4.cpp.
+"""
 
 from __future__ import annotations
 

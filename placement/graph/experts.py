@@ -1,4 +1,7 @@
-"""Mixture-of-experts blocks: routing, the experts' projections and their weighted sum (build_moe_ffn)."""
+"""Feed-forward blocks, dense and of experts: routing, the experts' projections and their weighted sum.
+
+Mirrors src/llama-graph.cpp (build_ffn, build_moe_ffn).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Feed-forward blocks by row: dense, experts, a shared expert, and the few that differ."""
+"""Feed-forward blocks by row: dense, experts, a shared expert, and the few that differ.
+
+Mirrors the feed-forward parts of src/models/*.cpp: arctic.cpp, grok.cpp, grovemoe.cpp, nemotron-h.cpp, ...
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Qwen 4's blocks: hyper-connections with low-rank gates, embeddings of n-grams, attention over chosen pools."""
+"""Qwen 4's residual: hyper-connections with low-rank gates, and embeddings of n-grams.
+
+Mirrors src/models/qwen4exp.cpp (build_hc_mix, build_hc_combine, build_ple).
+"""
 
 from __future__ import annotations
 

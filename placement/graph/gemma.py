@@ -1,4 +1,7 @@
-"""Gemma 3n and 4: embeddings per layer, shared caches, experts beside a dense block, alternating updates."""
+"""Gemma 3n and 4: embeddings per layer, shared caches, experts beside a dense block, alternating updates.
+
+Mirrors src/models/gemma3n.cpp and gemma4.cpp.
+"""
 
 from __future__ import annotations
 

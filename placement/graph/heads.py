@@ -1,4 +1,7 @@
-"""Attention by row: Q, K and V split into heads, their norms, rope and gates, and the attention itself."""
+"""Attention of most rows: Q, K and V split into heads, their norms, rope and gates, and the attention itself.
+
+Mirrors src/llama-graph.cpp (build_qkv) and the attention of src/models/*.cpp: llama.cpp, llama4.cpp, ...
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Hyper-connections: a residual several streams wide, mixed into one before a block, spread after it."""
+"""Hyper-connections: a residual several streams wide, mixed into one before a block, spread after it.
+
+Mirrors src/models/deepseek4.cpp, hy-v4.cpp and glm5-next.cpp (build_hc_*).
+"""
 
 from __future__ import annotations
 

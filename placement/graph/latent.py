@@ -1,4 +1,7 @@
-"""Multi-head latent attention: compressed K and V, absorbed projections (deepseek2 and its kin)."""
+"""Multi-head latent attention: compressed K and V, absorbed projections (deepseek2 and its kin).
+
+Mirrors src/models/deepseek2.cpp, deepseek32.cpp, glm-dsa.cpp, kimi-linear.cpp, kimi-k3.cpp and bailingmoe3.cpp.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Linear attention with state: Kimi's delta attention and MiniMax's lightning attention."""
+"""Linear attention with state: Kimi's delta attention and MiniMax's lightning attention.
+
+Mirrors src/models/kimi-linear.cpp, kimi-k3.cpp, bailingmoe3.cpp, glm5-next.cpp and minimax-01.cpp.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sparse attention over pools of cells: GLM 5 Next and Qwen 4 score pooled keys and read whole pools."""
+"""Sparse attention over pools of cells: GLM 5 Next and Qwen 4 score pooled keys and read whole pools.
+
+Mirrors src/models/glm5-next.cpp, qwen4exp.cpp and src/llama-memory-hybrid-idx.cpp.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Recurrent state: reading, clearing and copying it, and the gated delta net (build_rs, delta-net-base)."""
+"""Recurrent state: reading, clearing and copying it, and the gated delta net.
+
+Mirrors src/llama-graph.cpp (build_rs), src/models/delta-net-base.cpp, qwen3next.cpp, qwen35.cpp and qwen4exp.cpp.
+"""
 
 from __future__ import annotations
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from placement.graph.row import ArchitectureRow
+from placement.graph.row import ArchitectureRow, Scaled
 
+_ALL_FFN: tuple[Scaled, ...] = ("ffn", "experts", "shared_expert")
 _META: dict[str, Any] = {"gating": "meta", "has_expert_norm": None}
 _GEMMA: dict[str, Any] = {"has_q_scale": True, "activation": "gelu"}
 _POST_NORMS: dict[str, Any] = {
@@ -18,16 +19,12 @@ _LAYER_GELU: dict[str, Any] = {"norm": "layer", "activation": "gelu"}
 LLAMA = ArchitectureRow()
 
 ROWS: dict[str, ArchitectureRow] = {
-    **dict.fromkeys((*("exaone", "qwen", "qwen2", "xverse", "internlm2", "pangu-embedded"), "deci"), LLAMA),
+    **dict.fromkeys(("qwen", "qwen2", "xverse", "internlm2", "pangu-embedded"), LLAMA),
     "llama": ArchitectureRow(has_rope_factors=True, scaled=("ffn", "experts")),
-    "exaone": ArchitectureRow(has_rope_factors=True),
-    "deci": ArchitectureRow(has_rope_factors=True),
-    "ernie4_5": ArchitectureRow(unread=("attention_output_bias",)),
-    "ernie4_5-moe": ArchitectureRow(unread=("attention_output_bias",)),
-    "bitnet": ArchitectureRow(scaled=("ffn",)),
-    "mellum": ArchitectureRow(scaled=("experts",)),
-    "qwen3": ArchitectureRow(scaled=("ffn",)),
-    "qwen3moe": ArchitectureRow(scaled=("experts",)),
+    **dict.fromkeys(("exaone", "deci"), ArchitectureRow(has_rope_factors=True)),
+    **dict.fromkeys(("ernie4_5", "ernie4_5-moe"), ArchitectureRow(unread=("attention_output_bias",))),
+    **dict.fromkeys(("bitnet", "qwen3"), ArchitectureRow(scaled=("ffn",))),
+    **dict.fromkeys(("mellum", "qwen3moe"), ArchitectureRow(scaled=("experts",))),
     "arctic": ArchitectureRow(feed="arctic"),
     "apertus": ArchitectureRow(has_rope_factors=True, activation="xielu"),
     "arcee": ArchitectureRow(has_rope_factors=True, activation="relu_sqr"),
@@ -60,7 +57,7 @@ ROWS: dict[str, ArchitectureRow] = {
     ),
     "cohere2moe": ArchitectureRow(
         has_rope_factors=True,
-        scaled=("ffn", "experts", "shared_expert"),
+        scaled=_ALL_FFN,
         rope="swa_or_dense",
         parallel="feed_residual_attention",
         logit_scale="meta",
@@ -74,8 +71,8 @@ ROWS: dict[str, ArchitectureRow] = {
     "dbrx": ArchitectureRow(norm="layer", ffn_norm="attn_output_norm"),
     "deepseek": ArchitectureRow(has_rope_factors=True, has_expert_norm=False),
     "deepseek2": ArchitectureRow(attention="mla", temperature="meta", default_gating="softmax", **_META),
-    "deepseek2-ocr": ArchitectureRow(attention="plain", default_gating="softmax", **_META),
-    "deepseek32": ArchitectureRow(scaled=("ffn", "experts", "shared_expert"), attention="dsa", **_META),
+    "deepseek2-ocr": ArchitectureRow(default_gating="softmax", **_META),
+    **dict.fromkeys(("deepseek32", "glm-dsa"), ArchitectureRow(scaled=_ALL_FFN, attention="dsa", **_META)),
     "deepseek4": ArchitectureRow(
         unread=("attention_scale",),
         clamp="fused",
@@ -85,10 +82,7 @@ ROWS: dict[str, ArchitectureRow] = {
         rows_at="never",
         **_META,
     ),
-    "glm-dsa": ArchitectureRow(scaled=("ffn", "experts", "shared_expert"), attention="dsa", **_META),
-    "dots3note": ArchitectureRow(
-        scaled=("ffn", "experts", "shared_expert"), attention="dsa", gate="sigmoid", **_META
-    ),
+    "dots3note": ArchitectureRow(scaled=_ALL_FFN, attention="dsa", gate="sigmoid", **_META),
     "dots1": ArchitectureRow(**_META),
     "dream": ArchitectureRow(unread=("logits_bias",), attention="no_cache"),
     "exaone-moe": ArchitectureRow(has_rope_factors=True, rope="swa", **_META),
@@ -167,11 +161,8 @@ ROWS: dict[str, ArchitectureRow] = {
         rows_at="never",
         **_META,
     ),
-    "hy_v3": ArchitectureRow(
-        has_rope_factors=True, scaled=("ffn", "experts", "shared_expert"), rows_at="end_normed", **_META
-    ),
+    "hy_v3": ArchitectureRow(has_rope_factors=True, scaled=_ALL_FFN, rows_at="end_normed", **_META),
     "jais": ArchitectureRow(norm="layer", rope="none", has_alibi=True),
-    "jais2": ArchitectureRow(norm="layer", activation="relu_sqr"),
     "laguna": ArchitectureRow(gate="softplus", **_META),
     "llada": ArchitectureRow(unread=("attention_output_bias", "ffn_bias"), attention="no_cache"),
     "llada-moe": ArchitectureRow(attention="no_cache", has_expert_norm=False),
@@ -229,7 +220,7 @@ ROWS: dict[str, ArchitectureRow] = {
         **_POST_NORMS,
     ),
     "nanbeige": ArchitectureRow(has_rope_factors=True, scaled=("ffn",), structure="loops"),
-    "nemotron": ArchitectureRow(norm="layer", activation="relu_sqr"),
+    **dict.fromkeys(("jais2", "nemotron"), ArchitectureRow(norm="layer", activation="relu_sqr")),
     "olmo": ArchitectureRow(norm="layer", has_norm_weights=False),
     "olmo2": ArchitectureRow(qk_norm="flat", **_POST_NORMS),
     "olmoe": ArchitectureRow(qk_norm="flat", has_expert_norm=False),
@@ -237,11 +228,9 @@ ROWS: dict[str, ArchitectureRow] = {
     "orion": ArchitectureRow(norm="layer"),
     "paddleocr": ArchitectureRow(n_pos_per_token=4),
     "phi2": ArchitectureRow(has_q_scale=True, parallel="attention_feed_residual", **_LAYER_GELU),
-    "phi3": ArchitectureRow(
-        is_middle_first=True, has_rope_factors=True, has_q_scale=True, activation="swiglu"
-    ),
-    "phimoe": ArchitectureRow(
-        is_middle_first=True, has_rope_factors=True, has_q_scale=True, activation="swiglu"
+    **dict.fromkeys(
+        ("phi3", "phimoe"),
+        ArchitectureRow(is_middle_first=True, has_rope_factors=True, has_q_scale=True, activation="swiglu"),
     ),
     "plamo": ArchitectureRow(parallel="feed_attention_residual"),
     "plamo3": ArchitectureRow(
@@ -259,9 +248,9 @@ ROWS: dict[str, ArchitectureRow] = {
         shared_gate="sigmoid",
         rows_at="end_normed",
     ),
-    "qwen3tts": ArchitectureRow(n_pos_per_token=4, deepstack="after"),
-    "qwen3vl": ArchitectureRow(n_pos_per_token=4, deepstack="after"),
-    "qwen3vlmoe": ArchitectureRow(n_pos_per_token=4, deepstack="after"),
+    **dict.fromkeys(
+        ("qwen3tts", "qwen3vl", "qwen3vlmoe"), ArchitectureRow(n_pos_per_token=4, deepstack="after")
+    ),
     "falcon-h1": ArchitectureRow(
         unread=("attention_output_bias",), recurrent="mamba2_beside", has_rows_after_sum=True
     ),
@@ -320,22 +309,23 @@ ROWS: dict[str, ArchitectureRow] = {
         n_pos_per_token=0,
         **_META,
     ),
-    **{
-        name: ArchitectureRow(
+    **dict.fromkeys(
+        ("lfm2", "lfm2moe"),
+        ArchitectureRow(
             recurrent="shortconv",
             is_residual_first=True,
             is_middle_first=True,
             gating="meta",
             output_norm="token_embd_norm.weight",
-        )
-        for name in ("lfm2", "lfm2moe")
-    },
+        ),
+    ),
     "mamba": ArchitectureRow(recurrent="mamba", feed="none"),
     "mamba2": ArchitectureRow(recurrent="mamba2", feed="none"),
     "minimax-01": ArchitectureRow(recurrent="lightning"),
-    **{
-        name: ArchitectureRow(
-            scaled=("ffn", "experts", "shared_expert"),
+    **dict.fromkeys(
+        ("nemotron_h", "nemotron_h_moe"),
+        ArchitectureRow(
+            scaled=_ALL_FFN,
             recurrent="mamba2",
             rope="none",
             feed="layer",
@@ -345,9 +335,8 @@ ROWS: dict[str, ArchitectureRow] = {
             expert_activation="relu_sqr",
             gating="sigmoid",
             has_expert_norm=None,
-        )
-        for name in ("nemotron_h", "nemotron_h_moe")
-    },
+        ),
+    ),
     "plamo2": ArchitectureRow(
         unread=("attention_scale",),
         recurrent="plamo2",

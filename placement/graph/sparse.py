@@ -1,4 +1,7 @@
-"""Sparse attention: an indexer scores all cells, and the mask leaves only the best (DeepSeek V3.2)."""
+"""Sparse attention: an indexer scores all cells, and the mask leaves only the best (DeepSeek V3.2).
+
+Mirrors src/models/deepseek32.cpp, glm-dsa.cpp, dots3note.cpp and hy-v4.cpp.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Residuals that are more than one sum: a stack of checkpoints (Kimi K3), and two states in cycles (HRM)."""
+"""Residuals that are more than one sum: checkpoints (Kimi K3), states in cycles (HRM), loops (Nanbeige).
+
+Mirrors src/models/kimi-k3.cpp, hrm-text.cpp and nanbeige.cpp.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""State-space layers: Mamba, Mamba 2, PLaMo 2's and LFM2's short convolution (mamba-base, plamo2, lfm2)."""
+"""State-space layers: Mamba, Mamba 2, PLaMo 2's, and LFM2's short convolution.
+
+Mirrors src/models/mamba-base.cpp, plamo2.cpp and lfm2.cpp.
+"""
 
 from __future__ import annotations
 
