@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from placement.backend_rules import CPU_ALIGNMENT_BYTES, CUDA_ALIGNMENT_BYTES
 from placement.graph import cuda
-from placement.graph.tensor import Tensor
+from placement.graph.tensor import GraphTensor
 from placement.scheduler import Scheduler
 
 ENDLESS = 1 << 62
@@ -26,7 +26,7 @@ class BufferType:
 
     name: str
     alignment: int
-    alloc_bytes: Callable[[Tensor], int]
+    alloc_bytes: Callable[[GraphTensor], int]
 
 
 CPU_BUFFER = BufferType("CPU", CPU_ALIGNMENT_BYTES, lambda tensor: tensor.n_bytes)  # of pinned memory too
@@ -141,7 +141,7 @@ class Allocator:
                 if source < flat.n_leafs and flat.tensors[source].is_input:
                     self._allocate(source, backend)
 
-    def _tensor(self, i: int) -> Tensor:
+    def _tensor(self, i: int) -> GraphTensor:
         n = self.flat.n_tensors
         return self.flat.tensors[i if i < n else self.scheduler.copy_of[i - n]]
 
@@ -156,13 +156,13 @@ class Allocator:
             return size
         tensor, known = self._tensor(i), self.flat.n_bytes
         if i >= self.flat.n_tensors:
-            tensor, known = Tensor("NONE", tensor.type, tensor.ne, tensor.nb, []), self.own_bytes
+            tensor, known = GraphTensor("NONE", tensor.type, tensor.ne, tensor.nb, []), self.own_bytes
         elif tensor.op == "FLASH_ATTN_EXT":
             tensor, known = self._with_scheduled_sources(i, tensor), self.own_bytes
         size = known[key] = -(-buffer.alloc_bytes(tensor) // buffer.alignment) * buffer.alignment
         return size
 
-    def _with_scheduled_sources(self, i: int, node: Tensor) -> Tensor:
+    def _with_scheduled_sources(self, i: int, node: GraphTensor) -> GraphTensor:
         """The node reading the copies made for it: copies of K and V no longer share memory."""
         src = self.scheduler.src[i]
         if all(source < self.flat.n_tensors for source in src):
@@ -171,8 +171,8 @@ class Allocator:
         for source in src:
             tensor = self._tensor(source)
             is_copy = source >= self.flat.n_tensors
-            sources.append(Tensor("NONE", tensor.type, tensor.ne, tensor.nb, []) if is_copy else tensor)
-        return Tensor(node.op, node.type, node.ne, node.nb, sources)
+            sources.append(GraphTensor("NONE", tensor.type, tensor.ne, tensor.nb, []) if is_copy else tensor)
+        return GraphTensor(node.op, node.type, node.ne, node.nb, sources)
 
     def _allocate(self, i: int, backend: int) -> None:
         if self.is_owned[i] or self.is_external[i] or self.root[i] >= 0:

@@ -19,11 +19,11 @@ from placement.graph.builder import UnknownGraph
 from placement.graph.context import Batch, Context, make_context
 from placement.graph.flat import NO_BUFFER
 from placement.graph.hyper import FUSED_HYPER
-from placement.graph.row import Row
+from placement.graph.row import ArchitectureRow
 from placement.graph.rows import ROWS
-from placement.graph.runs import Run, layer_shapes, shorten
-from placement.graph.template import Template, templates
-from placement.graph.tensor import Tensor
+from placement.graph.runs import LayerRun, shorten
+from placement.graph.template import Template, model_graphs
+from placement.graph.tensor import GraphTensor
 from placement.machine import Machine
 from placement.model import Model
 from placement.problem import CPU, Assignment
@@ -82,8 +82,8 @@ class _Planner:
         self.facts: Architecture = describe(model)
         row = ROWS.get(model.architecture)
         self.is_exact = row is not None
-        self.row: Row = row or Row()
-        self.templates = templates(model, self.facts, self.row)
+        self.row = row or ArchitectureRow()
+        self.graphs = model_graphs(model, self.facts, self.row)
         self.settings = assignment.settings
         self.backends = self._backends()
         number = {name: i for i, name in enumerate(self.backends.names)}
@@ -205,7 +205,7 @@ class _Planner:
             placed[each.name] = target
         return placed
 
-    def _place(self, leaf: Tensor, layers: dict[int, int]) -> int:
+    def _place(self, leaf: GraphTensor, layers: dict[int, int]) -> int:
         """The backend whose buffer holds a leaf; `layers` are those that take the places of the graph's."""
         if leaf.cache_layer is not None:
             owner = layers.get(leaf.cache_layer, leaf.cache_layer)
@@ -224,7 +224,7 @@ class _Planner:
 
     def _reserve(self, context: Context, batch: Batch, *, has_pins: bool, needs_sizes: bool) -> _Reserved:
         """Plan one batch's graph, long runs of alike layers cut short; uncut where that cannot be right."""
-        makes = self._makes(context, batch)
+        makes = self.graphs.makes(context, batch)
         moved = self.moved_of_layer
         kept, runs = shorten([(make, self.homes[il], moved.get(il)) for il, make in enumerate(makes)])
         template, layers = self._template(context, batch, makes, kept)
@@ -244,12 +244,6 @@ class _Planner:
         n_splits, n_nodes = len(scheduler.splits) + left_out[0], template.n_nodes + left_out[1]
         return _Reserved(sizes, n_splits, n_nodes, astray)
 
-    def _makes(self, context: Context, batch: Batch) -> list[Hashable]:
-        """What decides each layer's part of the graph."""
-        graph, last = self.templates.decoder(context, batch), self.facts.n_layer - 1
-        shapes = layer_shapes(self.model, self.facts)
-        return [(shape, graph.layer_traits(il), il == last) for il, shape in enumerate(shapes)]
-
     def _buffer_type(self, name: str) -> BufferType:
         """A remote worker's sizes are asked of it: a GPU's, which are never less, unless it is known as a CPU."""
         device = self.machine.device(name)
@@ -259,7 +253,7 @@ class _Planner:
         self, context: Context, batch: Batch, makes: Sequence[Hashable], layers: Sequence[int]
     ) -> tuple[Template, dict[int, int]]:
         """The graph of some layers, and which layer takes which one's place in it."""
-        template = self.templates.get(context, batch, layers, [makes[il] for il in layers], self.homes)
+        template = self.graphs.get(context, batch, layers, [makes[il] for il in layers], self.homes)
         return template, dict(zip(template.layers, layers, strict=True))
 
     def _schedule(
@@ -286,7 +280,7 @@ class _Planner:
                 scheduler.assigned[i] = home
 
     def _left_out(
-        self, template: Template, scheduler: Scheduler, runs: Sequence[Run]
+        self, template: Template, scheduler: Scheduler, runs: Sequence[LayerRun]
     ) -> tuple[int, int] | None:
         """Splits and nodes of the layers left out; None if those layers would take memory of their own."""
         n_leafs, n_splits, n_nodes = scheduler.flat.n_leafs, 0, 0

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from placement.allocator import CPU_BUFFER, CUDA_BUFFER, Allocator, Pool
 from placement.graph.flat import NO_BUFFER, FlatGraph
 from placement.graph.ops import Graph
-from placement.graph.tensor import Tensor
+from placement.graph.tensor import GraphTensor
 from placement.scheduler import Backends, Scheduler
 
 KIB = 1024
 CPU_ALONE = Backends(names=("CPU",), is_cuda=(False,))
 
 
-def reserved(graph: Graph, held: Sequence[Tensor] = ()) -> int:
+def reserved(graph: Graph, held: Sequence[GraphTensor] = ()) -> int:
     """Bytes that a graph takes on the CPU alone; `held` tensors are in memory already."""
     flat = FlatGraph(graph).placed(lambda leaf: 0 if leaf in held else NO_BUFFER)
     scheduler = Scheduler(flat, CPU_ALONE, {})

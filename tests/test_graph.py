@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from golden_sample import model
 from hypothesis import given
@@ -7,24 +9,34 @@ from hypothesis import strategies as st
 
 from placement.architecture import RULES, describe
 from placement.graph import cuda
+from placement.graph.builder import Builder
 from placement.graph.context import Batch, make_context
-from placement.graph.decoder import Decoder
+from placement.graph.decoder import STRUCTURES, build
+from placement.graph.mixers import ATTENTION, RECURRENT
 from placement.graph.ops import Graph
+from placement.graph.row import ArchitectureRow, permitted_codes
 from placement.graph.rows import ROWS
 from placement.graph.runs import KEPT_REPETITIONS, MAX_PERIOD, shorten
+from placement.graph.template import MAX_KEPT_GRAPHS, ModelGraphs, model_graphs
 from placement.problem import Settings
 
 SETTINGS = Settings(ctx_tokens=8192, n_slots=2)
 
 
-def decoder(name: str, n_tokens: int) -> Decoder:
+def decoder(name: str, n_tokens: int) -> Builder:
     """The built graph of a small recorded model."""
     one = model(name)
     facts = describe(one)
     context = make_context(SETTINGS, facts, is_full_offload=True, is_flash=True)
-    graph = Decoder(one, facts, ROWS[one.architecture], context, Batch(n_tokens, 2, n_tokens))
-    graph.build(range(facts.n_layer))
+    graph = Builder(one, facts, ROWS[one.architecture], context, Batch(n_tokens, 2, n_tokens))
+    build(graph, range(facts.n_layer))
     return graph
+
+
+def used_codes(field: str) -> set[object]:
+    """The codes that the table's rows hold in one field."""
+    values = [getattr(row, field) for row in ROWS.values()]
+    return {code for value in values for code in (value if isinstance(value, tuple) else (value,))}
 
 
 # --- tensors
@@ -143,6 +155,81 @@ def test_short_models_are_kept_whole() -> None:
     """Nothing is left out of a run that is hardly longer than what is kept."""
     keys = ["a"] * (KEPT_REPETITIONS + 1)
     assert shorten(keys) == (list(range(len(keys))), [])
+
+
+# --- rows
+
+
+@pytest.mark.parametrize("field", permitted_codes())
+def test_a_row_refuses_unknown_codes(field: str) -> None:
+    """A code that a field does not know is refused by name, with the permitted ones."""
+    is_many = isinstance(getattr(ArchitectureRow(), field), tuple)
+    with pytest.raises(ValueError) as refused:
+        ArchitectureRow(**{field: ("swaa",) if is_many else "swaa"})
+    permitted = ", ".join(map(repr, permitted_codes()[field]))
+    assert str(refused.value) == f"{field}='swaa': permitted are {permitted}"
+
+
+@pytest.mark.parametrize(("field", "letters"), [("unread", "qs"), ("scaled", "fe"), ("post_ffn_norm", "")])
+def test_a_row_refuses_strings_of_letters(field: str, letters: str) -> None:
+    """Where a field holds several codes, they come as a tuple."""
+    with pytest.raises(ValueError, match=f"{field}='{letters}': a tuple of "):
+        ArchitectureRow(**{field: letters})
+
+
+@pytest.mark.parametrize(("field", "code"), [("has_alibi", 1), ("n_pos_per_token", True)])
+def test_a_row_tells_numbers_from_flags(field: str, code: int) -> None:
+    """1 is no flag, and True no number."""
+    with pytest.raises(ValueError, match=f"{field}={code}"):
+        ArchitectureRow(**{field: code})
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_are_checked_when_they_are_made(name: str) -> None:
+    """The table's rows pass the check that their making runs, so importing the table runs it for all."""
+    assert dataclasses.replace(ROWS[name]) == ROWS[name]
+
+
+@pytest.mark.parametrize("field", permitted_codes())
+def test_no_code_is_dead(field: str) -> None:
+    """Some row uses each code, in this field or in another that takes the same ones."""
+    alike = [other for other, codes in permitted_codes().items() if codes == permitted_codes()[field]]
+    fields = [field] if {False, True} <= set(permitted_codes()[field]) else alike
+    assert set(permitted_codes()[field]) - {None} <= {code for each in fields for code in used_codes(each)}
+
+
+@pytest.mark.parametrize(
+    ("field", "table"), [("attention", ATTENTION), ("recurrent", RECURRENT), ("structure", STRUCTURES)]
+)
+def test_tables_have_every_code(field: str, table: dict[str, object]) -> None:
+    """A table of blocks has one for each code of its field."""
+    assert set(table) == set(permitted_codes()[field]) - {None}
+
+
+# --- kept graphs
+
+
+def graphs_of(name: str) -> ModelGraphs:
+    """The kept graphs of a recorded model, read anew."""
+    one = dataclasses.replace(model(name))
+    return model_graphs(one, describe(one), ROWS[one.architecture])
+
+
+def test_equal_models_share_graphs() -> None:
+    """A model that is read twice has its graphs built once."""
+    assert graphs_of("bloom-dense") is graphs_of("bloom-dense")
+
+
+def test_kept_graphs_are_bounded() -> None:
+    """The graphs that were asked for last are kept, no more than there is room for."""
+    kept = ModelGraphs(model("bloom-dense"), describe(model("bloom-dense")), ROWS["bloom"])
+    context = make_context(SETTINGS, kept.facts, is_full_offload=True, is_flash=True)
+    layers = range(kept.facts.n_layer)
+    asked = [
+        kept.get(context, batch, layers, kept.makes(context, batch), [0] * (len(layers) + 1))
+        for batch in (Batch(n, 1, n) for n in range(1, MAX_KEPT_GRAPHS + 3))
+    ]
+    assert list(kept.kept.values()) == asked[-MAX_KEPT_GRAPHS:]
 
 
 # --- architectures

@@ -6,7 +6,7 @@ import pytest
 
 from placement.graph.flat import NO_BUFFER, FlatGraph
 from placement.graph.ops import Graph
-from placement.graph.tensor import Tensor
+from placement.graph.tensor import GraphTensor
 from placement.scheduler import Backends, Scheduler
 
 GPU, OTHER, CPU = 0, 1, 2
@@ -18,16 +18,16 @@ class Weighted(Graph):
 
     def __init__(self) -> None:
         super().__init__()
-        self.places: dict[Tensor, int] = {}
+        self.places: dict[GraphTensor, int] = {}
 
-    def weight(self, place: int, n: int = 256, type: str = "F32") -> Tensor:
+    def weight(self, place: int, n: int = 256, type: str = "F32") -> GraphTensor:
         """A square weight in a backend's buffer."""
         leaf = self.new(type, n, n)
         leaf.weight = f"w{len(self.places)}"
         self.places[leaf] = place
         return leaf
 
-    def schedule(self, backends: Backends = THREE, pins: dict[Tensor, int] | None = None) -> Scheduler:
+    def schedule(self, backends: Backends = THREE, pins: dict[GraphTensor, int] | None = None) -> Scheduler:
         """All passes over the graph."""
         flat = FlatGraph(self).placed(lambda leaf: self.places.get(leaf, NO_BUFFER))
         scheduler = Scheduler(flat, backends, {node.index: b for node, b in (pins or {}).items()})

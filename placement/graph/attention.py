@@ -1,315 +1,251 @@
-"""Attention over the caches: masks, writes and reads, flash attention or plain products (build_attn*)."""
+"""Attention through the caches: flash attention or plain products, and the output projection.
+
+Mirrors src/llama-graph.cpp (build_attn, build_attn_mha) and src/llama-kv-cache.cpp (the rotations).
+"""
 
 from __future__ import annotations
 
-import functools
-
 from placement.graph.builder import Builder
-from placement.graph.tensor import Tensor, row_size
+from placement.graph.tensor import GraphTensor
 from placement.quants import BLOCKS
 
 
-class AttentionBuilder(Builder):
-    """Adds attention to the blocks of `Builder`; Q, K and V come as [head size, heads, tokens]."""
+def cache_rotation(builder: Builder, il: int, which: str) -> GraphTensor | None:
+    """The Hadamard matrix by which quantised caches are rotated, or None."""
+    type = builder.context.type_k if which == "k" else builder.context.type_v
+    if BLOCKS[type][0] == 1 or builder.is_hybrid_windowed:  # the engine makes none for hybrids with windows
+        return None
+    group = builder.cache_group(il)
+    if (which, group) not in builder.rotation_sizes:
+        builder.rotation_sizes[which, group] = _rotation_size(builder, which, group)
+    n = builder.rotation_sizes[which, group]
+    return builder.input_once(f"{which}_rot.{group}", "F32", n, n) if n else None
 
-    @functools.cached_property
-    def _rotations(self) -> dict[tuple[str, str], int]:
-        return {}
 
-    @functools.cached_property
-    def _is_hybrid_windowed(self) -> bool:
-        """Whether windows and recurrent states are combined: the engine makes no rotations for those."""
-        layers = self.facts.layers
-        return any(i.is_recurrent for i in layers) and any(i.window_tokens is not None for i in layers)
+def _rotation_size(builder: Builder, which: str, group: str) -> int:
+    """Rows of the Hadamard matrix; 0 where head sizes vary or are no multiple of 64."""
+    owners = [layer for layer in builder.facts.layers if layer.caches]
+    sizes = [(layer.window_tokens is not None, getattr(layer.caches[0], f"{which}_head")) for layer in owners]
+    heads = {head for is_windowed, head in sizes if is_windowed == (group == "swa")}
+    if len(heads) != 1 or not sizes or sizes[0][1] % 64:
+        return 0
+    n, size = 64, heads.pop()
+    while which == "k" and size % (2 * n) == 0:
+        n *= 2
+    return n
 
-    # --- inputs
 
-    def cells(self, il: int) -> int:
-        """Cells per stream of the cache that layer `il` reads."""
-        window = self.layer(il).window_tokens
-        return self.context.n_ctx_seq if window is None else self.context.swa_cells(window)
+def rotate(builder: Builder, cur: GraphTensor, matrix: GraphTensor) -> GraphTensor:
+    n = matrix.ne[0]
+    rows = cur.n_elements // n
+    flat = builder.reshape(cur, n, rows) if cur.is_contiguous else builder.cont(cur, n, rows)
+    product = builder.mul_mat(matrix, flat)
+    product.kind = "hadamard"
+    return builder.reshape(product, *cur.ne)
 
-    def _group(self, il: int) -> str:
-        """Which of the two caches of a sliding-window model the layer uses."""
-        return "swa" if self.layer(il).window_tokens is not None else "full"
 
-    def mask(self, il: int, name: str = "mask") -> Tensor:
-        """The attention mask of the layer's cache: f16 for flash attention, else f32."""
-        n_stream = self.context.n_stream
-        type = "F16" if self.context.is_flash else "F32"
-        shape = (self.cells(il), self.n_tokens // n_stream, 1, n_stream)
-        return self.input_once(f"{name}.{self._group(il)}", type, *shape)
+# --- attention
 
-    def k_ids(self, il: int) -> Tensor:
-        """Where in the cache the batch's K rows go."""
-        return self.input_once(f"k_ids.{self._group(il)}", "I64", self.n_tokens)
 
-    def v_ids(self, il: int) -> Tensor:
-        """Where the batch's V rows go; one index per element of a transposed cache."""
-        width = self.facts.v_width_max if self.context.is_v_transposed else 1
-        return self.input_once(f"v_ids.{self._group(il)}", "I64", self.n_tokens * width)
+def attention(
+    builder: Builder,
+    il: int,
+    q: GraphTensor,
+    k: GraphTensor | None,
+    v: GraphTensor | None,
+    *,
+    wo: str | None = "attn_output",
+    sinks: GraphTensor | None = None,
+    bias: GraphTensor | None = None,
+    mask: GraphTensor | None = None,
+    is_windowed: bool = False,
+    is_capped: bool = False,
+) -> GraphTensor:
+    """Attention through K and V caches and the output projection (build_attn with kv input)."""
+    k_rot, v_rot = cache_rotation(builder, il, "k"), cache_rotation(builder, il, "v")
+    if k_rot is not None:
+        q = rotate(builder, q, k_rot)
+        k = rotate(builder, k, k_rot) if k is not None else None
+    if v_rot is not None and v is not None:
+        v = rotate(builder, v, v_rot)
+    for tensor in (q, k, v) if is_windowed else (q, v, k):
+        if tensor is not None:
+            builder.expand(tensor)
+    k_read, v_read = through_cache(builder, il, k, v)
+    mask = builder.mask(il) if mask is None else mask
+    cur = mha(builder, il, q, k_read, v_read, mask, sinks=sinks, bias=bias, is_capped=is_capped)
+    if v_rot is not None:
+        cur = rotate(builder, cur, v_rot)
+    return project_out(builder, cur, il, wo)
 
-    def _rotation(self, il: int, which: str) -> Tensor | None:
-        """The Hadamard matrix by which quantised caches are rotated, or None."""
-        type = self.context.type_k if which == "k" else self.context.type_v
-        if BLOCKS[type][0] == 1 or self._is_hybrid_windowed:
-            return None
-        group = self._group(il)
-        if (which, group) not in self._rotations:
-            self._rotations[which, group] = self._rotation_size(which, group)
-        n = self._rotations[which, group]
-        return self.input_once(f"{which}_rot.{group}", "F32", n, n) if n else None
 
-    def _rotation_size(self, which: str, group: str) -> int:
-        """Rows of the Hadamard matrix; 0 where head sizes vary or are no multiple of 64."""
-        owners = [layer for layer in self.facts.layers if layer.caches]
-        sizes = [
-            (layer.window_tokens is not None, getattr(layer.caches[0], f"{which}_head")) for layer in owners
-        ]
-        heads = {head for is_windowed, head in sizes if is_windowed == (group == "swa")}
-        if len(heads) != 1 or not sizes or sizes[0][1] % 64:
-            return 0
-        n, size = 64, heads.pop()
-        while which == "k" and size % (2 * n) == 0:
-            n *= 2
-        return n
+def through_cache(
+    builder: Builder, il: int, k: GraphTensor | None, v: GraphTensor | None
+) -> tuple[GraphTensor, GraphTensor]:
+    owner = builder.layer(il).cache_layer
+    facts = builder.layer(il if owner is None else owner)
+    cache = facts.caches[0]
+    v_width = builder.facts.v_width_max if builder.context.is_v_transposed else cache.v_width
+    k_cache = builder.cache(facts.index, "k", cache.k_width)
+    v_cache = builder.cache(facts.index, "v", v_width)
+    if k is not None:
+        builder.expand(builder.store_k(k_cache, k, builder.k_ids(il)))
+    if v is not None:
+        builder.expand(builder.store_v(v_cache, v, builder.v_ids(il)))
+    n_head_kv = builder.layer(il).n_head_kv
+    return builder.read_k(k_cache, cache.k_head, n_head_kv), builder.read_v(v_cache, cache.v_head, n_head_kv)
 
-    def _rotate(self, cur: Tensor, matrix: Tensor) -> Tensor:
-        n = matrix.ne[0]
-        rows = cur.n_elements // n
-        flat = self.reshape(cur, n, rows) if cur.is_contiguous else self.cont(cur, n, rows)
-        product = self.mul_mat(matrix, flat)
-        product.kind = "hadamard"
-        return self.reshape(product, *cur.ne)
 
-    # --- caches
+def attention_latent(
+    builder: Builder,
+    il: int,
+    q: GraphTensor,
+    k: GraphTensor,
+    v: GraphTensor,
+    wv_b: GraphTensor | None,
+    *,
+    wo: str | None = "attn_output",
+    mask: GraphTensor | None = None,
+) -> GraphTensor:
+    """Attention over a cache that holds K only, V being its first part (build_attn with k input)."""
+    for tensor in (q, v, k):
+        builder.expand(tensor)
+    facts = builder.layer(il).caches[0]
+    cache = builder.cache(il, "k", facts.k_width)
+    builder.expand(builder.store_k(cache, k, builder.k_ids(il)))
+    k_read = builder.read_k(cache, facts.k_head, builder.layer(il).n_head_kv)
+    v_read = builder.view(k_read, (v.ne[0], *k_read.ne[1:]), k_read.nb[1:])
+    mask = builder.mask(il) if mask is None else mask
+    cur = mha(builder, il, q, k_read, v_read, mask, sinks=builder.w(il, "attn_sinks"), v_mla=wv_b)
+    return project_out(builder, cur, il, wo)
 
-    def cache(self, il: int, which: str, width: int, cells: int | None = None) -> Tensor:
-        """The K or V cache of layer `il`: [width, cells, streams] on the layer's home."""
-        key = f"cache_{which}.{il}"
-        if key not in self.inputs:
-            type = self.context.type_v if which == "v" else self.context.type_k
-            leaf = self.new(type, width, cells or self.cells(il), self.context.n_stream)
-            leaf.cache_layer = il
-            self.inputs[key] = leaf
-        return self.inputs[key]
 
-    def _all_streams(self, cache: Tensor) -> Tensor:
-        if cache.ne[2] == 1:
-            return cache
-        return self.reshape(cache, cache.ne[0], cache.ne[1] * cache.ne[2])
+def attention_no_cache(
+    builder: Builder,
+    il: int,
+    q: GraphTensor,
+    k: GraphTensor,
+    v: GraphTensor,
+    *,
+    wo: str | None = "attn_output",
+    bias: GraphTensor | None = None,
+) -> GraphTensor:
+    """Attention within the batch (build_attn with no_cache input)."""
+    for tensor in (q, k, v):
+        builder.expand(tensor)
+    type = "F16" if builder.context.is_flash else "F32"
+    mask = builder.input_once(f"mask.{builder.cache_group(il)}", type, builder.n_tokens, builder.n_tokens)
+    return project_out(builder, mha(builder, il, q, k, v, mask, bias=bias), il, wo)
 
-    def store_k(self, cache: Tensor, k: Tensor, ids: Tensor) -> Tensor:
-        """Write the batch's K rows into the cache (cpy_k)."""
-        rows = self.view_2d(k, k.ne[0] * k.ne[1], k.ne[2], k.nb[2])
-        return self.set_rows(self._all_streams(cache), rows, ids)
 
-    def store_v(self, cache: Tensor, v: Tensor, ids: Tensor) -> Tensor:
-        """Write the batch's V rows into the cache, element by element if it is transposed (cpy_v)."""
-        width, n_tokens = v.ne[0] * v.ne[1], v.ne[2]
-        if not self.context.is_v_transposed:
-            rows = self.view_2d(v, width, n_tokens, v.nb[2])
-            return self.set_rows(self._all_streams(cache), rows, ids)
-        is_dense = row_size(v.type, width) == v.nb[2]
-        rows = self.reshape(v, width, n_tokens) if is_dense else self.cont(v, width, n_tokens)
-        if width < cache.ne[0]:
-            rows = self.pad(rows, cache.ne[0] - width)
-        target = self.reshape(cache, 1, cache.n_elements)
-        return self.set_rows(target, self.reshape(rows, 1, rows.n_elements), ids)
-
-    def read_k(self, cache: Tensor, head: int, n_head: int) -> Tensor:
-        """The cache's K as [head size, heads, cells, streams] (get_k)."""
-        row, cells = row_size(cache.type, cache.ne[0]), cache.ne[1]
-        shape = (head, n_head, cells, cache.ne[2])
-        return self.view(cache, shape, (row_size(cache.type, head), row, row * cells))
-
-    def read_v(self, cache: Tensor, head: int, n_head: int) -> Tensor:
-        """The cache's V, rows and columns swapped if it is transposed (get_v)."""
-        width, cells, n_stream = cache.ne[0], cache.ne[1], cache.ne[2]
-        if not self.context.is_v_transposed:
-            return self.read_k(cache, head, n_head)
-        strides = (
-            row_size(cache.type, cells * head),
-            row_size(cache.type, cells),
-            row_size(cache.type, cells * width),
-        )
-        return self.view(cache, (cells, n_head, head, n_stream), strides)
-
-    # --- attention
-
-    def attention(
-        self,
-        il: int,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        *,
-        wo: str | None = "attn_output",
-        sinks: Tensor | None = None,
-        bias: Tensor | None = None,
-        mask: Tensor | None = None,
-        is_windowed: bool = False,
-        is_capped: bool = False,
-    ) -> Tensor:
-        """Attention through K and V caches and the output projection (build_attn with kv input)."""
-        k_rot, v_rot = self._rotation(il, "k"), self._rotation(il, "v")
-        if k_rot is not None:
-            q = self._rotate(q, k_rot)
-            k = self._rotate(k, k_rot) if k is not None else None
-        if v_rot is not None and v is not None:
-            v = self._rotate(v, v_rot)
-        for tensor in (q, k, v) if is_windowed else (q, v, k):
-            if tensor is not None:
-                self.expand(tensor)
-        k_read, v_read = self._through_cache(il, k, v)
-        mask = self.mask(il) if mask is None else mask
-        cur = self.mha(il, q, k_read, v_read, mask, sinks=sinks, bias=bias, is_capped=is_capped)
-        if v_rot is not None:
-            cur = self._rotate(cur, v_rot)
-        return self.project_out(cur, il, wo)
-
-    def _through_cache(self, il: int, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
-        owner = self.layer(il).cache_layer
-        facts = self.layer(il if owner is None else owner)
-        cache = facts.caches[0]
-        v_width = self.facts.v_width_max if self.context.is_v_transposed else cache.v_width
-        k_cache = self.cache(facts.index, "k", cache.k_width)
-        v_cache = self.cache(facts.index, "v", v_width)
-        if k is not None:
-            self.expand(self.store_k(k_cache, k, self.k_ids(il)))
-        if v is not None:
-            self.expand(self.store_v(v_cache, v, self.v_ids(il)))
-        n_head_kv = self.layer(il).n_head_kv
-        return self.read_k(k_cache, cache.k_head, n_head_kv), self.read_v(v_cache, cache.v_head, n_head_kv)
-
-    def attention_latent(
-        self,
-        il: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        wv_b: Tensor | None,
-        *,
-        wo: str | None = "attn_output",
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Attention over a cache that holds K only, V being its first part (build_attn with k input)."""
-        for tensor in (q, v, k):
-            self.expand(tensor)
-        facts = self.layer(il).caches[0]
-        cache = self.cache(il, "k", facts.k_width)
-        self.expand(self.store_k(cache, k, self.k_ids(il)))
-        k_read = self.read_k(cache, facts.k_head, self.layer(il).n_head_kv)
-        v_read = self.view(k_read, (v.ne[0], *k_read.ne[1:]), k_read.nb[1:])
-        mask = self.mask(il) if mask is None else mask
-        cur = self.mha(il, q, k_read, v_read, mask, sinks=self.w(il, "attn_sinks"), v_mla=wv_b)
-        return self.project_out(cur, il, wo)
-
-    def attention_no_cache(
-        self,
-        il: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        wo: str | None = "attn_output",
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        """Attention within the batch (build_attn with no_cache input)."""
-        for tensor in (q, k, v):
-            self.expand(tensor)
-        type = "F16" if self.context.is_flash else "F32"
-        mask = self.input_once(f"mask.{self._group(il)}", type, self.n_tokens, self.n_tokens)
-        return self.project_out(self.mha(il, q, k, v, mask, bias=bias), il, wo)
-
-    def project_out(self, cur: Tensor, il: int, wo: str | None) -> Tensor:
-        """The output projection `blk.<il>.<wo>`, if any; BitNet norms before it."""
-        if wo is None:
-            return cur
-        if self.w(il, "attn_sub_norm") is not None:
-            cur = self.layer_norm(cur, il, "attn_sub_norm")
-        if (weight := self.w(il, wo)) is not None:
-            cur = self.lora_mm(weight, cur, is_scaled=True)
-        bias = self.b(il, wo) if "o" not in self.unread else None
-        return self.add(cur, bias) if bias is not None else cur
-
-    def mha(
-        self,
-        il: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        *,
-        sinks: Tensor | None = None,
-        bias: Tensor | None = None,
-        v_mla: Tensor | None = None,
-        is_capped: bool = False,
-    ) -> Tensor:
-        """The attention product itself, streams split and merged again (build_attn_mha)."""
-        v_trans = v.nb[1] > v.nb[2]
-        n_stream = k.ne[3]
-        per_stream = q.ne[2] // n_stream
-        q = self.view(q, (q.ne[0], q.ne[1], per_stream, n_stream), (q.nb[1], q.nb[2], q.nb[2] * per_stream))
-        q, k, v = (self.permute(tensor, 0, 2, 1, 3) for tensor in (q, k, v))
-        if self.context.is_flash and bias is None:
-            cur = self._flash(il, q, k, v, mask, sinks, v_mla, v_trans)
-        else:
-            cur = self._plain(q, k, v, mask, sinks, bias, v_mla, v_trans, is_capped)
-        self.expand(cur)
+def project_out(builder: Builder, cur: GraphTensor, il: int, wo: str | None) -> GraphTensor:
+    """The output projection `blk.<il>.<wo>`, if any; BitNet norms before it."""
+    if wo is None:
         return cur
+    if builder.w(il, "attn_sub_norm") is not None:
+        cur = builder.layer_norm(cur, il, "attn_sub_norm")
+    if (weight := builder.w(il, wo)) is not None:
+        cur = builder.lora_mm(weight, cur, is_scaled=True)
+    bias = builder.b(il, wo) if "attention_output_bias" not in builder.row.unread else None
+    return builder.add(cur, bias) if bias is not None else cur
 
-    def _flash(
-        self,
-        il: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        sinks: Tensor | None,
-        v_mla: Tensor | None,
-        v_trans: bool,
-    ) -> Tensor:
-        if v_trans:
-            v = self.transpose(v)
-        k = self.cast(k, "F16") if k.type == "F32" else k
-        v = self.cast(v, "F16") if v.type == "F32" else v
-        cur = self.flash_attn(q, k, v, mask, sinks)
-        self.fused_nodes.append((cur.op, cur, il))
-        if v_mla is not None:
-            cur = self.mul_mat(v_mla, self.permute(cur, 0, 2, 1, 3))
-            cur = self.cont(self.permute(cur, 0, 2, 1, 3))
-        ne = cur.ne
-        return self.reshape(cur, ne[0] * ne[1], ne[2] * ne[3])
 
-    def _plain(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        sinks: Tensor | None,
-        bias: Tensor | None,
-        v_mla: Tensor | None,
-        v_trans: bool,
-        is_capped: bool,
-    ) -> Tensor:
-        kq = self.mul_mat(k, q)
-        if self.facts.name == "grok":
-            kq = self.scale(self.unary(self.scale(kq), "tanh"))
-        if is_capped:
-            kq = self.soft_cap(kq)
-        if bias is not None:
-            kq = self.add(kq, bias)
-        kq = self.soft_max(kq, mask, sinks)
-        if not v_trans:
-            v = self.cont(self.transpose(v))
-        kqv = self.mul_mat(v, kq)
-        if v_mla is not None:
-            kqv = self.mul_mat(v_mla, kqv)
-        cur = self.permute(kqv, 0, 2, 1, 3)
-        ne = cur.ne
-        cur = self.cont(cur, ne[0] * ne[1], ne[2] * ne[3])
-        if not self.context.is_kv_offloaded:
-            cur.kind = "cpu"
-        return cur
+def mha(
+    builder: Builder,
+    il: int,
+    q: GraphTensor,
+    k: GraphTensor,
+    v: GraphTensor,
+    mask: GraphTensor | None,
+    *,
+    sinks: GraphTensor | None = None,
+    bias: GraphTensor | None = None,
+    v_mla: GraphTensor | None = None,
+    is_capped: bool = False,
+) -> GraphTensor:
+    """The attention product itself, streams split and merged again (build_attn_mha)."""
+    v_trans = v.nb[1] > v.nb[2]
+    n_stream = k.ne[3]
+    per_stream = q.ne[2] // n_stream
+    q = builder.view(q, (q.ne[0], q.ne[1], per_stream, n_stream), (q.nb[1], q.nb[2], q.nb[2] * per_stream))
+    q, k, v = (builder.permute(tensor, 0, 2, 1, 3) for tensor in (q, k, v))
+    if builder.context.is_flash and bias is None:
+        cur = _flash(builder, il, q, k, v, mask, sinks, v_mla, v_trans)
+    else:
+        cur = _plain(builder, q, k, v, mask, sinks, bias, v_mla, v_trans, is_capped)
+    builder.expand(cur)
+    return cur
+
+
+def _flash(
+    builder: Builder,
+    il: int,
+    q: GraphTensor,
+    k: GraphTensor,
+    v: GraphTensor,
+    mask: GraphTensor | None,
+    sinks: GraphTensor | None,
+    v_mla: GraphTensor | None,
+    v_trans: bool,
+) -> GraphTensor:
+    if v_trans:
+        v = builder.transpose(v)
+    k = builder.cast(k, "F16") if k.type == "F32" else k
+    v = builder.cast(v, "F16") if v.type == "F32" else v
+    cur = builder.flash_attn(q, k, v, mask, sinks)
+    builder.fused_nodes.append((cur.op, cur, il))
+    if v_mla is not None:
+        cur = builder.mul_mat(v_mla, builder.permute(cur, 0, 2, 1, 3))
+        cur = builder.cont(builder.permute(cur, 0, 2, 1, 3))
+    ne = cur.ne
+    return builder.reshape(cur, ne[0] * ne[1], ne[2] * ne[3])
+
+
+def _plain(
+    builder: Builder,
+    q: GraphTensor,
+    k: GraphTensor,
+    v: GraphTensor,
+    mask: GraphTensor | None,
+    sinks: GraphTensor | None,
+    bias: GraphTensor | None,
+    v_mla: GraphTensor | None,
+    v_trans: bool,
+    is_capped: bool,
+) -> GraphTensor:
+    kq = builder.mul_mat(k, q)
+    if builder.facts.name == "grok":
+        kq = builder.scale(builder.unary(builder.scale(kq), "tanh"))
+    if is_capped:
+        kq = builder.soft_cap(kq)
+    if bias is not None:
+        kq = builder.add(kq, bias)
+    kq = builder.soft_max(kq, mask, sinks)
+    if not v_trans:
+        v = builder.cont(builder.transpose(v))
+    kqv = builder.mul_mat(v, kq)
+    if v_mla is not None:
+        kqv = builder.mul_mat(v_mla, kqv)
+    cur = builder.permute(kqv, 0, 2, 1, 3)
+    ne = cur.ne
+    cur = builder.cont(cur, ne[0] * ne[1], ne[2] * ne[3])
+    if not builder.context.is_kv_offloaded:
+        cur.kind = "cpu"
+    return cur
+
+
+def tempered(builder: Builder, query: GraphTensor) -> GraphTensor:
+    """Q times the temperature of its position."""
+    return builder.mul(query, builder.input_once("attn_scale", "F32", 1, 1, builder.n_tokens))
+
+
+def gated_result(builder: Builder, il: int, kind: str, out: GraphTensor, source: GraphTensor) -> GraphTensor:
+    """The attention's result times a gate per element or per head."""
+    weight = builder.need(builder.w(il, "attn_gate"))
+    gate = builder.unary(builder.lora_mm(weight, source), kind)
+    n_head, n = builder.layer(il).n_head, out.ne[1]
+    if weight.ne[1] != n_head:
+        return builder.mul(out, gate)
+    width = out.ne[0]
+    heads = builder.reshape(out, width // n_head, n_head, n)
+    return builder.reshape(builder.mul(heads, builder.reshape(gate, 1, n_head, n)), width, n)

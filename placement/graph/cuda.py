@@ -13,7 +13,7 @@ from placement.backend_rules import (
     has_scan_kernel,
     has_vector_kernel,
 )
-from placement.graph.tensor import Tensor
+from placement.graph.tensor import GraphTensor
 from placement.quants import BLOCKS
 from placement.units import pad
 
@@ -31,7 +31,7 @@ def is_quantised(type: str) -> bool:
     return BLOCKS[type][0] != 1
 
 
-def alloc_bytes(tensor: Tensor) -> int:
+def alloc_bytes(tensor: GraphTensor) -> int:
     """Bytes that the CUDA buffer takes for a tensor: padded rows, and f16 copies for flash attention."""
     size = tensor.n_bytes
     if tensor.op == "FLASH_ATTN_EXT":
@@ -41,7 +41,7 @@ def alloc_bytes(tensor: Tensor) -> int:
     return size
 
 
-def _with_half_copies(node: Tensor, size: int) -> int:
+def _with_half_copies(node: GraphTensor, size: int) -> int:
     q, k, v = node.src[:3]
     if q.ne[1] <= 1 and _can_use_vectors(q, k):
         return size
@@ -53,11 +53,11 @@ def _with_half_copies(node: Tensor, size: int) -> int:
     return size
 
 
-def _can_use_vectors(q: Tensor, k: Tensor) -> bool:
+def _can_use_vectors(q: GraphTensor, k: GraphTensor) -> bool:
     return has_vector_kernel(q.ne[0]) and k.ne[1] % KERNEL_STRIDE == 0
 
 
-def offload_batch(node: Tensor) -> int:
+def offload_batch(node: GraphTensor) -> int:
     """The batch size by which CUDA decides to take over an operation on host weights."""
     if node.op == "GET_ROWS":
         return 0
@@ -69,7 +69,7 @@ def offload_batch(node: Tensor) -> int:
     return ne[1] * ne[2] * ne[3]
 
 
-def supports(node: Tensor, has_alibi: bool) -> bool:
+def supports(node: GraphTensor, has_alibi: bool) -> bool:
     """Whether a CUDA device can run the node, its buffers aside."""
     check = _CHECKS.get(node.op)
     if check is not None:
@@ -79,7 +79,7 @@ def supports(node: Tensor, has_alibi: bool) -> bool:
     return True
 
 
-def _supports_flash(node: Tensor, has_alibi: bool) -> bool:
+def _supports_flash(node: GraphTensor, has_alibi: bool) -> bool:
     q, k, v = node.src[:3]
     mask = node.src[3] if len(node.src) > 3 else None
     ratio = q.ne[2] // k.ne[2]
@@ -105,7 +105,7 @@ def _supports_heads(k_head: int, v_head: int, ratio: int, is_grouped: bool) -> b
     return k_head == 576 and v_head == 512 and is_grouped
 
 
-def _mul_mat(node: Tensor) -> bool:
+def _mul_mat(node: GraphTensor) -> bool:
     a, b = node.src[:2]
     if a.nb[0] != BLOCKS[a.type][1] or b.nb[0] != BLOCKS[b.type][1]:
         return False
@@ -114,45 +114,45 @@ def _mul_mat(node: Tensor) -> bool:
     return a.type not in _NO_MUL_MAT and not (node.op == "MUL_MAT_ID" and node.kind == "prec_f32")
 
 
-def _get_rows(node: Tensor) -> bool:
+def _get_rows(node: GraphTensor) -> bool:
     table = node.src[0]
     return table.type in _GET_ROWS and not (table.type in _NEEDS_ROWS_OF_256 and table.ne[0] % 256)
 
 
-def _set_rows(node: Tensor) -> bool:
+def _set_rows(node: GraphTensor) -> bool:
     rows = node.src[0].type
     return rows == "F32" or (rows == "F16" and node.type == "F16")
 
 
-def _unary(node: Tensor) -> bool:
+def _unary(node: GraphTensor) -> bool:
     return node.src[0].is_contiguous
 
 
-def _glu(node: Tensor) -> bool:
+def _glu(node: GraphTensor) -> bool:
     return node.src[0].is_contiguous_above(1) and node.kind != "swiglu_oai_bf16"
 
 
-def _norm(node: Tensor) -> bool:
+def _norm(node: GraphTensor) -> bool:
     return node.src[0].is_contiguous_rows
 
 
-def _rope(node: Tensor) -> bool:
+def _rope(node: GraphTensor) -> bool:
     source = node.src[0]
     return source.nb[0] == BLOCKS[source.type][1] and source.is_contiguous_above(2)
 
 
-def _scale(node: Tensor) -> bool:
+def _scale(node: GraphTensor) -> bool:
     return node.type in ("F32", "BF16") and node.src[0].type == node.type
 
 
-def _binary(node: Tensor) -> bool:
+def _binary(node: GraphTensor) -> bool:
     a, b = node.src[0].type, node.src[1].type
     if "BF16" in (a, b, node.type):
         return a == "BF16" and node.type == "BF16" and b in ("BF16", "F32")
     return all(type in ("F32", "F16") for type in (a, b, node.type))
 
 
-def _concat(node: Tensor) -> bool:
+def _concat(node: GraphTensor) -> bool:
     a, b = node.src[:2]
     if not a.type == b.type == node.type:
         return False
@@ -162,39 +162,39 @@ def _concat(node: Tensor) -> bool:
     return all(t.is_contiguous if is_last else t.is_contiguous_to_planes for t in (a, b))
 
 
-def _ssm_scan(node: Tensor) -> bool:
+def _ssm_scan(node: GraphTensor) -> bool:
     state, a_matrix, b_matrix = node.src[0], node.src[3], node.src[4]
     return has_scan_kernel(a_matrix.ne[0], *state.ne[:3], b_matrix.ne[1])
 
 
-def _ssm_conv(node: Tensor) -> bool:
+def _ssm_conv(node: GraphTensor) -> bool:
     return has_conv_kernel(node.src[0].ne[1])
 
 
-def _repeat(node: Tensor) -> bool:
+def _repeat(node: GraphTensor) -> bool:
     return node.src[0].type in ("F32", "F16")
 
 
-def _rows_f32(node: Tensor) -> bool:
+def _rows_f32(node: GraphTensor) -> bool:
     return node.type == "F32" and node.src[0].is_contiguous_rows
 
 
-def _indexer(node: Tensor) -> bool:
+def _indexer(node: GraphTensor) -> bool:
     q, k = node.src[:2]
     if q.ne[0] != 128 or q.ne[1] not in (4, 32, 64) or k.type not in CUDA_FLASH_TYPES:
         return False
     return not any(nb % 16 for t in (q, k) if not is_quantised(t.type) for nb in t.nb[1:])
 
 
-def _contiguous(node: Tensor) -> bool:
+def _contiguous(node: GraphTensor) -> bool:
     return node.src[0].is_contiguous
 
 
-def _contiguous_pair(node: Tensor) -> bool:
+def _contiguous_pair(node: GraphTensor) -> bool:
     return node.src[0].is_contiguous and node.src[1].is_contiguous
 
 
-def _cpy(node: Tensor) -> bool:
+def _cpy(node: GraphTensor) -> bool:
     source, target = node.src[0].type, node.type
     plain = ("F32", "F16", "BF16")
     if source in plain and target in plain:
@@ -206,7 +206,7 @@ def _cpy(node: Tensor) -> bool:
     return source == target and node.src[0].is_contiguous
 
 
-_CHECKS: dict[str, Callable[[Tensor], bool]] = {
+_CHECKS: dict[str, Callable[[GraphTensor], bool]] = {
     "MUL_MAT": _mul_mat,
     "MUL_MAT_ID": _mul_mat,
     "GET_ROWS": _get_rows,

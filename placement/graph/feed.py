@@ -1,156 +1,173 @@
-"""Feed-forward blocks by row: dense, experts, a shared expert, and the few that differ."""
+"""Feed-forward blocks by row: dense, experts, a shared expert, and the few that differ.
+
+Mirrors the feed-forward parts of src/models/*.cpp: arctic.cpp, grok.cpp, grovemoe.cpp, nemotron-h.cpp, ...
+"""
 
 from __future__ import annotations
 
-import functools
+from typing import Literal, assert_never
 
-from placement.graph.experts import GATING, Routing
-from placement.graph.pools import PoolBuilder
-from placement.graph.row import Row
-from placement.graph.tensor import Tensor
+from placement.graph.builder import Builder
+from placement.graph.experts import GATING, Routing, SiluClamp, ffn, moe
+from placement.graph.tensor import GraphTensor
 
+ClampKey = Literal["swiglu_clamp_exp", "swiglu_clamp_shexp"]
 NO_LIMIT = 1e-6  # limits up to this are none
 
 
-class FeedBuilder(PoolBuilder):
-    """Adds the feed-forward block of a row."""
+def feed_forward(builder: Builder, il: int, cur: GraphTensor) -> GraphTensor:
+    """The norm before the feed-forward block, and the block."""
+    name = builder.row.ffn_norm
+    source = cur
+    if builder.w(il, name) is not None or not builder.row.has_norm_weights:
+        cur = builder.layer_norm(cur, il, name, builder.row.norm)
+    if builder.row.feed == "arctic":
+        return _arctic(builder, il, cur, source)
+    return feed(builder, il, cur)
 
-    row: Row
-    layer_input: Tensor  # what the layer's first norm reads
-    skip: Tensor  # the embeddings
-    router_logits: Tensor | None = None  # of a router that reads the layer's input
 
-    @functools.cached_property
-    def has_windows(self) -> bool:
-        """Whether any layer's attention has a sliding window."""
-        return any(layer.window_tokens is not None for layer in self.facts.layers)
+def feed(builder: Builder, il: int, cur: GraphTensor) -> GraphTensor:
+    """The feed-forward block of the layer: dense, or experts with or without a shared one."""
+    row = builder.row
+    if builder.w(il, "ffn_gate_inp") is None or row.feed == "dense":
+        clamp = clamp_of(builder, il, "swiglu_clamp_shexp")
+        return ffn(builder, cur, il, row.activation, clamp=clamp, is_scaled="ffn" in row.scaled)
+    match row.feed:
+        case "shared_first":
+            shared = shared_expert(builder, il, cur)
+            return builder.add(moe(builder, cur, il, routing_of(builder, il)), shared)
+        case "router_first":
+            return moe(builder, cur, il, routing_of(builder, il), logits=builder.shared.router_logits)
+        case "grove":
+            return _grove(builder, il, cur)
+        case "layer":
+            return _latent_experts(builder, il, cur, "ffn_latent")
+        case "latent":
+            return _latent_experts(builder, il, cur, "ffn_routed")
+        case "grok" if builder.w(il, "ffn_up") is not None:
+            out = moe(builder, cur, il, routing_of(builder, il), selected=_hashed(builder, il))
+            return builder.scale(builder.add(ffn(builder, cur, il, row.activation), out))
+        case "usual" | "none" | "dense" | "arctic" | "grok":
+            return _experts(builder, il, cur)
+        case unknown:
+            assert_never(unknown)
 
-    def head_sizes(self, il: int) -> tuple[int, int]:
-        """n_embd_head_k and n_embd_head_v of the layer."""
-        owner = self.layer(il).cache_layer
-        caches = self.layer(il if owner is None else owner).caches
-        if caches:
-            return caches[0].k_head, caches[0].v_head
-        n_head = self.layer(il).n_head
-        default = self.n_embd // n_head if n_head else 0
-        return self.integer("attention.key_length", default), self.integer("attention.value_length", default)
 
-    def feed_forward(self, il: int, cur: Tensor) -> Tensor:
-        """The norm before the feed-forward block, and the block."""
-        name = self.row.ffn_norm
-        source = cur
-        if self.w(il, name) is not None or not self.row.has_norm_weights:
-            cur = self.layer_norm(cur, il, name, self.row.norm)
-        if self.row.feed == "arctic":
-            return self._arctic(il, cur, source)
-        return self.feed(il, cur)
+def _experts(builder: Builder, il: int, cur: GraphTensor) -> GraphTensor:
+    """Experts, and a shared one where the layer has it."""
+    out = moe(builder, cur, il, routing_of(builder, il), selected=_hashed(builder, il))
+    if builder.w(il, "ffn_up_shexp") is None:
+        return out
+    out = builder.add(out, shared_expert(builder, il, cur))
+    return builder.scale(out) if builder.row.is_sum_scaled else out
 
-    def feed(self, il: int, cur: Tensor) -> Tensor:
-        """The feed-forward block of the layer: dense, or experts with or without a shared one."""
-        row = self.row
-        if self.w(il, "ffn_gate_inp") is None or row.feed == "dense":
-            clamp = self.clamp_of(il, "swiglu_clamp_shexp")
-            return self.ffn(cur, il, row.activation, clamp=clamp, is_scaled="f" in row.scaled)
-        if row.feed == "shared_first":
-            shared = self.shared_expert(il, cur)
-            return self.add(self.moe(cur, il, self.routing(il)), shared)
-        if row.feed == "router_first":
-            return self.moe(cur, il, self.routing(il), logits=self.router_logits)
-        if row.feed == "grove":
-            return self._grove(il, cur)
-        if row.feed in ("layer", "latent"):
-            return self._latent_experts(il, cur)
-        out = self.moe(cur, il, self.routing(il), selected=self._hashed(il))
-        if row.feed == "grok" and self.w(il, "ffn_up") is not None:
-            return self.scale(self.add(self.ffn(cur, il, row.activation), out))
-        if self.w(il, "ffn_up_shexp") is None:
-            return out
-        out = self.add(out, self.shared_expert(il, cur))
-        return self.scale(out) if row.is_sum_scaled else out
 
-    def _hashed(self, il: int) -> Tensor | None:
-        """The experts that the tokens' numbers choose in DeepSeek 4's first layers."""
-        if il >= self.integer("hash_layer_count"):
-            return None
-        return self.get_rows(self.need(self.w(il, "ffn_gate_tid2eid")), self.inputs["tokens"])
+def _hashed(builder: Builder, il: int) -> GraphTensor | None:
+    """The experts that the tokens' numbers choose in DeepSeek 4's first layers."""
+    if il >= builder.integer("hash_layer_count"):
+        return None
+    return builder.get_rows(builder.need(builder.w(il, "ffn_gate_tid2eid")), builder.inputs["tokens"])
 
-    def shared_expert(self, il: int, cur: Tensor) -> Tensor:
-        """The expert that every token uses, weighed by its gate where there is one."""
-        row = self.row
-        out = self.ffn(
-            cur,
-            il,
-            row.shared_activation,
-            suffix="_shexp",
-            clamp=self.clamp_of(il, "swiglu_clamp_shexp"),
-            is_scaled="s" in row.scaled,
-        )
-        if not row.shared_gate:
-            return out
-        gate = self.lora_mm(self.w(il, "ffn_gate_inp_shexp"), cur)
-        if row.shared_gate == "silu_div":
-            return self.mul(out, self.div(self.unary(gate, "silu"), gate))
-        return self.mul(out, self.unary(gate, "sigmoid"))
 
-    def clamp_of(self, il: int, key: str) -> str:
-        """How SiLU is limited in this layer: "", "split" or "fused"."""
-        if not self.row.clamp:
-            return ""
-        limits = self.model.get(key, 0.0)
-        limit = limits[il] if isinstance(limits, (tuple, list)) else limits
-        if float(limit) <= NO_LIMIT:
-            return ""
-        is_fused = self.row.clamp == "fused" or (self.row.clamp == "fused_experts" and key.endswith("_exp"))
-        return "fused" if is_fused else "split"
+def shared_expert(builder: Builder, il: int, cur: GraphTensor) -> GraphTensor:
+    """The expert that every token uses, weighed by its gate where there is one."""
+    row = builder.row
+    out = ffn(
+        builder,
+        cur,
+        il,
+        row.shared_activation,
+        suffix="_shexp",
+        clamp=clamp_of(builder, il, "swiglu_clamp_shexp"),
+        is_scaled="shared_expert" in row.scaled,
+    )
+    if row.shared_gate is None:
+        return out
+    gate = builder.lora_mm(builder.w(il, "ffn_gate_inp_shexp"), cur)
+    match row.shared_gate:
+        case "silu_div":
+            return builder.mul(out, builder.div(builder.unary(gate, "silu"), gate))
+        case "sigmoid":
+            return builder.mul(out, builder.unary(gate, "sigmoid"))
+        case unknown:
+            assert_never(unknown)
 
-    def routing(self, il: int) -> Routing:
-        """How the row's architecture routes."""
-        row = self.row
-        gating = GATING.get(self.integer("expert_gating_func"), row.default_gating)
-        has_norm = bool(self.model.get("expert_weights_norm", False))
-        return Routing(
-            gating=gating if row.gating == "meta" else row.gating,
-            has_norm=has_norm if row.has_expert_norm is None else row.has_expert_norm,
-            is_scaled=self.number("expert_weights_scale") not in (0.0, 1.0) and row.is_expert_scaled,
-            activation=row.expert_activation,
-            is_weighted_before=row.is_weighted_before,
-            selects_by=row.selects_by,
-            clamp=self.clamp_of(il, "swiglu_clamp_exp"),
-            is_scaled_by_tensor="e" in row.scaled,
-            has_exact_down=row.has_exact_down,
-        )
 
-    def _latent_experts(self, il: int, cur: Tensor) -> Tensor:
-        """Experts in a smaller space, and a shared expert outside it (Nemotron, Kimi K3)."""
-        name = "ffn_latent" if self.row.feed == "layer" else "ffn_routed"
-        down, up = self.w(il, f"{name}_down"), self.w(il, f"{name}_up")
-        logits = self.lora_mm(self.w(il, "ffn_gate_inp"), cur)
-        out = self.moe(cur if down is None else self.mul_mat(down, cur), il, self.routing(il), logits=logits)
-        if self.w(il, f"{name}_norm") is not None:
-            out = self.layer_norm(out, il, f"{name}_norm")
-        out = out if up is None else self.mul_mat(up, out)
-        return self.add(out, self.shared_expert(il, cur))
+def clamp_of(builder: Builder, il: int, key: ClampKey) -> SiluClamp | None:
+    """How SiLU is limited in this layer; None where it is not."""
+    kind = builder.row.clamp
+    if kind is None:
+        return None
+    limits = builder.model.get(key, 0.0)
+    limit = limits[il] if isinstance(limits, (tuple, list)) else limits
+    if float(limit) <= NO_LIMIT:
+        return None
+    match kind:
+        case "fused_experts":
+            return "fused" if key == "swiglu_clamp_exp" else "split"
+        case "fused" | "split" as clamp:
+            return clamp
+        case unknown:
+            assert_never(unknown)
 
-    def _arctic(self, il: int, normed: Tensor, source: Tensor) -> Tensor:
-        """A dense block added to its input, and experts on the layer's input; residual included."""
-        dense = self.add(self.ffn(normed, il, self.row.activation), source)
-        routed = self.layer_norm(self.layer_input, il, "ffn_norm_exps")
-        return self.add(self.moe(routed, il, self.routing(il)), dense)
 
-    def _grove(self, il: int, cur: Tensor) -> Tensor:
-        """Experts, and the smaller experts that a group of them shares."""
-        logits = self.lora_mm(self.w(il, "ffn_gate_inp"), cur)
-        routing = self.routing(il)
-        out = self.moe(cur, il, routing, logits=logits)
-        n_chunks = self.facts.n_expert // self.integer("experts_per_group", 1)
-        n_used = min(self.layer(il).n_expert_used, n_chunks)
-        shared = self.moe(
-            out,
-            il,
-            routing,
-            logits=logits,
-            suffix="_chexps",
-            n_used=n_used,
-            is_shared_by_group=n_chunks != self.facts.n_expert,
-        )
-        return self.add(out, self.scale(shared))
+def routing_of(builder: Builder, il: int) -> Routing:
+    """How the row's architecture routes."""
+    row = builder.row
+    gating = GATING.get(builder.integer("expert_gating_func"), row.default_gating)
+    has_norm = bool(builder.model.get("expert_weights_norm", False))
+    return Routing(
+        gating=gating if row.gating == "meta" else row.gating,
+        has_norm=has_norm if row.has_expert_norm is None else row.has_expert_norm,
+        is_scaled=builder.number("expert_weights_scale") not in (0.0, 1.0) and row.is_expert_scaled,
+        activation=row.expert_activation,
+        is_weighted_before=row.is_weighted_before,
+        selects_by=row.selects_by,
+        clamp=clamp_of(builder, il, "swiglu_clamp_exp"),
+        is_scaled_by_tensor="experts" in row.scaled,
+        has_exact_down=row.has_exact_down,
+    )
+
+
+def _latent_experts(builder: Builder, il: int, cur: GraphTensor, name: str) -> GraphTensor:
+    """Experts in a smaller space, and a shared expert outside it (Nemotron, Kimi K3)."""
+    down, up = builder.w(il, f"{name}_down"), builder.w(il, f"{name}_up")
+    logits = builder.lora_mm(builder.w(il, "ffn_gate_inp"), cur)
+    out = moe(
+        builder,
+        cur if down is None else builder.mul_mat(down, cur),
+        il,
+        routing_of(builder, il),
+        logits=logits,
+    )
+    if builder.w(il, f"{name}_norm") is not None:
+        out = builder.layer_norm(out, il, f"{name}_norm")
+    out = out if up is None else builder.mul_mat(up, out)
+    return builder.add(out, shared_expert(builder, il, cur))
+
+
+def _arctic(builder: Builder, il: int, normed: GraphTensor, source: GraphTensor) -> GraphTensor:
+    """A dense block added to its input, and experts on the layer's input; residual included."""
+    dense = builder.add(ffn(builder, normed, il, builder.row.activation), source)
+    routed = builder.layer_norm(builder.shared.layer_input, il, "ffn_norm_exps")
+    return builder.add(moe(builder, routed, il, routing_of(builder, il)), dense)
+
+
+def _grove(builder: Builder, il: int, cur: GraphTensor) -> GraphTensor:
+    """Experts, and the smaller experts that a group of them shares."""
+    logits = builder.lora_mm(builder.w(il, "ffn_gate_inp"), cur)
+    routing = routing_of(builder, il)
+    out = moe(builder, cur, il, routing, logits=logits)
+    n_chunks = builder.facts.n_expert // builder.integer("experts_per_group", 1)
+    n_used = min(builder.layer(il).n_expert_used, n_chunks)
+    shared = moe(
+        builder,
+        out,
+        il,
+        routing,
+        logits=logits,
+        suffix="_chexps",
+        n_used=n_used,
+        is_shared_by_group=n_chunks != builder.facts.n_expert,
+    )
+    return builder.add(out, builder.scale(shared))

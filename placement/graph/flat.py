@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 
 from placement.graph.ops import Graph
-from placement.graph.tensor import Tensor
+from placement.graph.tensor import GraphTensor
 
 VIEW_OPS = frozenset({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})
 NO_BUFFER = -1
@@ -43,7 +43,7 @@ class FlatGraph:
                 n_uses[source] += 1
         self.n_uses = n_uses
 
-    def placed(self, place: Callable[[Tensor], int]) -> FlatGraph:
+    def placed(self, place: Callable[[GraphTensor], int]) -> FlatGraph:
         """The same graph with each leaf where `place` says."""
         placed = copy.copy(self)
         leafs = self.tensors[: self.n_leafs]

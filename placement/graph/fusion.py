@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from placement.graph.flat import FlatGraph
-from placement.graph.tensor import Tensor
+from placement.graph.tensor import GraphTensor
 from placement.quants import BLOCKS
 
 MAX_SOURCES = 10  # GGML_MAX_SRC
@@ -59,7 +59,7 @@ class _Matcher:
         if index not in kept:
             kept.append(index)
 
-    def _tensor(self, position: int) -> Tensor:
+    def _tensor(self, position: int) -> GraphTensor:
         return self.flat.tensors[self.order[position]]
 
     def _sources(self, position: int) -> list[int]:
@@ -141,7 +141,7 @@ class _Matcher:
             return None
         return up
 
-    def _leaf(self, index: int) -> Tensor | None:
+    def _leaf(self, index: int) -> GraphTensor | None:
         """A weight that lies in the backend's own buffer; None for a copy."""
         flat = self.flat
         return flat.tensors[index] if index < flat.n_leafs and flat.is_weight[index] else None

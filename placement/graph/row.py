@@ -2,90 +2,205 @@
 
 The defaults describe Llama: RMS norms before attention and feed-forward, rope on Q and K, SiLU-gated blocks.
 Norms, biases, experts, shared experts, sinks and rope factors are used wherever their tensors exist.
+Rows are checked where they are made: every field holds one of the codes that its type names.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Switch = Literal["meta", "always"]  # where the metadata key of that name is set, or without a key
+EmbeddingScale = Literal[
+    "graph", "meta", "always", "rows"
+]  # a scale node; rows: an input, one scale per token
+RowsAt = Literal["last_layer", "end", "end_plain", "end_normed", "never"]
+NormKind = Literal["rms", "layer"]
+Attention = Literal[
+    "plain",
+    "no_cache",
+    "blocks",
+    "mla",
+    "mla_plain",
+    "mla_gated",
+    "mla_plain_gated",
+    "dsa",
+    "compressed",
+    "pools_latent",
+    "gated_q",
+    "gated_q_views",
+]
+Rope = Literal[
+    "all",
+    "none",
+    "swa",
+    "swa_if_any",
+    "swa_or_dense",
+    "step",
+    "step_from_0",
+    "by_size",
+    "pattern",
+    "finetuned",
+]
+Parallel = Literal[
+    "attention_feed_residual", "feed_attention_residual", "feed_residual_attention", "neox", "stablelm"
+]
+Activation = Literal["silu", "gelu", "relu", "relu_sqr", "swiglu", "swiglu_oai", "situ", "xielu"]
+Feed = Literal[
+    "usual",
+    "none",
+    "dense",
+    "arctic",
+    "grok",
+    "grove",
+    "layer",
+    "latent",
+    "router_first",
+    "shared_first",
+]
+Clamp = Literal["split", "fused", "fused_experts"]
+SelectsBy = Literal["probs", "logits", "sigmoid"]
+Recurrent = Literal[
+    "mamba",
+    "mamba2",
+    "mamba2_beside",
+    "plamo2",
+    "shortconv",
+    "lightning",
+    "gdn",
+    "gdn_split",
+    "gdn_padded",
+    "kda",
+    "kda_direct",
+    "kda_bounded",
+    "kda_bounded_low",
+]
+Structure = Literal[
+    "usual",
+    "altup",
+    "cycles",
+    "gated_streams",
+    "gemma4",
+    "hyper_cast",
+    "hyper_expanded",
+    "hyper_mean",
+    "loops",
+    "stack",
+]
+Unread = Literal["qkv_bias", "attention_output_bias", "ffn_bias", "logits_bias", "attention_scale"]
+Scaled = Literal["ffn", "ffn_down", "experts", "shared_expert"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ArchitectureRow:
     """How an architecture departs from Llama.
 
-    "meta" in a field means: where the metadata key of that name is set; "always" needs no key.
+    None in a field means: it has none. Raises: ValueError where a field holds a code that it does not know.
     """
 
     # the ends
-    embedding_scale: str = ""  # graph, meta, always: a scale node; rows: an input of one scale per token
-    embedding_norm: str = ""  # weights, or plain (without weights)
-    embedding_norm_pin: int = -1
+    embedding_scale: EmbeddingScale | None = None
+    embedding_norm: Literal["weights", "plain"] | None = None  # plain: without weights
+    is_embedding_norm_pinned: bool = False  # to the first layer's device
     has_position_table: bool = False
     has_mixed_batch: bool = True
-    n_pos_per_token: int = 1  # 4 for multi-dimensional rope, 0: 4 where rope sections are set
-    rows_at: str = "last_layer"  # end, end_normed, never: where the tokens without logits are dropped
+    n_pos_per_token: Literal[0, 1, 4] = 1  # 4 for multi-dimensional rope, 0: 4 where rope sections are set
+    rows_at: RowsAt = "last_layer"  # where the tokens without logits are dropped
     has_output_norm: bool = True
-    output_norm: str = "output_norm.weight"
+    output_norm: Literal["output_norm.weight", "token_embd_norm.weight"] = "output_norm.weight"
     has_class_head: bool = False  # a classifier's matrix, where there is one
     is_norm_expanded: bool = False  # the layer's norm enters the graph before the layer is built
-    output_scale: str = ""  # a scale before the output matrix
-    logit_scale: str = ""
-    softcap: str = ""
+    has_output_scale: bool = False  # a scale before the output matrix
+    logit_scale: Switch | None = None
+    softcap: Switch | None = None
     has_image_logits: bool = False  # logits of image tokens are overwritten
     # attention
-    attention: str = "plain"  # plain, mla, gated_q, no_cache
-    norm: str = "rms"  # rms or layer
+    attention: Attention = "plain"
+    norm: NormKind = "rms"
     has_norm_weights: bool = True  # False: norms run without weights
-    qkv: str = ""  # reshaped: Q, K and V are views of a reshaped projection
-    qk_norm: str = "before"  # relative to rope; "flat": on whole rows, before heads are split
-    qk_norm_kind: str = "rms"
+    has_reshaped_qkv: bool = False  # Q, K and V are views of a reshaped projection
+    qk_norm: Literal["before", "after", "flat", "mpt"] = "before"  # before or after rope; flat: on whole rows
+    qk_norm_kind: NormKind = "rms"
     has_plain_qk_norm: bool = False  # a norm without weights on roped Q and K
-    rope: str = "all"  # none, swa, swa_if_any, swa_or_dense, step, step_from_0, by_size, pattern, finetuned
+    rope: Rope = "all"  # which layers rope Q and K
     has_rope_factors: bool = False  # rope_freqs, or the long and short factors, are used
     is_window_unfactored: bool = False  # but not in layers with a window
     has_alibi: bool = False
     has_q_scale: bool = False
-    temperature: str = ""  # Q times a scale input: meta, or no_rope (layers without rope)
-    gate: str = ""  # sigmoid or softplus: attn_gate weighs the result before the output projection
-    value_scale: str = ""
+    temperature: Literal["meta", "no_rope"] | None = None  # Q times a scale input; no_rope: unroped layers
+    gate: Literal["sigmoid", "softplus"] | None = None  # attn_gate weighs the result before its projection
+    value_scale: Literal["meta"] | None = None
     is_capped: bool = False  # attention scores have a soft cap
-    post_attention_norm: str = ""  # applied to the attention's result before the residual sum
+    post_attention_norm: Literal["post_attention_norm", "attn_output_norm"] | None = None  # before the sum
     is_post_attention_norm_pinned: bool = True
-    has_rows_after_sum: bool = False  # and after the sum with the residual
+    has_rows_after_sum: bool = False  # the last layer's rows are chosen after the sum with the residual
     has_rows_after_norm: bool = False  # the last layer's rows are chosen after that norm
     is_residual_first: bool = False  # order of the sum after attention
     is_middle_first: bool = False  # order of the sum after the feed-forward block
-    unread: str = (
-        ""  # loaded, not used: q, o, f biases of QKV, output and feed-forward, l of the logits, s scales
-    )
+    unread: tuple[Unread, ...] = ()  # tensors that are loaded and not used
     # feed-forward
-    ffn_norm: str = "ffn_norm"
-    post_ffn_norm: str = ""
+    ffn_norm: Literal["ffn_norm", "attn_output_norm", "post_attention_norm"] = "ffn_norm"
+    post_ffn_norm: tuple[Literal["post_ffw_norm", "layer_output_norm"], ...] = ()  # the first that is there
     is_post_ffn_norm_pinned: bool = False
-    parallel: str = ""  # feed-forward beside attention: order of the sums; a attention, f, r residual
-    is_parallel_of_norm: bool = True  # the feed-forward reads the attention's norm
-    activation: str = "silu"
-    residual_scale: str = ""
-    deepstack: str = ""  # before or after: where a layer adds its part of the input embeddings
+    parallel: Parallel | None = None  # feed-forward beside attention: the order of the sums
+    activation: Activation = "silu"
+    residual_scale: Switch | None = None
+    deepstack: Literal["before", "after"] | None = None  # where a layer adds its part of the input embeddings
     has_skip: bool = False  # the embeddings, scaled, are added after every layer
     # experts
-    feed: str = ""  # arctic, grok, grove, router_first: how the block differs
-    gating: str = "softmax"  # or meta
-    default_gating: str = "sigmoid"
+    feed: Feed = "usual"
+    gating: Literal["meta", "softmax", "sigmoid", "softmax_weight"] = "softmax"
+    default_gating: Literal["sigmoid", "softmax"] = "sigmoid"  # of "meta", without a key
     has_expert_norm: bool | None = True  # None: as expert_weights_norm says
     is_expert_scaled: bool = True  # by expert_weights_scale, where it is neither 0 nor 1
-    expert_activation: str = "silu"
-    shared_activation: str = "silu"
-    shared_gate: str = ""  # sigmoid or silu_div: how the shared expert is weighed
+    expert_activation: Activation = "silu"
+    shared_activation: Activation = "silu"
+    shared_gate: Literal["sigmoid", "silu_div"] | None = None  # how the shared expert is weighed
     is_weighted_before: bool = False
-    selects_by: str = "probs"  # or logits, sigmoid
+    selects_by: SelectsBy = "probs"
     is_sum_scaled: bool = False
-    scaled: str = ""  # whose `.scale` tensors are used: f feed-forward, d its last part, e experts, s shared
+    scaled: tuple[Scaled, ...] = ()  # whose `.scale` tensors are used
     has_exact_down: bool = False  # the experts' last projection asks for f32, which CUDA has not
-    clamp: str = (
-        ""  # how swiglu_clamp_exp and _shexp limit SiLU: split, fused, or fused_experts (others split)
-    )
+    clamp: Clamp | None = None  # how swiglu_clamp_exp and _shexp limit SiLU; fused_experts: others split
     # recurrence and structure
     has_pools: bool = False  # an indexer scores pools of cells
-    recurrent: str = ""  # gdn, mamba, mamba2, shortconv, ...
-    structure: str = ""  # builds the whole graph in its own way
+    recurrent: Recurrent | None = None
+    structure: Structure = "usual"
+
+    def __post_init__(self) -> None:
+        for name, codes in permitted_codes().items():
+            value = getattr(self, name)
+            is_many = name in _many_fields()
+            if is_many and not isinstance(value, tuple):
+                raise ValueError(f"{name}={value!r}: a tuple of {_listed(codes)}")
+            for code in value if is_many else (value,):
+                if not any(type(code) is type(each) and code == each for each in codes):
+                    raise ValueError(f"{name}={code!r}: permitted are {_listed(codes)}")
+
+
+@functools.cache
+def permitted_codes() -> Mapping[str, tuple[object, ...]]:
+    """What each field of a row may hold; of a tuple, what it may have in it."""
+    return {name: _codes(hint) for name, hint in get_type_hints(ArchitectureRow).items()}
+
+
+@functools.cache
+def _many_fields() -> frozenset[str]:
+    hints = get_type_hints(ArchitectureRow)
+    return frozenset(name for name, hint in hints.items() if get_origin(hint) is tuple)
+
+
+def _codes(hint: Any) -> tuple[object, ...]:
+    if hint is bool:
+        return (False, True)
+    if hint is type(None):
+        return (None,)
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(code for part in get_args(hint) if part is not ... for code in _codes(part))
+
+
+def _listed(codes: tuple[object, ...]) -> str:
+    return ", ".join(map(repr, codes))

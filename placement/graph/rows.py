@@ -1,34 +1,34 @@
-"""The table of architectures: one row each; what most have in common is in `Row`'s defaults and `LLAMA`."""
+"""The table of architectures: one row each; what most have in common is in `ArchitectureRow`'s defaults and `LLAMA`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from placement.graph.row import Row
+from placement.graph.row import ArchitectureRow, Scaled
 
+_ALL_FFN: tuple[Scaled, ...] = ("ffn", "experts", "shared_expert")
 _META: dict[str, Any] = {"gating": "meta", "has_expert_norm": None}
 _GEMMA: dict[str, Any] = {"has_q_scale": True, "activation": "gelu"}
-_POST_NORMS: dict[str, Any] = {"post_attention_norm": "post_attention_norm", "post_ffn_norm": "post_ffw_norm"}
+_POST_NORMS: dict[str, Any] = {
+    "post_attention_norm": "post_attention_norm",
+    "post_ffn_norm": ("post_ffw_norm",),
+}
 _GRANITE: dict[str, Any] = {"embedding_scale": "meta", "residual_scale": "meta", "logit_scale": "always"}
 _LAYER_GELU: dict[str, Any] = {"norm": "layer", "activation": "gelu"}
 
-LLAMA = Row()
+LLAMA = ArchitectureRow()
 
-ROWS: dict[str, Row] = {
-    **dict.fromkeys((*("exaone", "qwen", "qwen2", "xverse", "internlm2", "pangu-embedded"), "deci"), LLAMA),
-    "llama": Row(has_rope_factors=True, scaled="fe"),
-    "exaone": Row(has_rope_factors=True),
-    "deci": Row(has_rope_factors=True),
-    "ernie4_5": Row(unread="o"),
-    "ernie4_5-moe": Row(unread="o"),
-    "bitnet": Row(scaled="f"),
-    "mellum": Row(scaled="e"),
-    "qwen3": Row(scaled="f"),
-    "qwen3moe": Row(scaled="e"),
-    "arctic": Row(feed="arctic"),
-    "apertus": Row(has_rope_factors=True, activation="xielu"),
-    "arcee": Row(has_rope_factors=True, activation="relu_sqr"),
-    "afmoe": Row(
+ROWS: dict[str, ArchitectureRow] = {
+    **dict.fromkeys(("qwen", "qwen2", "xverse", "internlm2", "pangu-embedded"), LLAMA),
+    "llama": ArchitectureRow(has_rope_factors=True, scaled=("ffn", "experts")),
+    **dict.fromkeys(("exaone", "deci"), ArchitectureRow(has_rope_factors=True)),
+    **dict.fromkeys(("ernie4_5", "ernie4_5-moe"), ArchitectureRow(unread=("attention_output_bias",))),
+    **dict.fromkeys(("bitnet", "qwen3"), ArchitectureRow(scaled=("ffn",))),
+    **dict.fromkeys(("mellum", "qwen3moe"), ArchitectureRow(scaled=("experts",))),
+    "arctic": ArchitectureRow(feed="arctic"),
+    "apertus": ArchitectureRow(has_rope_factors=True, activation="xielu"),
+    "arcee": ArchitectureRow(has_rope_factors=True, activation="relu_sqr"),
+    "afmoe": ArchitectureRow(
         embedding_scale="graph",
         rope="step",
         gate="sigmoid",
@@ -37,35 +37,44 @@ ROWS: dict[str, Row] = {
         **_POST_NORMS,
         **_META,
     ),
-    "baichuan": Row(rope="by_size"),
-    "bailingmoe": Row(has_rope_factors=True, has_expert_norm=None),
-    "bailingmoe2": Row(**_META),
-    "bloom": Row(embedding_norm="weights", embedding_norm_pin=0, rope="none", has_alibi=True, **_LAYER_GELU),
-    "chameleon": Row(qk_norm_kind="layer", has_image_logits=True),
-    "chatglm": Row(activation="swiglu"),
-    "codeshell": Row(**_LAYER_GELU),
-    "cogvlm": Row(unread="s", has_mixed_batch=False, rows_at="never"),
-    "cohere2": Row(
-        has_rope_factors=True, scaled="f", norm="layer", rope="swa", parallel="fra", logit_scale="meta"
+    "baichuan": ArchitectureRow(rope="by_size"),
+    "bailingmoe": ArchitectureRow(has_rope_factors=True, has_expert_norm=None),
+    "bailingmoe2": ArchitectureRow(**_META),
+    "bloom": ArchitectureRow(
+        embedding_norm="weights", is_embedding_norm_pinned=True, rope="none", has_alibi=True, **_LAYER_GELU
     ),
-    "cohere2moe": Row(
+    "chameleon": ArchitectureRow(qk_norm_kind="layer", has_image_logits=True),
+    "chatglm": ArchitectureRow(activation="swiglu"),
+    "codeshell": ArchitectureRow(**_LAYER_GELU),
+    "cogvlm": ArchitectureRow(unread=("attention_scale",), has_mixed_batch=False, rows_at="never"),
+    "cohere2": ArchitectureRow(
         has_rope_factors=True,
-        scaled="fes",
+        scaled=("ffn",),
+        norm="layer",
+        rope="swa",
+        parallel="feed_residual_attention",
+        logit_scale="meta",
+    ),
+    "cohere2moe": ArchitectureRow(
+        has_rope_factors=True,
+        scaled=_ALL_FFN,
         rope="swa_or_dense",
-        parallel="fra",
+        parallel="feed_residual_attention",
         logit_scale="meta",
         rows_at="end_normed",
         is_sum_scaled=True,
         **_META,
     ),
-    "command-r": Row(norm="layer", qk_norm_kind="layer", parallel="fra", logit_scale="meta"),
-    "dbrx": Row(norm="layer", ffn_norm="attn_output_norm"),
-    "deepseek": Row(has_rope_factors=True, has_expert_norm=False),
-    "deepseek2": Row(attention="mla", temperature="meta", default_gating="softmax", **_META),
-    "deepseek2-ocr": Row(attention="plain", default_gating="softmax", **_META),
-    "deepseek32": Row(scaled="fes", attention="dsa", **_META),
-    "deepseek4": Row(
-        unread="s",
+    "command-r": ArchitectureRow(
+        norm="layer", qk_norm_kind="layer", parallel="feed_residual_attention", logit_scale="meta"
+    ),
+    "dbrx": ArchitectureRow(norm="layer", ffn_norm="attn_output_norm"),
+    "deepseek": ArchitectureRow(has_rope_factors=True, has_expert_norm=False),
+    "deepseek2": ArchitectureRow(attention="mla", temperature="meta", default_gating="softmax", **_META),
+    "deepseek2-ocr": ArchitectureRow(default_gating="softmax", **_META),
+    **dict.fromkeys(("deepseek32", "glm-dsa"), ArchitectureRow(scaled=_ALL_FFN, attention="dsa", **_META)),
+    "deepseek4": ArchitectureRow(
+        unread=("attention_scale",),
         clamp="fused",
         has_mixed_batch=False,
         attention="compressed",
@@ -73,19 +82,22 @@ ROWS: dict[str, Row] = {
         rows_at="never",
         **_META,
     ),
-    "glm-dsa": Row(scaled="fes", attention="dsa", **_META),
-    "dots3note": Row(scaled="fes", attention="dsa", gate="sigmoid", **_META),
-    "dots1": Row(**_META),
-    "dream": Row(unread="l", attention="no_cache"),
-    "exaone-moe": Row(has_rope_factors=True, rope="swa", **_META),
-    "exaone4": Row(has_rope_factors=True, rope="swa_if_any", **_POST_NORMS),
-    "falcon": Row(parallel="far", **_LAYER_GELU),
-    "gemma": Row(embedding_scale="graph", **_GEMMA),
-    "gemma2": Row(embedding_scale="graph", softcap="always", is_capped=True, **_GEMMA, **_POST_NORMS),
-    "gemma3": Row(embedding_scale="rows", softcap="meta", **_GEMMA, **_POST_NORMS),
-    "gemma3n": Row(embedding_scale="rows", softcap="always", structure="altup", rows_at="end_plain"),
-    "gemma4": Row(
-        scaled="e",
+    "dots3note": ArchitectureRow(scaled=_ALL_FFN, attention="dsa", gate="sigmoid", **_META),
+    "dots1": ArchitectureRow(**_META),
+    "dream": ArchitectureRow(unread=("logits_bias",), attention="no_cache"),
+    "exaone-moe": ArchitectureRow(has_rope_factors=True, rope="swa", **_META),
+    "exaone4": ArchitectureRow(has_rope_factors=True, rope="swa_if_any", **_POST_NORMS),
+    "falcon": ArchitectureRow(parallel="feed_attention_residual", **_LAYER_GELU),
+    "gemma": ArchitectureRow(embedding_scale="graph", **_GEMMA),
+    "gemma2": ArchitectureRow(
+        embedding_scale="graph", softcap="always", is_capped=True, **_GEMMA, **_POST_NORMS
+    ),
+    "gemma3": ArchitectureRow(embedding_scale="rows", softcap="meta", **_GEMMA, **_POST_NORMS),
+    "gemma3n": ArchitectureRow(
+        embedding_scale="rows", softcap="always", structure="altup", rows_at="end_plain"
+    ),
+    "gemma4": ArchitectureRow(
+        scaled=("experts",),
         embedding_scale="rows",
         has_rope_factors=True,
         is_window_unfactored=True,
@@ -95,28 +107,28 @@ ROWS: dict[str, Row] = {
         structure="gemma4",
         rows_at="end_normed",
     ),
-    "glm4": Row(
+    "glm4": ArchitectureRow(
         activation="swiglu",
         n_pos_per_token=0,
         is_post_ffn_norm_pinned=True,
         **_POST_NORMS,
     ),
-    "glm4moe": Row(ffn_norm="post_attention_norm", n_pos_per_token=0, **_META),
-    "gpt-oss": Row(
+    "glm4moe": ArchitectureRow(ffn_norm="post_attention_norm", n_pos_per_token=0, **_META),
+    "gpt-oss": ArchitectureRow(
         ffn_norm="post_attention_norm",
         gating="softmax_weight",
         has_expert_norm=False,
         expert_activation="swiglu_oai",
         rows_at="end",
     ),
-    "gpt2": Row(has_position_table=True, rope="none", **_LAYER_GELU),
-    "gptneox": Row(parallel="neox", **_LAYER_GELU),
-    "granite": Row(has_rope_factors=True, deepstack="before", rope="finetuned", **_GRANITE),
-    "granite_swa": Row(
+    "gpt2": ArchitectureRow(has_position_table=True, rope="none", **_LAYER_GELU),
+    "gptneox": ArchitectureRow(parallel="neox", **_LAYER_GELU),
+    "granite": ArchitectureRow(has_rope_factors=True, deepstack="before", rope="finetuned", **_GRANITE),
+    "granite_swa": ArchitectureRow(
         has_rope_factors=True, deepstack="before", rope="pattern", shared_activation="swiglu", **_GRANITE
     ),
-    "granitemoe": Row(has_rope_factors=True, **_GRANITE),
-    "grok": Row(
+    "granitemoe": ArchitectureRow(has_rope_factors=True, **_GRANITE),
+    "grok": ArchitectureRow(
         embedding_scale="always",
         logit_scale="always",
         softcap="meta",
@@ -124,14 +136,14 @@ ROWS: dict[str, Row] = {
         expert_activation="gelu",
         feed="grok",
         post_attention_norm="attn_output_norm",
-        post_ffn_norm="layer_output_norm|post_ffw_norm",
+        post_ffn_norm=("layer_output_norm", "post_ffw_norm"),
         is_post_ffn_norm_pinned=True,
     ),
-    "grovemoe": Row(feed="grove", selects_by="sigmoid"),
-    "hunyuan-dense": Row(has_rope_factors=True, qk_norm="after"),
-    "hunyuan-moe": Row(has_rope_factors=True, qk_norm="after", feed="shared_first"),
-    "hunyuan_vl": Row(has_rope_factors=True, qk_norm="after", n_pos_per_token=0),
-    "step35": Row(
+    "grovemoe": ArchitectureRow(feed="grove", selects_by="sigmoid"),
+    "hunyuan-dense": ArchitectureRow(has_rope_factors=True, qk_norm="after"),
+    "hunyuan-moe": ArchitectureRow(has_rope_factors=True, qk_norm="after", feed="shared_first"),
+    "hunyuan_vl": ArchitectureRow(has_rope_factors=True, qk_norm="after", n_pos_per_token=0),
+    "step35": ArchitectureRow(
         has_rope_factors=True,
         is_window_unfactored=True,
         gate="sigmoid",
@@ -139,8 +151,8 @@ ROWS: dict[str, Row] = {
         rows_at="end",
         **_META,
     ),
-    "hy_v4": Row(
-        unread="s",
+    "hy_v4": ArchitectureRow(
+        unread=("attention_scale",),
         attention="dsa",
         gate="sigmoid",
         clamp="fused_experts",
@@ -148,13 +160,12 @@ ROWS: dict[str, Row] = {
         rows_at="never",
         **_META,
     ),
-    "hy_v3": Row(has_rope_factors=True, scaled="fes", rows_at="end_normed", **_META),
-    "jais": Row(norm="layer", rope="none", has_alibi=True),
-    "jais2": Row(norm="layer", activation="relu_sqr"),
-    "laguna": Row(gate="softplus", **_META),
-    "llada": Row(unread="of", attention="no_cache"),
-    "llada-moe": Row(attention="no_cache", has_expert_norm=False),
-    "llama4": Row(
+    "hy_v3": ArchitectureRow(has_rope_factors=True, scaled=_ALL_FFN, rows_at="end_normed", **_META),
+    "jais": ArchitectureRow(norm="layer", rope="none", has_alibi=True),
+    "laguna": ArchitectureRow(gate="softplus", **_META),
+    "llada": ArchitectureRow(unread=("attention_output_bias", "ffn_bias"), attention="no_cache"),
+    "llada-moe": ArchitectureRow(attention="no_cache", has_expert_norm=False),
+    "llama4": ArchitectureRow(
         has_rope_factors=True,
         rope="step",
         temperature="no_rope",
@@ -164,32 +175,32 @@ ROWS: dict[str, Row] = {
         is_weighted_before=True,
         selects_by="logits",
     ),
-    "maincoder": Row(qk_norm="after"),
-    "maple": Row(rope="swa", clamp="fused_experts", is_expert_scaled=False),
-    "mimo2": Row(unread="qs", value_scale="meta", gating="sigmoid"),
-    "minicpm": Row(
+    "maincoder": ArchitectureRow(qk_norm="after"),
+    "maple": ArchitectureRow(rope="swa", clamp="fused_experts", is_expert_scaled=False),
+    "mimo2": ArchitectureRow(unread=("qkv_bias", "attention_scale"), value_scale="meta", gating="sigmoid"),
+    "minicpm": ArchitectureRow(
         has_rope_factors=True, embedding_scale="always", residual_scale="always", logit_scale="always"
     ),
-    "minicpm3": Row(
+    "minicpm3": ArchitectureRow(
         has_rope_factors=True,
         attention="mla",
         embedding_scale="graph",
         residual_scale="always",
-        output_scale="always",
+        has_output_scale=True,
     ),
-    "minimax-m2": Row(qk_norm="flat", gating="meta"),
-    "minimax-m3": Row(
+    "minimax-m2": ArchitectureRow(qk_norm="flat", gating="meta"),
+    "minimax-m3": ArchitectureRow(
         attention="blocks",
         activation="swiglu_oai",
         shared_activation="swiglu_oai",
         expert_activation="swiglu_oai",
         **_META,
     ),
-    "mistral3": Row(has_rope_factors=True, scaled="fe", temperature="meta"),
-    "mistral4": Row(
+    "mistral3": ArchitectureRow(has_rope_factors=True, scaled=("ffn", "experts"), temperature="meta"),
+    "mistral4": ArchitectureRow(
         has_exact_down=True, attention="mla", temperature="meta", default_gating="softmax", **_META
     ),
-    "mpt": Row(
+    "mpt": ArchitectureRow(
         has_position_table=True,
         rope="none",
         has_alibi=True,
@@ -197,7 +208,7 @@ ROWS: dict[str, Row] = {
         qk_norm_kind="layer",
         **_LAYER_GELU,
     ),
-    "muse-glimmer": Row(
+    "muse-glimmer": ArchitectureRow(
         embedding_norm="plain",
         rope="swa",
         gate="sigmoid",
@@ -207,24 +218,28 @@ ROWS: dict[str, Row] = {
         has_rows_after_norm=True,
         **_POST_NORMS,
     ),
-    "nanbeige": Row(has_rope_factors=True, scaled="f", structure="loops"),
-    "nemotron": Row(norm="layer", activation="relu_sqr"),
-    "olmo": Row(norm="layer", has_norm_weights=False),
-    "olmo2": Row(qk_norm="flat", **_POST_NORMS),
-    "olmoe": Row(qk_norm="flat", has_expert_norm=False),
-    "openelm": Row(is_residual_first=True, qkv="reshaped"),
-    "orion": Row(norm="layer"),
-    "paddleocr": Row(n_pos_per_token=4),
-    "phi2": Row(has_q_scale=True, parallel="afr", **_LAYER_GELU),
-    "phi3": Row(is_middle_first=True, has_rope_factors=True, has_q_scale=True, activation="swiglu"),
-    "phimoe": Row(is_middle_first=True, has_rope_factors=True, has_q_scale=True, activation="swiglu"),
-    "plamo": Row(parallel="far"),
-    "plamo3": Row(unread="s", activation="swiglu", is_post_ffn_norm_pinned=True, **_POST_NORMS),
-    "pockettts": Row(**_LAYER_GELU),
-    "qwen2moe": Row(has_expert_norm=False, shared_gate="silu_div"),
-    "qwen2vl": Row(unread="l", n_pos_per_token=4),
-    "qwen3next": Row(
-        scaled="es",
+    "nanbeige": ArchitectureRow(has_rope_factors=True, scaled=("ffn",), structure="loops"),
+    **dict.fromkeys(("jais2", "nemotron"), ArchitectureRow(norm="layer", activation="relu_sqr")),
+    "olmo": ArchitectureRow(norm="layer", has_norm_weights=False),
+    "olmo2": ArchitectureRow(qk_norm="flat", **_POST_NORMS),
+    "olmoe": ArchitectureRow(qk_norm="flat", has_expert_norm=False),
+    "openelm": ArchitectureRow(is_residual_first=True, has_reshaped_qkv=True),
+    "orion": ArchitectureRow(norm="layer"),
+    "paddleocr": ArchitectureRow(n_pos_per_token=4),
+    "phi2": ArchitectureRow(has_q_scale=True, parallel="attention_feed_residual", **_LAYER_GELU),
+    **dict.fromkeys(
+        ("phi3", "phimoe"),
+        ArchitectureRow(is_middle_first=True, has_rope_factors=True, has_q_scale=True, activation="swiglu"),
+    ),
+    "plamo": ArchitectureRow(parallel="feed_attention_residual"),
+    "plamo3": ArchitectureRow(
+        unread=("attention_scale",), activation="swiglu", is_post_ffn_norm_pinned=True, **_POST_NORMS
+    ),
+    "pockettts": ArchitectureRow(**_LAYER_GELU),
+    "qwen2moe": ArchitectureRow(has_expert_norm=False, shared_gate="silu_div"),
+    "qwen2vl": ArchitectureRow(unread=("logits_bias",), n_pos_per_token=4),
+    "qwen3next": ArchitectureRow(
+        scaled=("experts", "shared_expert"),
         attention="gated_q",
         recurrent="gdn",
         is_norm_expanded=True,
@@ -232,11 +247,13 @@ ROWS: dict[str, Row] = {
         shared_gate="sigmoid",
         rows_at="end_normed",
     ),
-    "qwen3tts": Row(n_pos_per_token=4, deepstack="after"),
-    "qwen3vl": Row(n_pos_per_token=4, deepstack="after"),
-    "qwen3vlmoe": Row(n_pos_per_token=4, deepstack="after"),
-    "falcon-h1": Row(unread="o", recurrent="mamba2_beside", has_rows_after_sum=True),
-    "granitehybrid": Row(
+    **dict.fromkeys(
+        ("qwen3tts", "qwen3vl", "qwen3vlmoe"), ArchitectureRow(n_pos_per_token=4, deepstack="after")
+    ),
+    "falcon-h1": ArchitectureRow(
+        unread=("attention_output_bias",), recurrent="mamba2_beside", has_rows_after_sum=True
+    ),
+    "granitehybrid": ArchitectureRow(
         recurrent="mamba2",
         embedding_scale="meta",
         residual_scale="meta",
@@ -244,11 +261,11 @@ ROWS: dict[str, Row] = {
         rope="finetuned",
         has_rope_factors=True,
     ),
-    "jamba": Row(
+    "jamba": ArchitectureRow(
         recurrent="mamba", rope="none", is_residual_first=True, is_middle_first=True, has_expert_norm=False
     ),
-    "kimi-k3": Row(
-        unread="s",
+    "kimi-k3": ArchitectureRow(
+        unread=("attention_scale",),
         attention="mla_plain_gated",
         recurrent="kda_bounded",
         gate="sigmoid",
@@ -261,7 +278,7 @@ ROWS: dict[str, Row] = {
         rows_at="end_plain",
         **_META,
     ),
-    "hrm_text": Row(
+    "hrm_text": ArchitectureRow(
         embedding_scale="meta",
         has_norm_weights=False,
         gate="sigmoid",
@@ -269,8 +286,8 @@ ROWS: dict[str, Row] = {
         has_output_norm=False,
         rows_at="end_plain",
     ),
-    "glm5-next": Row(
-        unread="s",
+    "glm5-next": ArchitectureRow(
+        unread=("attention_scale",),
         attention="pools_latent",
         clamp="fused",
         has_pools=True,
@@ -280,8 +297,10 @@ ROWS: dict[str, Row] = {
         rows_at="never",
         **_META,
     ),
-    "kimi-linear": Row(attention="mla_plain", recurrent="kda", is_norm_expanded=True, gating="meta"),
-    "bailingmoe3": Row(
+    "kimi-linear": ArchitectureRow(
+        attention="mla_plain", recurrent="kda", is_norm_expanded=True, gating="meta"
+    ),
+    "bailingmoe3": ArchitectureRow(
         attention="mla_gated",
         recurrent="kda_direct",
         clamp="split",
@@ -289,22 +308,23 @@ ROWS: dict[str, Row] = {
         n_pos_per_token=0,
         **_META,
     ),
-    **{
-        name: Row(
+    **dict.fromkeys(
+        ("lfm2", "lfm2moe"),
+        ArchitectureRow(
             recurrent="shortconv",
             is_residual_first=True,
             is_middle_first=True,
             gating="meta",
             output_norm="token_embd_norm.weight",
-        )
-        for name in ("lfm2", "lfm2moe")
-    },
-    "mamba": Row(recurrent="mamba", feed="none"),
-    "mamba2": Row(recurrent="mamba2", feed="none"),
-    "minimax-01": Row(recurrent="lightning"),
-    **{
-        name: Row(
-            scaled="fes",
+        ),
+    ),
+    "mamba": ArchitectureRow(recurrent="mamba", feed="none"),
+    "mamba2": ArchitectureRow(recurrent="mamba2", feed="none"),
+    "minimax-01": ArchitectureRow(recurrent="lightning"),
+    **dict.fromkeys(
+        ("nemotron_h", "nemotron_h_moe"),
+        ArchitectureRow(
+            scaled=_ALL_FFN,
             recurrent="mamba2",
             rope="none",
             feed="layer",
@@ -314,15 +334,18 @@ ROWS: dict[str, Row] = {
             expert_activation="relu_sqr",
             gating="sigmoid",
             has_expert_norm=None,
-        )
-        for name in ("nemotron_h", "nemotron_h_moe")
-    },
-    "plamo2": Row(
-        unread="s", recurrent="plamo2", activation="swiglu", is_post_ffn_norm_pinned=True, **_POST_NORMS
+        ),
     ),
-    "qwen4exp": Row(
-        unread="q",
-        scaled="es",
+    "plamo2": ArchitectureRow(
+        unread=("attention_scale",),
+        recurrent="plamo2",
+        activation="swiglu",
+        is_post_ffn_norm_pinned=True,
+        **_POST_NORMS,
+    ),
+    "qwen4exp": ArchitectureRow(
+        unread=("qkv_bias",),
+        scaled=("experts", "shared_expert"),
         attention="gated_q_views",
         has_pools=True,
         recurrent="gdn_padded",
@@ -332,8 +355,8 @@ ROWS: dict[str, Row] = {
         has_output_norm=False,
         rows_at="never",
     ),
-    "qwen35": Row(
-        scaled="f",
+    "qwen35": ArchitectureRow(
+        scaled=("ffn",),
         has_class_head=True,
         attention="gated_q_views",
         recurrent="gdn_split",
@@ -342,8 +365,8 @@ ROWS: dict[str, Row] = {
         ffn_norm="post_attention_norm",
         rows_at="end_normed",
     ),
-    "qwen35moe": Row(
-        scaled="es",
+    "qwen35moe": ArchitectureRow(
+        scaled=("experts", "shared_expert"),
         attention="gated_q_views",
         recurrent="gdn_split",
         is_norm_expanded=True,
@@ -352,17 +375,21 @@ ROWS: dict[str, Row] = {
         shared_gate="sigmoid",
         rows_at="end_normed",
     ),
-    "refact": Row(feed="dense", unread="of", rope="none", has_alibi=True),
-    "rnd1": Row(attention="no_cache"),
-    "seed_oss": Row(ffn_norm="post_attention_norm"),
-    "smallthinker": Row(rope="step_from_0", feed="router_first", expert_activation="relu", gating="meta"),
-    "smollm3": Row(rope="step"),
-    "spark2_5": Row(activation="gelu", gate="sigmoid"),
-    "stablelm": Row(norm="layer", qk_norm_kind="layer", parallel="stablelm"),
-    "starcoder": Row(has_position_table=True, rope="none", **_LAYER_GELU),
-    "starcoder2": Row(**_LAYER_GELU),
-    "talkie": Row(
-        scaled="d",
+    "refact": ArchitectureRow(
+        feed="dense", unread=("attention_output_bias", "ffn_bias"), rope="none", has_alibi=True
+    ),
+    "rnd1": ArchitectureRow(attention="no_cache"),
+    "seed_oss": ArchitectureRow(ffn_norm="post_attention_norm"),
+    "smallthinker": ArchitectureRow(
+        rope="step_from_0", feed="router_first", expert_activation="relu", gating="meta"
+    ),
+    "smollm3": ArchitectureRow(rope="step"),
+    "spark2_5": ArchitectureRow(activation="gelu", gate="sigmoid"),
+    "stablelm": ArchitectureRow(norm="layer", qk_norm_kind="layer", parallel="stablelm"),
+    "starcoder": ArchitectureRow(has_position_table=True, rope="none", **_LAYER_GELU),
+    "starcoder2": ArchitectureRow(**_LAYER_GELU),
+    "talkie": ArchitectureRow(
+        scaled=("ffn_down",),
         embedding_norm="plain",
         has_norm_weights=False,
         qk_norm="after",

@@ -7,14 +7,13 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from placement.architecture import REPEATING, Architecture
-from placement.model import Model
 
 MAX_PERIOD = 8
 KEPT_REPETITIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class LayerRun:
     """A shortened run: where its inner repetitions begin in the kept layers, and how many more were left out.
 
     `period` layers make one repetition.
@@ -25,10 +24,10 @@ class Run:
     n_left_out: int
 
 
-def shorten(keys: Sequence[Hashable]) -> tuple[list[int], list[Run]]:
+def shorten(keys: Sequence[Hashable]) -> tuple[list[int], list[LayerRun]]:
     """The layers to keep, and the runs that lost repetitions; equal keys mean layers that behave alike."""
     kept: list[int] = []
-    runs: list[Run] = []
+    runs: list[LayerRun] = []
     i = 0
     while i < len(keys):
         period, n = _best_period(keys, i)
@@ -40,7 +39,7 @@ def shorten(keys: Sequence[Hashable]) -> tuple[list[int], list[Run]]:
         n_kept = KEPT_REPETITIONS + (n - KEPT_REPETITIONS) % 2
         front = (n_kept - 1) * period
         end = i + n * period
-        runs.append(Run(len(kept) + front - period, period, n - n_kept))
+        runs.append(LayerRun(len(kept) + front - period, period, n - n_kept))
         kept += range(i, i + front)
         kept += range(end - period, end)
         i = end
@@ -61,16 +60,8 @@ def _best_period(keys: Sequence[Hashable], start: int) -> tuple[int, int]:
     return best, best_n
 
 
-def layer_shapes(model: Model, facts: Architecture) -> list[Hashable]:
-    """What each layer of the trunk is made of, itself left out; computed once per model object."""
-    kept: list[Hashable] | None = model.__dict__.get("_layer_shapes")
-    if kept is None:
-        kept = _layer_shapes(facts)
-        model.__dict__["_layer_shapes"] = kept
-    return kept
-
-
-def _layer_shapes(facts: Architecture) -> list[Hashable]:
+def layer_shapes(facts: Architecture) -> list[Hashable]:
+    """What each layer of the trunk is made of, itself left out: equal numbers mean layers made alike."""
     tensors: list[list[Hashable]] = [[] for _ in facts.layers]
     for each in facts.tensors:
         if each.kind == REPEATING and each.layer is not None:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 
 from placement.architecture import Architecture
+from placement.graph.builder import Builder
 from placement.graph.context import Batch, Context
-from placement.graph.decoder import Decoder
+from placement.graph.decoder import build, layer_traits
 from placement.graph.flat import FlatGraph
-from placement.graph.row import Row
-from placement.graph.tensor import Tensor
+from placement.graph.row import ArchitectureRow
+from placement.graph.runs import layer_shapes
+from placement.graph.tensor import GraphTensor
 from placement.model import Model
 
-MAX_KEPT = 24
+MAX_KEPT_GRAPHS = 24  # of a model
+MAX_KEPT_MODELS = 8
 
 
 class Template:
     """One built graph; other layers of the same make may take the places of `layers`."""
 
-    def __init__(self, graph: Decoder, layers: Sequence[int]) -> None:
+    def __init__(self, graph: Builder, layers: Sequence[int]) -> None:
         self.layers = tuple(layers)
         self.layer_starts, self.leaf_starts = graph.layer_starts, graph.leaf_starts
-        self.leafs: list[Tensor] = graph.leafs
+        self.leafs: list[GraphTensor] = graph.leafs
         self.n_nodes = len(graph.nodes)
         self.flat = FlatGraph(graph)
         self.fused_nodes = [(op, node.index, il) for op, node, il in graph.fused_nodes]
@@ -29,16 +34,21 @@ class Template:
         self.pins = [(node.index, node.pin) for node in graph.nodes if node.pin is not None]
 
 
-class Templates:
+class ModelGraphs:
     """The graphs of one model that were asked for lately."""
 
-    def __init__(self, model: Model, facts: Architecture, row: Row) -> None:
+    def __init__(self, model: Model, facts: Architecture, row: ArchitectureRow) -> None:
         self.model, self.facts, self.row = model, facts, row
+        self.shapes = layer_shapes(facts)
         self.kept: dict[Hashable, Template] = {}
 
-    def decoder(self, context: Context, batch: Batch) -> Decoder:
-        """A builder for one batch."""
-        return Decoder(self.model, self.facts, self.row, context, batch)
+    def _builder(self, context: Context, batch: Batch) -> Builder:
+        return Builder(self.model, self.facts, self.row, context, batch)
+
+    def makes(self, context: Context, batch: Batch) -> list[Hashable]:
+        """What decides each layer's part of the graph of one batch."""
+        builder, last = self._builder(context, batch), self.facts.n_layer - 1
+        return [(shape, layer_traits(builder, il), il == last) for il, shape in enumerate(self.shapes)]
 
     def get(
         self,
@@ -53,11 +63,11 @@ class Templates:
         key = (context, batch, tuple(makes), shared)
         found = self.kept.pop(key, None)
         if found is None:
-            graph = self.decoder(context, batch)
-            graph.homes = homes
-            graph.build(layers)
-            found = Template(graph, layers)
-            if len(self.kept) >= MAX_KEPT:
+            builder = self._builder(context, batch)
+            builder.homes = homes
+            build(builder, layers)
+            found = Template(builder, layers)
+            if len(self.kept) >= MAX_KEPT_GRAPHS:
                 del self.kept[next(iter(self.kept))]
         self.kept[key] = found
         return found
@@ -68,9 +78,21 @@ class Templates:
         return tuple(numbers.setdefault(homes[il], len(numbers)) for il in layers)
 
 
-def templates(model: Model, facts: Architecture, row: Row) -> Templates:
-    """The kept graphs of a model; they live as long as the model object."""
-    kept: Templates | None = model.__dict__.get("_templates")
-    if kept is None:
-        kept = model.__dict__["_templates"] = Templates(model, facts, row)
-    return kept
+@dataclass(frozen=True, slots=True)
+class _ModelKey:
+    """A model by what its graphs depend on."""
+
+    digest: str
+    row: ArchitectureRow
+    model: Model = field(compare=False)
+    facts: Architecture = field(compare=False)
+
+
+def model_graphs(model: Model, facts: Architecture, row: ArchitectureRow) -> ModelGraphs:
+    """The kept graphs of a model; those of the models that were asked for last are kept."""
+    return _model_graphs(_ModelKey(model.digest, row, model, facts))
+
+
+@functools.lru_cache(maxsize=MAX_KEPT_MODELS)
+def _model_graphs(key: _ModelKey) -> ModelGraphs:
+    return ModelGraphs(key.model, key.facts, key.row)

@@ -21,7 +21,7 @@ def contiguous_strides(type: str, ne: Shape) -> Shape:
     return (block_bytes, nb1, nb2, nb2 * ne[2])
 
 
-class Tensor:
+class GraphTensor:
     """One node or leaf of a graph.
 
     `root` is the tensor whose memory a view shares (ggml's view_src, always the innermost), `weight` the name
@@ -47,13 +47,13 @@ class Tensor:
         "weight",
     )
 
-    def __init__(self, op: str, type: str, ne: Shape, nb: Shape, src: list[Tensor]) -> None:
+    def __init__(self, op: str, type: str, ne: Shape, nb: Shape, src: list[GraphTensor]) -> None:
         self.op = op
         self.type = type
         self.ne = ne
         self.nb = nb
         self.src = src
-        self.root: Tensor | None = None
+        self.root: GraphTensor | None = None
         self.offset = 0
         self.kind = ""  # which unary, GLU, ... operation; "cpu" on a node that is forced to the CPU
         self.weight: str | None = None
