@@ -29,8 +29,6 @@ MODERATE_RESERVE = 0.05  # of each card's total
 MAX_SHOWN = 12
 NOTABLE = 0.0005  # turns that differ by less are equal
 MAX_ROUNDS = 6  # of planning on the engine and searching anew
-
-
 WEIGHTS: dict[Objective, tuple[int, int]] = {"turn": (1, 1), "decode": DECODE_FIRST, "prompt": (1, 1000)}
 
 
