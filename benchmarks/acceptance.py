@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine_simulator import MACHINES, Placed, Simulated, placements, rows_of, solution_file, tuned_choice
 
-from placement.calibrate.features import predict_s
-from placement.calibrate.whole import calibrate_machine
-from placement.machine import Machine
-from placement.model import Model
-from placement.model_files import save_model
+from placement.inputs.machine import Machine
+from placement.inputs.model import Model
+from placement.inputs.model_files.files import save_model
+from placement.measure.calibrate.features import predict_s
+from placement.measure.calibrate.whole import calibrate_machine
 
 RUNS = (4, 8, 16)
 ASKED = {0: 0.25, 4: 0.08, 8: 0.05, 16: 0.05}

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine_simulator import DECODE, PROMPT, Simulated, bare_machine, pool, tuned_choice
 
-from placement.calibrate.fit import calibrate
+from placement.measure.calibrate.fit import calibrate
 
 MODELS = ("qwen3-30b-a3b-q4", "gemma-3-27b-q4")
 ASKED = {0: 0.25, 4: 0.08, 8: 0.05}

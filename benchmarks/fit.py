@@ -20,19 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.golden import MACHINES, ROOT
-from placement.arguments import parse
-from placement.check import default_workload
-from placement.compute import plan_compute
-from placement.emit import resolve
-from placement.groups import is_expert_stack
-from placement.machine import Machine
-from placement.machine_files import read_machine
-from placement.memory import kv_bytes_read, placed_tensors, static_memory
-from placement.model import Model
-from placement.model_files import model_from_facts
-from placement.problem import CPU, Assignment, Workload
-from placement.request import Request
-from placement.solve import solve
+from placement.inputs.groups import is_expert_stack
+from placement.inputs.machine import Machine
+from placement.inputs.machine_files import read_machine
+from placement.inputs.model import Model
+from placement.inputs.model_files.files import model_from_facts
+from placement.inputs.problem import CPU, Assignment, Workload
+from placement.llamacpp.arguments import parse
+from placement.llamacpp.compute import plan_compute
+from placement.llamacpp.emit.resolve import resolve
+from placement.llamacpp.memory import kv_bytes_read, placed_tensors, static_memory
+from placement.predict.check import default_workload
+from placement.solve.request import Request
+from placement.solve.solve import solve
 from placement.units import MIB
 
 TOLERANCE = 1.002  # the proven gap

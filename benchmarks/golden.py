@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from placement.arguments import parse
-from placement.compute import plan_compute
-from placement.emit import resolve
-from placement.machine import Machine
-from placement.machine_files import read_machine
-from placement.memory import static_memory
-from placement.model import Model
-from placement.model_files import model_from_facts
+from placement.inputs.machine import Machine
+from placement.inputs.machine_files import read_machine
+from placement.inputs.model import Model
+from placement.inputs.model_files.files import model_from_facts
+from placement.llamacpp.arguments import parse
+from placement.llamacpp.compute import plan_compute
+from placement.llamacpp.emit.resolve import resolve
+from placement.llamacpp.memory import static_memory
 from placement.units import MIB
 
 ROOT = Path(__file__).resolve().parent.parent

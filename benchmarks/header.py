@@ -17,8 +17,10 @@ from pathlib import Path
 
 import gguf
 
-from placement.gguf_header import TensorInfo, read_header, write_header
-from placement.model_files import export_header, load_model, save_model
+from placement.inputs.gguf_header.facts import TensorInfo
+from placement.inputs.gguf_header.split import read_header
+from placement.inputs.gguf_header.write import write_header
+from placement.inputs.model_files.files import export_header, load_model, save_model
 
 N_TOKENS, N_MERGES = 150_000, 300_000
 DESCRIPTION = Path(__file__).parent.parent / "models" / "qwen3-coder-q5.toml"

@@ -13,11 +13,12 @@ import dataclasses
 import time
 from typing import Any
 
-from placement.machine import Cpu, Device, Machine
-from placement.model import Model, Profile, Tensor
-from placement.problem import Problem, Settings, Workload
-from placement.search import Freedom, Search
-from placement.solver import program
+from placement.inputs.machine import Cpu, Device, Machine
+from placement.inputs.model import Model, Profile, Tensor
+from placement.inputs.problem import Problem, Settings, Workload
+from placement.solve.cpsat import program
+from placement.solve.search.configurations import Freedom
+from placement.solve.search.search import Search
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 Q4, Q6, Q8, F32 = "Q4_K", "Q6_K", "Q8_0", "F32"

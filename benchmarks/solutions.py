@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import time
 
-from placement.machine_files import REFERENCE_MACHINE, resolve_machine
-from placement.model_files import resolve_model
-from placement.request import Request
-from placement.solving import NO_ENGINE, Outcome, run_solve
+from placement.inputs.machine_files import REFERENCE_MACHINE, resolve_machine
+from placement.inputs.model_files.files import resolve_model
+from placement.solve.request import Request
+from placement.solve.run import NO_ENGINE, Outcome, run_solve
 
 SHIPPED = (
     "gemma-3-27b-q4",

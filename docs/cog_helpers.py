@@ -17,8 +17,8 @@ from collections.abc import Iterator
 import click
 
 from placement.cli import cli
-from placement.coefficients import DEFAULTS
-from placement.machine_files import REFERENCE_MACHINE, resolve_machine
+from placement.inputs.coefficients import DEFAULTS
+from placement.inputs.machine_files import REFERENCE_MACHINE, resolve_machine
 
 SOLVE = "place solve qwen3-coder-q5 --ctx 262144 --machine rtx4090-rtx5070ti --engine off"
 CHECK = (

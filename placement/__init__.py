@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from placement.api import Placement, Result, check, detect_machine, load_machine, load_model, solve
     from placement.errors import EngineError, InputError, PlacementError
-    from placement.request import FixedSettings, Request
+    from placement.solve.request import FixedSettings, Request
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,7 +42,7 @@ _REQUEST = ("FixedSettings", "Request")
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "errors" if name in _ERRORS else "request" if name in _REQUEST else "api"
+    home = "errors" if name in _ERRORS else "solve.request" if name in _REQUEST else "api"
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)
 
 

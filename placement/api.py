@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 if TYPE_CHECKING:
-    from placement.check import Check
-    from placement.cost import Speed
-    from placement.machine import Machine
-    from placement.model import Model
-    from placement.problem import Program
-    from placement.request import FixedSettings, LoadMode, Objective
-    from placement.solution import DeviceUse
+    from placement.inputs.machine import Machine
+    from placement.inputs.model import Model
+    from placement.inputs.problem import Program
+    from placement.predict.check import Check
+    from placement.predict.cost import Speed
+    from placement.predict.solution import DeviceUse
+    from placement.solve.request import FixedSettings, LoadMode, Objective
 
 
 class RequestFields(TypedDict, total=False):
@@ -98,7 +98,7 @@ def load_model(name_or_path: str | Path) -> Model:
     Raises:
         InputError: there is no such name or file, or it cannot be read.
     """
-    from placement.model_files import resolve_model
+    from placement.inputs.model_files.files import resolve_model
 
     return resolve_model(name_or_path)
 
@@ -109,7 +109,7 @@ def load_machine(name_or_path: str | Path) -> Machine:
     Raises:
         InputError: there is no such name or file, or it cannot be read.
     """
-    from placement.machine_files import resolve_machine
+    from placement.inputs.machine_files import resolve_machine
 
     return resolve_machine(str(name_or_path))
 
@@ -120,9 +120,9 @@ def detect_machine() -> Machine:
     Raises:
         PlacementError: there is no GPU, or no driver that describes it.
     """
-    from placement.detect import detect_machine as detect
     from placement.errors import PlacementError
-    from placement.recognise import with_learned
+    from placement.inputs.detect import detect_machine as detect
+    from placement.inputs.recognise import with_learned
 
     found, reason = detect()
     if found is None:
@@ -142,8 +142,8 @@ def solve(
         InputError: a value breaks its rule, or does not fit the model or the machine.
         EngineError: the engine that was named is missing or failed.
     """
-    from placement.request import Request
-    from placement.solving import EngineChoice, commands, find_solutions
+    from placement.solve.request import Request
+    from placement.solve.run import EngineChoice, commands, find_solutions
 
     warnings: list[str] = []
     request = Request(**{name: _frozen(value) for name, value in asked.items()})  # type: ignore[arg-type]
@@ -186,9 +186,9 @@ def check(
         InputError: an argument that the engine would refuse, or a value that breaks its rule.
         EngineError: the engine that was named is missing or failed.
     """
-    from placement.arguments import parse
-    from placement.request import Request
-    from placement.solving import EngineChoice, run_check
+    from placement.llamacpp.arguments import parse
+    from placement.solve.request import Request
+    from placement.solve.run import EngineChoice, run_check
 
     parsed = parse(arguments)
     request = Request(program=program, reserve_mib=reserve_mib)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from placement.errors import InputError
 
-PACKAGE_DATA = Path(__file__).resolve().parent / "data"
+PACKAGE_DATA = Path(__file__).resolve().parent / "inputs" / "data"
 
 
 def user_config_folder() -> Path:
@@ -24,7 +24,7 @@ def search_folders(kind: str) -> list[Path]:
     """Existing folders for "models" or "machines", nearest first: ./KIND, the user's, what is shipped."""
     folders = [Path(kind), user_config_folder() / kind, PACKAGE_DATA / kind]
     if not (PACKAGE_DATA / kind).is_dir():
-        folders.append(PACKAGE_DATA.parent.parent / kind)
+        folders.append(PACKAGE_DATA.parent.parent.parent / kind)
     return [folder for folder in folders if folder.is_dir()]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from placement.engine import Engine, find_engine
+from placement.engine.find import Engine, find_engine
 from placement.errors import EngineMissing
 
 _USER_CACHE = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")

@@ -1,7 +1,6 @@
 """The first user's own four profiles, verbatim; and choices for them as `place solve` gave them."""
 
-from placement.profiles import Choice
-from placement.profiles.choice import Memory
+from placement.configs.models_conf.choice import Choice, Memory
 
 CONF = r"""[glm-flash-q4]
 CTX_SIZE=131072

@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from placement.arguments import parse
-from placement.emit import resolve
-from placement.machine import Machine
-from placement.machine_files import read_machine
-from placement.model import Model
-from placement.model_files import load_model, model_from_facts
-from placement.problem import Assignment
+from placement.inputs.machine import Machine
+from placement.inputs.machine_files import read_machine
+from placement.inputs.model import Model
+from placement.inputs.model_files.files import load_model, model_from_facts
+from placement.inputs.problem import Assignment
+from placement.llamacpp.arguments import parse
+from placement.llamacpp.emit.resolve import resolve
 
 GOLDEN = Path(__file__).parent / "golden"
 DESCRIPTIONS = Path(__file__).parent.parent / "models"

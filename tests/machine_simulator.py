@@ -15,7 +15,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from placement.calibrate.choosing import (
+from placement.inputs.groups import movable_groups
+from placement.inputs.machine import Coefficient, Cpu, Device, Machine
+from placement.inputs.model import Model, Tensor
+from placement.inputs.model_files.files import resolve_model
+from placement.inputs.problem import CPU, Assignment, Problem, Settings, Workload
+from placement.llamacpp.compute import plan_compute
+from placement.llamacpp.emit.arguments import emit_arguments
+from placement.measure.calibrate.choosing import (
     LEAST_ROUNDS,
     MORE_ROUNDS,
     Proposal,
@@ -26,24 +33,17 @@ from placement.calibrate.choosing import (
     surprising,
     worth_again,
 )
-from placement.calibrate.features import TimingRow, decode_row, predict_s, prompt_row
-from placement.calibrate.fit import calibrate
-from placement.calibrate.parameters import parameters
-from placement.check import device_use
-from placement.compute import plan_compute
-from placement.cost import GraphCounts, graph_counts
-from placement.emit import emit_arguments
-from placement.groups import movable_groups
-from placement.machine import Coefficient, Cpu, Device, Machine
-from placement.model import Model, Tensor
-from placement.model_files import resolve_model
-from placement.problem import CPU, Assignment, Problem, Settings, Workload
-from placement.terms import DECODE, PROMPT
-from placement.verify.decide import LEAST_NOISE
-from placement.verify.keys import machine_key
-from placement.verify.records import RunLog
-from placement.verify.schema import DevicePeak, Key, Record, Timing
-from placement.verify.times import middle
+from placement.measure.calibrate.features import TimingRow, decode_row, predict_s, prompt_row
+from placement.measure.calibrate.fit import calibrate
+from placement.measure.calibrate.parameters import parameters
+from placement.measure.records.log import RunLog
+from placement.measure.records.schema import DevicePeak, Key, Record, Timing
+from placement.measure.verify.decide import LEAST_NOISE
+from placement.measure.verify.keys import machine_key
+from placement.measure.verify.times import middle
+from placement.predict.check import device_use
+from placement.predict.cost import GraphCounts, graph_counts
+from placement.predict.terms import DECODE, PROMPT
 
 TRUE_SPREAD = 0.22  # how far true coefficients lie from the defaults
 RUNTIME_MIB, GROWTH_MIB = 430.0, 60.0

@@ -6,13 +6,13 @@ import dataclasses
 from random import Random
 from typing import Any
 
-from placement.machine import Cpu, Device, Machine
-from placement.model import Model, Profile, Tensor
-from placement.pieces import Pieces
-from placement.problem import Problem, Settings, Workload
-from placement.search import Search
-from placement.solver.frame import Answer, Frame
-from placement.tables import Table, TableBuilder, Way
+from placement.inputs.machine import Cpu, Device, Machine
+from placement.inputs.model import Model, Profile, Tensor
+from placement.inputs.problem import Problem, Settings, Workload
+from placement.solve.cpsat.frame import Answer, Frame
+from placement.solve.frames.pieces import Pieces
+from placement.solve.frames.tables import Table, TableBuilder, Way
+from placement.solve.search.search import Search
 
 N_EMBD, N_VOCAB = 1024, 4096
 

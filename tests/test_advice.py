@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from placement.advice import Advice, advise
-from placement.arguments import parse
-from placement.emit import emit_arguments, resolve
-from placement.machine import Cpu, Device, Machine
-from placement.model import Model, Tensor
-from placement.problem import Assignment
+from placement.inputs.machine import Cpu, Device, Machine
+from placement.inputs.model import Model, Tensor
+from placement.inputs.problem import Assignment
+from placement.llamacpp.arguments import parse
+from placement.llamacpp.emit.arguments import emit_arguments
+from placement.llamacpp.emit.resolve import resolve
+from placement.predict.advice.advise import advise
+from placement.predict.advice.case import Advice
 
 N_LAYERS = 12
 GOOD = "-ngl 99 -ts 8,5 -np 1 -c 4096 -fa on -fit off -lm none"

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.allocator import CPU_BUFFER, CUDA_BUFFER, Allocator, Pool
-from placement.graph.flat import NO_BUFFER, FlatGraph
-from placement.graph.ops import Graph
-from placement.graph.tensor import GraphTensor
-from placement.scheduler import Backends, Scheduler
+from placement.llamacpp.allocator import CPU_BUFFER, CUDA_BUFFER, Allocator, Pool
+from placement.llamacpp.graph.flat import NO_BUFFER, FlatGraph
+from placement.llamacpp.graph.ops import Graph
+from placement.llamacpp.graph.tensor import GraphTensor
+from placement.llamacpp.scheduler import Backends, Scheduler
 
 KIB = 1024
 CPU_ALONE = Backends(names=("CPU",), is_cuda=(False,))

@@ -15,8 +15,8 @@ from solving_support import expert_model, one_card, two_cards
 
 import placement as pl
 from placement.api import RequestFields
-from placement.machine_files import machine_toml
-from placement.model_files import save_model
+from placement.inputs.machine_files import machine_toml
+from placement.inputs.model_files.files import save_model
 
 ROOT = Path(__file__).parent.parent
 MODEL, MACHINE = expert_model(4), two_cards(300, 200)
@@ -53,7 +53,7 @@ def test_every_name_offered_is_there(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["solve", "check"])
 def test_a_function_stays_when_the_module_of_its_name_is_imported(name: str) -> None:
-    """The modules `placement.solve` and `placement.check` do not take the functions' places."""
+    """The modules `placement.solve.solve` and `placement.predict.check` do not take the functions' places."""
     importlib.import_module(f"placement.{name}")
     assert "placement.api" == getattr(pl, name).__module__
 
@@ -124,7 +124,7 @@ def test_files_are_read(tmp_path: Path) -> None:
 
 def test_no_gpu_is_an_error_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that cannot be detected is never guessed."""
-    monkeypatch.setattr("placement.detect.detect_machine", lambda: (None, "no GPU here"))
+    monkeypatch.setattr("placement.inputs.detect.detect_machine", lambda: (None, "no GPU here"))
     with pytest.raises(pl.PlacementError, match="no GPU here"):
         pl.detect_machine()
 

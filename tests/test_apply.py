@@ -10,23 +10,19 @@ from first_user import CONF, GPT_OT, choice
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.arguments import parse
+from placement.configs.models_conf.apply import Applied, apply_choice
+from placement.configs.models_conf.choice import Measured
+from placement.configs.models_conf.measured import measured_of
+from placement.configs.models_conf.models_conf import parse_models_conf, read_models_conf
 from placement.errors import InputError
-from placement.machine_files import resolve_machine
-from placement.model_files import resolve_model
-from placement.profiles import (
-    Applied,
-    Measured,
-    apply_choice,
-    measured_of,
-    parse_models_conf,
-    read_models_conf,
-)
-from placement.request import Request
-from placement.solve import make_problem
-from placement.store import solution_folder
-from placement.verify.records import RunLog
-from placement.verify.schema import DevicePeak, Key, Record
+from placement.inputs.machine_files import resolve_machine
+from placement.inputs.model_files.files import resolve_model
+from placement.llamacpp.arguments import parse
+from placement.measure.records.log import RunLog
+from placement.measure.records.schema import DevicePeak, Key, Record
+from placement.solve.request import Request
+from placement.solve.solve import make_problem
+from placement.solve.store import solution_folder
 
 DATE = "2026-11-24"
 

@@ -6,8 +6,11 @@ from typing import Any
 import golden_sample
 import pytest
 
-from placement.architecture import RULES, TIED_OUTPUT, Architecture, describe, tensor_class, tensor_layer
-from placement.model import Model, Tensor
+from placement.inputs.model import Model, Tensor
+from placement.llamacpp.architecture.describe import describe
+from placement.llamacpp.architecture.records import Architecture
+from placement.llamacpp.architecture.rules import RULES
+from placement.llamacpp.architecture.tensors import TIED_OUTPUT, tensor_class, tensor_layer
 
 WINDOW = {"attention__sliding_window": 9}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from placement.arguments import Override, parse
 from placement.errors import InputError
+from placement.llamacpp.arguments import Override, parse
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 from solving_support import dense_model, expert_model, problem, two_cards, way
 
-from placement.buffers import Buffers, compute_table, typical_assignment
-from placement.compute import ComputePlan
-from placement.cost import graph_counts
-from placement.problem import CPU, Assignment, Problem
-from placement.search import Search
+from placement.inputs.problem import CPU, Assignment, Problem
+from placement.llamacpp.compute import ComputePlan
+from placement.predict.cost import graph_counts
+from placement.solve.frames.buffers import Buffers, compute_table, typical_assignment
+from placement.solve.search.search import Search
 
 EXPERTS = problem(expert_model(8), two_cards(800, 400), prompt_tokens=4000)
 DENSE = problem(dense_model(8), two_cards(800, 400))

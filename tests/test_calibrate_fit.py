@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from machine_simulator import MACHINES, Simulated, bare_machine, no_card, placements, pool
 
-from placement.calibrate.features import TimingRow, predict_s
-from placement.calibrate.fit import Calibration, calibrate, with_values
-from placement.cost import evaluate
-from placement.machine import Coefficient
-from placement.terms import DECODE, PROMPT, Phase
+from placement.inputs.machine import Coefficient
+from placement.measure.calibrate.features import TimingRow, predict_s
+from placement.measure.calibrate.fit import Calibration, calibrate, with_values
+from placement.predict.cost import evaluate
+from placement.predict.terms import DECODE, PROMPT, Phase
 
 DENSE = "gemma-3-27b-q4"
 
@@ -124,7 +124,7 @@ def test_what_no_run_touches_is_unidentified_and_at_its_prior(decode: tuple[Timi
 
 def test_a_fit_does_not_depend_on_what_was_fitted_before(decode: tuple[TimingRow, ...]) -> None:
     """The same runs give the same values on the machine that they have already changed."""
-    from placement.calibrate.applied import apply_fit
+    from placement.measure.calibrate.applied import apply_fit
 
     rows = Simulated(3).runs(decode[:8])
     first = calibrate(bare_machine(), rows, with_errors=False)

@@ -11,14 +11,14 @@ import pytest
 from click.testing import CliRunner
 from machine_simulator import Simulated, bare_machine, model, placements, pool, solution_file
 
-from placement.calibrate.applied import KEPT_PER_NAME, apply_fit
-from placement.calibrate.fit import Calibration, calibrate
-from placement.calibrate.memory import fit_memory
-from placement.calibrate.parameters import prior_of
-from placement.calibrate.runs import MemorySample
 from placement.cli import cli
-from placement.machine import Coefficient, margin_mib
-from placement.machine_files import machine_toml, own_machine_path, read_machine, save_machine
+from placement.inputs.machine import Coefficient, margin_mib
+from placement.inputs.machine_files import machine_toml, own_machine_path, read_machine, save_machine
+from placement.measure.calibrate.applied import KEPT_PER_NAME, apply_fit
+from placement.measure.calibrate.fit import Calibration, calibrate
+from placement.measure.calibrate.memory import fit_memory
+from placement.measure.calibrate.parameters import prior_of
+from placement.measure.calibrate.runs import MemorySample
 
 
 def samples(*over_mib: float, device: str = "CUDA0") -> list[MemorySample]:
@@ -87,7 +87,7 @@ def test_what_is_not_identified_is_not_written() -> None:
 def test_a_boundary_without_runs_keeps_its_prior_when_splits_are_learned() -> None:
     """The machine file then says the boundary's prior: silence would mean the new split_us."""
     machine, _ = apply_fit(bare_machine(), [fit(n=3)], (), "2026-01-02")
-    from placement.terms import coefficient
+    from placement.predict.terms import coefficient
 
     expected = 45.0 if "boundary_us" in fit(n=3).unidentified else fit(n=3).values["boundary_us"]
     assert coefficient(machine, "boundary_us") == pytest.approx(expected, rel=1e-4)
@@ -127,7 +127,7 @@ def test_history_round_trips_through_the_file(tmp_path: Path) -> None:
 
 def test_a_shipped_machine_is_never_written_to() -> None:
     """The reference machine's own file belongs in the user's folder."""
-    from placement.machine_files import REFERENCE_MACHINE, resolve_machine
+    from placement.inputs.machine_files import REFERENCE_MACHINE, resolve_machine
 
     path = own_machine_path(REFERENCE_MACHINE, resolve_machine(REFERENCE_MACHINE))
     assert path.name == f"{REFERENCE_MACHINE}.toml"
@@ -137,7 +137,7 @@ def test_a_shipped_machine_is_never_written_to() -> None:
 def test_a_shipped_file_named_by_its_path_is_not_written_to() -> None:
     """Nor where somebody points at it inside the package."""
     from placement.files import PACKAGE_DATA
-    from placement.machine_files import REFERENCE_MACHINE
+    from placement.inputs.machine_files import REFERENCE_MACHINE
 
     shipped = PACKAGE_DATA / "machines" / f"{REFERENCE_MACHINE}.toml"
     assert shipped.is_file()

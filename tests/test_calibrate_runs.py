@@ -17,12 +17,12 @@ from machine_simulator import (
     solution_file,
 )
 
-from placement.arguments import parse
-from placement.calibrate.features import predict_s
-from placement.calibrate.runs import find_runs
-from placement.calibrate.whole import calibrate_machine, fit_both
-from placement.emit import resolve
-from placement.verify.records import RunLog
+from placement.llamacpp.arguments import parse
+from placement.llamacpp.emit.resolve import resolve
+from placement.measure.calibrate.features import predict_s
+from placement.measure.calibrate.runs import find_runs
+from placement.measure.calibrate.whole import calibrate_machine, fit_both
+from placement.measure.records.log import RunLog
 
 NAME = "qwen3-30b-a3b-q4"
 
@@ -130,7 +130,7 @@ def test_the_file_that_ran_tells_the_model(tmp_path: Path) -> None:
     """Without any solutions the record's own file does."""
     from verify_support import write_model
 
-    from placement.model_files import load_model
+    from placement.inputs.model_files.files import load_model
 
     file = write_model(tmp_path / "tiny.gguf")
     tiny = load_model(file)
@@ -259,6 +259,6 @@ def test_no_records_change_nothing(tmp_path: Path) -> None:
 
 def test_the_fit_of_nothing_is_the_priors() -> None:
     """Both fits exist without records."""
-    from placement.calibrate.runs import Found
+    from placement.measure.calibrate.runs import Found
 
     assert [fit.n_rows for fit in fit_both(bare_machine(), Found())] == [0, 0]

@@ -7,17 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from solving_support import card, expert_model, one_card, two_cards
 
-from placement.arguments import parse
-from placement.check import check, check_row, default_workload, device_use
-from placement.compute import plan_compute
-from placement.emit import resolve
 from placement.errors import InputError
-from placement.machine import Machine, backend_of
-from placement.memory import startable, static_memory
-from placement.model_files import resolve_model
-from placement.problem import Assignment, Problem, Settings, Workload
-from placement.solution import Solution, Verdict
-from placement.solving import rival
+from placement.inputs.machine import Machine, backend_of
+from placement.inputs.model_files.files import resolve_model
+from placement.inputs.problem import Assignment, Problem, Settings, Workload
+from placement.llamacpp.arguments import parse
+from placement.llamacpp.compute import plan_compute
+from placement.llamacpp.emit.resolve import resolve
+from placement.llamacpp.memory import startable, static_memory
+from placement.predict.check import check, check_row, default_workload, device_use
+from placement.predict.solution import Solution, Verdict
+from placement.solve.run import rival
 from placement.units import MIB
 
 MODEL = expert_model(4)

@@ -8,11 +8,11 @@ import pytest
 from golden_sample import GOLDEN, Row, assignment, machine, model
 from test_architecture import tiny
 
-from placement import compute
-from placement.compute import ComputePlan, plan_compute
-from placement.machine import Cpu, Device, Machine
-from placement.model import Model, Tensor
-from placement.problem import CPU, Assignment, Settings
+from placement.inputs.machine import Cpu, Device, Machine
+from placement.inputs.model import Model, Tensor
+from placement.inputs.problem import CPU, Assignment, Settings
+from placement.llamacpp import compute
+from placement.llamacpp.compute import ComputePlan, plan_compute
 from placement.units import MIB
 
 BIG = "llama-3.3-70b-q4"

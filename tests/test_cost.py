@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 from solving_support import dense_model, expert_model, one_card, problem
 
-from placement.coefficients import DEFAULTS
-from placement.cost import GraphCounts, evaluate, pipelined_s
-from placement.machine import Coefficient, Machine
-from placement.problem import CPU, Assignment, Problem
+from placement.inputs.coefficients import DEFAULTS
+from placement.inputs.machine import Coefficient, Machine
+from placement.inputs.problem import CPU, Assignment, Problem
+from placement.predict.cost import GraphCounts, evaluate, pipelined_s
 
 ROUND = {
     "read_efficiency": 1.0,

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from placement.detect import bandwidth_gb_per_s, detect_cpu, detect_machine, link_gb_per_s
-from placement.machine import Device
-from placement.machine_files import machine_toml, read_machine
+from placement.inputs.detect import bandwidth_gb_per_s, detect_cpu, detect_machine, link_gb_per_s
+from placement.inputs.machine import Device
+from placement.inputs.machine_files import machine_toml, read_machine
 
 MIB = 1 << 20
 

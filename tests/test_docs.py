@@ -12,9 +12,9 @@ from click.testing import CliRunner
 
 from placement import errors
 from placement.cli import cli
-from placement.machine_files import read_machine
-from placement.model_files import load_model
-from placement.profiles.models_conf import parse_models_conf
+from placement.configs.models_conf.models_conf import parse_models_conf
+from placement.inputs.machine_files import read_machine
+from placement.inputs.model_files.files import load_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = {

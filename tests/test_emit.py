@@ -10,15 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placement.architecture import describe
-from placement.arguments import parse
-from placement.emit import compile_pattern, emit_arguments, layer_ranges, patterns_for, resolve, shell_command
-from placement.engine import Engine, model_path, rpc_workers, run
+from placement.engine.find import Engine
+from placement.engine.plan import model_path
+from placement.engine.rpc import rpc_workers
+from placement.engine.run import run
 from placement.errors import InputError
-from placement.machine import Cpu, Device, Machine
-from placement.model import Model, Tensor
-from placement.model_files import resolve_model
-from placement.problem import CPU, Assignment, Settings
+from placement.inputs.machine import Cpu, Device, Machine
+from placement.inputs.model import Model, Tensor
+from placement.inputs.model_files.files import resolve_model
+from placement.inputs.problem import CPU, Assignment, Settings
+from placement.llamacpp.architecture.describe import describe
+from placement.llamacpp.arguments import parse
+from placement.llamacpp.emit.arguments import emit_arguments, shell_command
+from placement.llamacpp.emit.regex import compile_pattern, layer_ranges, patterns_for
+from placement.llamacpp.emit.resolve import resolve
 
 
 def card(name: str, usable_mib: float = 20000, address: str | None = None) -> Device:

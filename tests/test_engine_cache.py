@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from placement.engine import Engine, PlanCache, PlanReading, plan, read_plan
-from placement.model import Model, Tensor
+from placement.engine.cache import PlanCache
+from placement.engine.find import Engine
+from placement.engine.logs import PlanReading, read_plan
+from placement.engine.plan import plan
+from placement.inputs.model import Model, Tensor
 
 LOG = (Path(__file__).parent / "engine_logs" / "b11434-fit-params-cuda.log").read_text()
 DEVICES = """cat <<'X'

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from placement.engine import EngineDevice, describe, find_engine, list_devices
+from placement.engine.find import EngineDevice, describe, find_engine, list_devices
 from placement.engine.flags import read_flags
 from placement.errors import EngineMissing, EngineOutputError
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from placement.engine import EngineMemory, PlanReading, classify_failure, read_plan, read_run
+from placement.engine.failures import classify_failure
+from placement.engine.logs import EngineMemory, PlanReading, read_plan, read_run
 
 LOGS = Path(__file__).parent / "engine_logs"
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from placement.arguments import Arguments, parse
+from placement.configs.models_conf.measured import PLACEMENT_FIELDS
+from placement.configs.models_conf.models_conf import KEY_OPTIONS
+from placement.configs.models_conf.options import by_option, chosen_option
 from placement.engine.flags import read_flags
-from placement.engine_options import (
+from placement.inputs.engine_options import (
     LOAD_MODE_AS_OLDER_FLAGS,
     LOAD_MODES,
     OLDER_LOAD_FLAGS,
@@ -21,11 +23,9 @@ from placement.engine_options import (
     is_option,
     names_of,
 )
-from placement.profiles.measured import PLACEMENT_FIELDS
-from placement.profiles.models_conf import KEY_OPTIONS
-from placement.profiles.options import by_option, chosen_option
-from placement.quants import KV_CACHE_TYPES
-from placement.verify.candidates import without_placement
+from placement.inputs.quants import KV_CACHE_TYPES
+from placement.llamacpp.arguments import Arguments, parse
+from placement.measure.verify.candidates import without_placement
 
 PACKAGE = Path(__file__).parent.parent / "placement"
 TABLE = PACKAGE / "engine_options.py"

@@ -10,26 +10,18 @@ import pytest
 from golden_sample import GOLDEN
 from golden_sample import model as golden_model
 
-from placement.arguments import parse
-from placement.compute import plan_compute
-from placement.emit import resolve
-from placement.engine import (
-    Engine,
-    PlanCache,
-    RpcWorker,
-    describe,
-    fit_arguments,
-    list_devices,
-    model_path,
-    plan,
-    plan_many,
-    rpc_workers,
-)
+from placement.engine.cache import PlanCache
+from placement.engine.find import Engine, describe, list_devices
+from placement.engine.plan import fit_arguments, model_path, plan, plan_many
+from placement.engine.rpc import RpcWorker, rpc_workers
 from placement.errors import EngineFailed
-from placement.machine import Cpu, Device, Machine
-from placement.memory import static_memory
-from placement.model import Model
-from placement.model_files import resolve_model
+from placement.inputs.machine import Cpu, Device, Machine
+from placement.inputs.model import Model
+from placement.inputs.model_files.files import resolve_model
+from placement.llamacpp.arguments import parse
+from placement.llamacpp.compute import plan_compute
+from placement.llamacpp.emit.resolve import resolve
+from placement.llamacpp.memory import static_memory
 from placement.units import MIB
 
 pytestmark = pytest.mark.engine

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from placement.engine import Engine, describe, find_engine, plan, plan_many, run, run_many
-from placement.engine.run import kill_group, start_logged
+from placement.engine.find import Engine, describe, find_engine
+from placement.engine.plan import plan, plan_many
+from placement.engine.run import kill_group, run, run_many, start_logged
 from placement.errors import (
     EngineError,
     EngineFailed,

@@ -10,11 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement import backend_rules
-from placement.allocator import CPU_BUFFER, CUDA_BUFFER
-from placement.architecture import describe
-from placement.arguments import parse
-from placement.backend_rules import (
+from placement.inputs.machine import Device
+from placement.inputs.machine_files import resolve_machine
+from placement.inputs.model import Tensor
+from placement.inputs.model_files.files import resolve_model
+from placement.inputs.problem import DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS, Settings
+from placement.inputs.quants import KV_CACHE_TYPES
+from placement.llamacpp import backend_rules
+from placement.llamacpp.allocator import CPU_BUFFER, CUDA_BUFFER
+from placement.llamacpp.architecture.describe import describe
+from placement.llamacpp.arguments import parse
+from placement.llamacpp.backend_rules import (
     CPU_ALIGNMENT_BYTES,
     CUDA_ALIGNMENT_BYTES,
     CUDA_FLASH_TYPES,
@@ -22,25 +28,20 @@ from placement.backend_rules import (
     has_scan_kernel,
     has_vector_kernel,
 )
-from placement.context_rules import (
+from placement.llamacpp.context_rules import (
     SERVER_SLOTS,
     can_pipeline,
     compressed_cells,
     rounded_context,
     window_cells,
 )
-from placement.emit import emit_arguments, resolve
-from placement.graph import cuda
-from placement.graph.context import make_context
-from placement.graph.tensor import Tensor as Node
-from placement.graph.tensor import contiguous_strides
-from placement.machine import Device
-from placement.machine_files import resolve_machine
-from placement.memory import context_size, weight_bytes
-from placement.model import Tensor
-from placement.model_files import resolve_model
-from placement.problem import DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS, Settings
-from placement.quants import KV_CACHE_TYPES
+from placement.llamacpp.emit.arguments import emit_arguments
+from placement.llamacpp.emit.resolve import resolve
+from placement.llamacpp.graph import cuda
+from placement.llamacpp.graph.context import make_context
+from placement.llamacpp.graph.tensor import GraphTensor as Node
+from placement.llamacpp.graph.tensor import contiguous_strides
+from placement.llamacpp.memory import context_size, weight_bytes
 
 PACKAGE = Path(__file__).parent.parent / "placement"
 CARD = Device("CUDA0", 24_000, 24_000, 0, 900, 25)

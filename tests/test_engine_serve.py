@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 from tiny_models import write_tiny_model
 
-from placement.engine import Engine, Server, ServerFailed, ServerHung, find_engine, plan, rpc_workers, serve
+from placement.engine.find import Engine, find_engine
+from placement.engine.plan import plan
+from placement.engine.rpc import rpc_workers
+from placement.engine.serve import Server, ServerFailed, ServerHung, serve
 from placement.errors import EngineMissing, InputError
 
 pytestmark = pytest.mark.engine

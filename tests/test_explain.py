@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from placement.arguments import parse
-from placement.check import check
-from placement.explain import Line, explain, layer_row, text_of
-from placement.machine_files import resolve_machine
-from placement.model_files import resolve_model
+from placement.cli.show.explain import Line, explain, layer_row, text_of
+from placement.inputs.machine_files import resolve_machine
+from placement.inputs.model_files.files import resolve_model
+from placement.llamacpp.arguments import parse
+from placement.predict.check import check
 
 MACHINE = resolve_machine("rtx4090-rtx5070ti")
 _TAIL = "-c 8192 -np 1 -ctk q8_0 -ctv q8_0 -fa on -fit off"

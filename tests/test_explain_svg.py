@@ -5,13 +5,13 @@ from xml.etree import ElementTree
 
 import pytest
 
-from placement.arguments import parse
-from placement.check import check
-from placement.explain import explain as explain_text
-from placement.explain import text_of
-from placement.explain_svg import CELL, COLOURS, CPU_COLOUR, layer_map_svg
-from placement.machine_files import resolve_machine
-from placement.model_files import resolve_model
+from placement.cli.show.explain import explain as explain_text
+from placement.cli.show.explain import text_of
+from placement.cli.show.explain_svg import CELL, COLOURS, CPU_COLOUR, layer_map_svg
+from placement.inputs.machine_files import resolve_machine
+from placement.inputs.model_files.files import resolve_model
+from placement.llamacpp.arguments import parse
+from placement.predict.check import check
 
 SVG = "{http://www.w3.org/2000/svg}"
 MACHINE = resolve_machine("rtx4090-rtx5070ti")

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from placement.errors import InputError
-from placement.gguf_header import TensorInfo, encode_header, is_header_only, read_header, write_header
-from placement.gguf_header.facts import STRUCT_CODES
-from placement.quants import BLOCKS
+from placement.inputs.gguf_header.facts import STRUCT_CODES, TensorInfo
+from placement.inputs.gguf_header.split import read_header
+from placement.inputs.gguf_header.write import encode_header, is_header_only, write_header
+from placement.inputs.quants import BLOCKS
 
 METADATA = {"general.architecture": "llama", "llama.block_count": 2, "llama.rope.freq_base": 10000.0}
 TYPES = {"general.architecture": "string", "llama.block_count": "uint32", "llama.rope.freq_base": "float32"}

@@ -7,18 +7,19 @@ from golden_sample import model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.architecture import RULES, describe
-from placement.graph import cuda
-from placement.graph.builder import Builder
-from placement.graph.context import Batch, make_context
-from placement.graph.decoder import STRUCTURES, build
-from placement.graph.mixers import ATTENTION, RECURRENT
-from placement.graph.ops import Graph
-from placement.graph.row import ArchitectureRow, permitted_codes
-from placement.graph.rows import ROWS
-from placement.graph.runs import KEPT_REPETITIONS, MAX_PERIOD, shorten
-from placement.graph.template import MAX_KEPT_GRAPHS, ModelGraphs, model_graphs
-from placement.problem import Settings
+from placement.inputs.problem import Settings
+from placement.llamacpp.architecture.describe import describe
+from placement.llamacpp.architecture.rules import RULES
+from placement.llamacpp.graph import cuda
+from placement.llamacpp.graph.builder import Builder
+from placement.llamacpp.graph.context import Batch, make_context
+from placement.llamacpp.graph.decoder import STRUCTURES, build
+from placement.llamacpp.graph.mixers import ATTENTION, RECURRENT
+from placement.llamacpp.graph.ops import Graph
+from placement.llamacpp.graph.row import ArchitectureRow, permitted_codes
+from placement.llamacpp.graph.rows import ROWS
+from placement.llamacpp.graph.runs import KEPT_REPETITIONS, MAX_PERIOD, shorten
+from placement.llamacpp.graph.template import MAX_KEPT_GRAPHS, ModelGraphs, model_graphs
 
 SETTINGS = Settings(ctx_tokens=8192, n_slots=2)
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from solving_support import dense_model, expert_model
 
-from placement.groups import is_expert_stack, movable_groups, used_fraction
-from placement.model import Model, Tensor
-from placement.model_files import resolve_model
+from placement.inputs.groups import is_expert_stack, movable_groups, used_fraction
+from placement.inputs.model import Model, Tensor
+from placement.inputs.model_files.files import resolve_model
 
 
 def groups_of(*names: str) -> list[tuple[str, list[str]]]:

@@ -1,4 +1,4 @@
-"""The house as the table of docs/modules.md draws it: who imports whom, and who may touch the outside."""
+"""The house as docs/architecture.md draws it: which wing imports which, who may touch the outside, one name one thing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import packages_distributions
@@ -15,31 +16,46 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "placement"
-OWNERS = {"click": "cli", "httpx": "engine", "ortools": "solver", "subprocess": "engine"}
-_ROW = re.compile(r"\| `(\w+)` \| [^|]+ \| ([^|]*) \|")
+BESIDE = {"errors", "units", "files", "api"}  # what stands at the top beside the wings, and may be used by all
+TOP = BESIDE | {"__init__", "__main__"}
+MOST_AT_THE_TOP = 12
+LONGEST_CHAIN = 24
+OWNERS = {"click": "cli", "httpx": "engine", "ortools": "solve", "subprocess": "engine"}
+_ROW = re.compile(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \| ([^|]*) \|$", re.MULTILINE)
 
 
 @cache
-def table() -> dict[str, list[str]]:
-    """The module table: what each module may import, in the table's order."""
-    text = (ROOT / "docs" / "modules.md").read_text(encoding="utf-8")
-    return {name: re.findall(r"\w+", allowed) for name, allowed in _ROW.findall(text)}
+def wings() -> dict[str, list[str]]:
+    """The table of docs/architecture.md: what each wing may import, in the table's order."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows: dict[str, list[str]] = {}
+    for name, allowed in _ROW.findall(text):
+        rows[name] = list(rows) if allowed == "all" else re.findall(r"\w+", allowed)
+    return rows
 
 
 @cache
-def files() -> dict[Path, ast.Module]:
-    """Every source file of the package, parsed."""
-    return {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in PACKAGE.rglob("*.py")}
+def files() -> dict[str, Path]:
+    """Every source file of the package by its dotted name."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    return {name.removesuffix(".__init__"): path for name, path in zip(names, paths, strict=True)}
 
 
-def module_of(path: Path) -> str:
-    """The name of the module or package of the house that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+@cache
+def tree(name: str) -> ast.Module:
+    """A source file, parsed."""
+    return ast.parse(files()[name].read_text(encoding="utf-8"), name)
 
 
-def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
+def wing_of(name: str) -> str:
+    """The wing that a file belongs to, or its own name at the top."""
+    return (name.split(".") + ["__init__"])[1]
+
+
+def imported(name: str) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of all imports, those inside functions and for types too."""
-    for node in ast.walk(tree):
+    for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, each.name) for each in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -47,51 +63,90 @@ def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{node.module}.{each.name}") for each in node.names)
 
 
-def calls(tree: ast.Module) -> Iterator[tuple[int, ast.Call]]:
+@cache
+def uses(name: str) -> frozenset[str]:
+    """The package's files that a file imports; an imported name counts for the file that holds it."""
+    targets = set()
+    for _, dotted in imported(name):
+        owner = dotted if dotted in files() else dotted.rpartition(".")[0]
+        if owner in files() and owner not in (name, "placement"):
+            targets.add(owner)
+    return frozenset(targets)
+
+
+def calls(name: str) -> Iterator[tuple[int, ast.Call]]:
     """(line, call) of every call."""
-    return ((node.lineno, node) for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return ((node.lineno, node) for node in ast.walk(tree(name)) if isinstance(node, ast.Call))
 
 
-def modules() -> list[str]:
-    """Every module and package of the house, beside the package's own file."""
-    return sorted({module_of(path) for path in files()} - {"__init__"})
+def test_the_table_lists_every_wing_once() -> None:
+    """The folders of the package are the table's rows."""
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(wings())
 
 
-def test_the_table_lists_every_module_once() -> None:
-    """The table and the package hold the same modules."""
-    assert modules() == sorted(table())
+def test_the_package_has_few_names_at_its_top() -> None:
+    """A newcomer sees the wings and a handful of files beside them, no more."""
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert names == TOP | set(wings())
+    assert len(names - {"__init__", "__main__"}) <= MOST_AT_THE_TOP
 
 
-@pytest.mark.parametrize("name", list(table()))
-def test_a_module_may_import_only_what_stands_above_it(name: str) -> None:
-    """What a row allows stands in the rows above, so there is no cycle."""
-    names = list(table())
-    above = names[: names.index(name)] if name != "cli" else names
-    assert [each for each in table()[name] if each not in above and each != "all"] == []
+@pytest.mark.parametrize("wing", list(wings()))
+def test_a_wing_may_import_only_wings_above_it(wing: str) -> None:
+    """What a row allows stands in the rows above it, so no wing imports upward and there is no circle of wings."""
+    above = list(wings())[: list(wings()).index(wing)]
+    assert [each for each in wings()[wing] if each not in above] == []
 
 
-@pytest.mark.parametrize("name", modules())
-def test_a_module_imports_only_what_the_table_allows(name: str) -> None:
-    """No import between modules that the table does not have."""
-    found = []
-    for path, tree in files().items():
-        for line, dotted in imported(tree) if module_of(path) == name else ():
-            package, _, rest = dotted.partition(".")
-            target = rest.partition(".")[0]
-            is_inside = package == "placement" and target in modules() and target != name
-            if is_inside and target not in table()[name] and "all" not in table()[name]:
-                found.append(f"{path.relative_to(ROOT)}:{line} imports {target}")
-    assert found == []
+@pytest.mark.parametrize("name", list(files()))
+def test_a_file_imports_only_what_its_wing_may(name: str) -> None:
+    """No import between wings that the table does not have; the top is for all, `api` for users alone."""
+    wing = wing_of(name)
+    if wing in ("api", "__init__", "__main__"):
+        return
+    allowed = {wing, *wings().get(wing, ()), *(BESIDE - {"api"}), "__init__"}
+    assert sorted(each for each in uses(name) if wing_of(each) not in allowed) == []
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    """Imports between files, lazy ones too, form no circle; and the longest chain of them is short."""
+    depths: dict[str, int] = {}
+    walked: list[str] = []
+
+    def depth(name: str) -> int:
+        assert name not in walked, " <- ".join([*walked[walked.index(name) :], name])
+        if name not in depths:
+            walked.append(name)
+            depths[name] = 1 + max(map(depth, uses(name)), default=0)
+            walked.pop()
+        return depths[name]
+
+    assert max(map(depth, files())) <= LONGEST_CHAIN
+
+
+def test_a_public_name_means_one_thing() -> None:
+    """No two files define the same public class, function or constant; a command's function is `command`."""
+    places = defaultdict(set)
+    for name in files():
+        for node in tree(name).body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            found = [each.id for each in targets if isinstance(each, ast.Name)]
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                found.append(node.name)
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                found.append(node.target.id)
+            for each in found:
+                if not each.startswith("_") and each != "command":
+                    places[each].add(name)
+    assert {name: sorted(where) for name, where in places.items() if len(where) > 1} == {}
 
 
 @pytest.mark.parametrize(("library", "owner"), OWNERS.items())
 def test_a_library_has_one_importer(library: str, owner: str) -> None:
     """Only its owner imports a library that is a seam to something foreign."""
     users = {
-        module_of(path)
-        for path, tree in files().items()
-        for _, dotted in imported(tree)
-        if dotted.partition(".")[0] == library
+        wing_of(name) for name in files() for _, dotted in imported(name) if dotted.partition(".")[0] == library
     }
     assert users == {owner}
 
@@ -100,7 +155,7 @@ def test_a_library_imported_is_a_dependency() -> None:
     """What the package imports is what its installation brings, and no more."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = {re.split("[<>=]", each)[0] for each in project["dependencies"]}
-    tops = {dotted.partition(".")[0] for tree in files().values() for _, dotted in imported(tree)}
+    tops = {dotted.partition(".")[0] for name in files() for _, dotted in imported(name)}
     libraries = tops - sys.stdlib_module_names - {"placement"}
     known = packages_distributions()
     assert wanted == {known[name][0].lower().replace("_", "-") for name in libraries}
@@ -109,10 +164,10 @@ def test_a_library_imported_is_a_dependency() -> None:
 def test_only_the_command_line_prints_or_exits() -> None:
     """No print, exit or SystemExit outside cli."""
     found = [
-        f"{path.relative_to(ROOT)}:{line}"
-        for path, tree in files().items()
-        for line, call in calls(tree)
-        if module_of(path) != "cli"
+        f"{name}:{line}"
+        for name in files()
+        for line, call in calls(name)
+        if wing_of(name) != "cli"
         and ast.unparse(call.func) in ("print", "exit", "sys.exit", "SystemExit", "os._exit")
     ]
     assert found == []
@@ -121,10 +176,30 @@ def test_only_the_command_line_prints_or_exits() -> None:
 def test_nothing_goes_through_a_shell() -> None:
     """Programs get their arguments as a list: no shell=True and no os.system."""
     found = [
-        f"{path.relative_to(ROOT)}:{line}"
-        for path, tree in files().items()
-        for line, call in calls(tree)
+        f"{name}:{line}"
+        for name in files()
+        for line, call in calls(name)
         if ast.unparse(call.func) in ("os.system", "os.popen")
         or any(word.arg == "shell" for word in call.keywords)
     ]
     assert found == []
+
+
+def test_everything_public_is_documented() -> None:
+    """Every module, public class, function and method says what it is."""
+    bare = []
+    for name in files():
+        module = tree(name)
+        bare += [name] if not ast.get_docstring(module) and module.body else []
+        for node in module.body:
+            inner = node.body if isinstance(node, ast.ClassDef) else []
+            for each in (node, *inner):
+                is_public = isinstance(each, ast.ClassDef | ast.FunctionDef) and not each.name.startswith("_")
+                if is_public and not ast.get_docstring(each) and not _is_stub(each):
+                    bare.append(f"{name}.{each.name}")
+    assert bare == []
+
+
+def _is_stub(node: ast.AST) -> bool:
+    """A protocol's method: its body is `...`."""
+    return isinstance(node, ast.FunctionDef) and ast.unparse(node.body[-1]) == "..."

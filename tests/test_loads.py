@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from solving_support import dense_model, one_card, problem
 
-from placement.loads import QUANTITIES, Load, Work, total, ubatch_sizes
-from placement.problem import Settings, Workload
+from placement.inputs.problem import Settings, Workload
+from placement.predict.loads import QUANTITIES, Load, Work, total, ubatch_sizes
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.coefficients import DEFAULTS
 from placement.errors import InputError
-from placement.machine import DEFAULT_LINK_GB_PER_S, DEFAULT_RUNTIME_MIB, Coefficient, Cpu, Device, Machine
-from placement.machine_files import (
+from placement.inputs.coefficients import DEFAULTS
+from placement.inputs.machine import (
+    DEFAULT_LINK_GB_PER_S,
+    DEFAULT_RUNTIME_MIB,
+    Coefficient,
+    Cpu,
+    Device,
+    Machine,
+)
+from placement.inputs.machine_files import (
     REFERENCE_MACHINE,
     machine_toml,
     read_machine,

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_architecture import tiny
 
-from placement.machine import Cpu, Device, Machine
-from placement.memory import (
+from placement.inputs.machine import Cpu, Device, Machine
+from placement.inputs.model import Model, Tensor
+from placement.inputs.problem import CPU, Assignment, Settings
+from placement.llamacpp.memory import (
     context_size,
     kv_bytes_read,
     layer_context_bytes,
@@ -19,8 +21,6 @@ from placement.memory import (
     tensor_devices,
     weight_bytes,
 )
-from placement.model import Model, Tensor
-from placement.problem import CPU, Assignment, Settings
 from placement.units import MIB, pad
 
 CUDA = Device("CUDA0", 24576, 24000, 480, 1000, 25)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from placement.model import Model, Profile, Tensor
+from placement.inputs.model import Model, Profile, Tensor
 
 TENSORS = (Tensor("token_embd.weight", (64, 10), "Q8_0"), Tensor("blk.11.ffn_up.weight", (256, 4), "Q4_K"))
 MODEL = Model(

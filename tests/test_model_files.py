@@ -13,20 +13,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from placement.errors import InputError
-from placement.gguf_header import TensorInfo, read_header, write_header
-from placement.model import Model, Profile, Tensor
-from placement.model_files import (
+from placement.inputs.gguf_header.facts import TensorInfo
+from placement.inputs.gguf_header.split import read_header
+from placement.inputs.gguf_header.write import write_header
+from placement.inputs.model import Model, Profile, Tensor
+from placement.inputs.model_files.description import format_model, parse_model
+from placement.inputs.model_files.files import (
     export_header,
-    format_model,
     load_model,
     model_from_facts,
     model_names,
-    parse_model,
     resolve_model,
     save_model,
 )
-from placement.model_files.rows import format_ranges, from_rows, parse_ranges, to_rows
-from placement.quants import BLOCKS
+from placement.inputs.model_files.rows import format_ranges, from_rows, parse_ranges, to_rows
+from placement.inputs.quants import BLOCKS
 
 MODELS = Path(__file__).parent.parent / "models"
 LLAMA_FIT_PARAMS = Path(os.environ.get("PLACE_ENGINE", "off")) / "llama-fit-params"

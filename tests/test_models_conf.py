@@ -5,10 +5,9 @@ from first_user import CONF
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.arguments import parse
+from placement.configs.models_conf.models_conf import parse_models_conf, quoted, read_models_conf, words
 from placement.errors import InputError
-from placement.profiles import parse_models_conf, read_models_conf, words
-from placement.profiles.models_conf import quoted
+from placement.llamacpp.arguments import parse
 
 _LINES = st.one_of(
     st.sampled_from(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import pytest
 
-from placement.arguments import parse
-from placement.check import check
-from placement.machine_files import REFERENCE_MACHINE, resolve_machine
-from placement.model_files import resolve_model
-from placement.problem import Workload
+from placement.inputs.machine_files import REFERENCE_MACHINE, resolve_machine
+from placement.inputs.model_files.files import resolve_model
+from placement.inputs.problem import Workload
+from placement.llamacpp.arguments import parse
+from placement.predict.check import check
 
 SHORT = "-ngl 99 -c 10240 -b 512 -ctk q8_0 -ctv q8_0 -np 1"
 LONG = "-ngl 99 -b 2048 -ub 2048 -ctk q8_0 -ctv q8_0 -np 1"

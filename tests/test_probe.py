@@ -12,17 +12,18 @@ from click.testing import CliRunner
 from machine_simulator import Simulated, bare_machine
 from verify_support import cluster, cpu_machine
 
-import placement.detect
-from placement.calibrate.features import decode_row, prompt_row
-from placement.calibrate.parameters import prior_of
+import placement.inputs.detect
 from placement.cli import cli
-from placement.compute import plan_compute
-from placement.cost import graph_counts
-from placement.engine import Engine, rpc_workers
+from placement.engine.find import Engine
+from placement.engine.rpc import rpc_workers
 from placement.errors import EngineFailed, EngineOutputError
-from placement.machine import Coefficient
-from placement.model_files import load_model
-from placement.probe import (
+from placement.inputs.machine import Coefficient
+from placement.inputs.model_files.files import load_model
+from placement.inputs.problem import Workload
+from placement.llamacpp.compute import plan_compute
+from placement.measure.calibrate.features import decode_row, prompt_row
+from placement.measure.calibrate.parameters import prior_of
+from placement.measure.probe import (
     PROGRAM,
     Shape,
     bench_arguments,
@@ -33,7 +34,7 @@ from placement.probe import (
     read_bench,
     write_model,
 )
-from placement.problem import Workload
+from placement.predict.cost import graph_counts
 
 BENCH = """#!{python}
 import json, sys
@@ -58,7 +59,7 @@ def bench(tmp_path: Path) -> tuple[Engine, Simulated]:
         model = load_model(path)
         problem, assignment = placed(case, model, bare_machine())
         counts = graph_counts(plan_compute(model, bare_machine(), assignment, PROGRAM))
-        from placement.emit import emit_arguments
+        from placement.llamacpp.emit.arguments import emit_arguments
 
         words = bench_arguments(emit_arguments(model, bare_machine(), assignment, PROGRAM))
         asked = [
@@ -200,7 +201,7 @@ def test_a_host_without_a_gpu_is_not_taken_for_the_reference_machine(
     """What is measured here belongs to this machine: it must be named where no card tells it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setattr(placement.detect, "detect_machine", lambda: (None, "no GPU here"))
+    monkeypatch.setattr(placement.inputs.detect, "detect_machine", lambda: (None, "no GPU here"))
     ran = CliRunner().invoke(cli, ["machine", "probe"], standalone_mode=False)
     assert str(ran.exception) == "--machine: no GPU here: name the file of the machine that is measured"
 

@@ -6,14 +6,17 @@ import pytest
 from click.testing import CliRunner, Result
 from first_user import CONF, choice
 
-from placement import presets, profiles
 from placement.cli import cli
+from placement.configs import formats as presets
+from placement.configs import models_conf as profiles
+from placement.configs.models_conf.find_model import ModelFinder
+from placement.configs.models_conf.models_conf import parse_models_conf
+from placement.configs.models_conf.review import Defaults, Profile
 from placement.errors import InputError
-from placement.machine import Machine
-from placement.machine_files import resolve_machine
-from placement.profiles import Defaults, ModelFinder, Profile, parse_models_conf
-from placement.request import Request
-from placement.solve import make_problem
+from placement.inputs.machine import Machine
+from placement.inputs.machine_files import resolve_machine
+from placement.solve.request import Request
+from placement.solve.solve import make_problem
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +150,7 @@ def test_json_row_has_what_the_table_has(machine: Machine) -> None:
 
 def test_section_of_a_model_is_found_by_what_it_runs(machine: Machine) -> None:
     """`apply MODEL` finds the section of another name that runs the model."""
-    from placement.model_files import resolve_model
+    from placement.inputs.model_files.files import resolve_model
 
     conf = parse_models_conf(b"[coder]\nEXTRA_ARGS=-m qwen3-coder-q5.gguf\n[glm-flash]\nFIT=off\n")
     section = profiles.section_of(conf, "qwen3-coder-q5", resolve_model("qwen3-coder-q5"), ModelFinder())
@@ -156,7 +159,7 @@ def test_section_of_a_model_is_found_by_what_it_runs(machine: Machine) -> None:
 
 def test_request_keeps_the_sections_context_and_slots(machine: Machine) -> None:
     """What is solved for in a section's place has its context, slots and cache type."""
-    from placement.model_files import resolve_model
+    from placement.inputs.model_files.files import resolve_model
 
     section = parse_models_conf(b"[x]\nCTX_SIZE=16384\nEXTRA_ARGS=-np 2 -ctk f16 -ctv f16\n").sections[0]
     asked, _ = profiles.request_of(section, resolve_model("glm-flash"), machine, Defaults(), Request())
@@ -165,7 +168,7 @@ def test_request_keeps_the_sections_context_and_slots(machine: Machine) -> None:
 
 def _asked(model_name: str, machine: Machine, extra: str) -> Request:
     """What is solved for in place of a section with these arguments."""
-    from placement.model_files import resolve_model
+    from placement.inputs.model_files.files import resolve_model
 
     section = parse_models_conf(f"[x]\nCTX_SIZE=16384\nEXTRA_ARGS=-np 1 {extra}\n".encode()).sections[0]
     return profiles.request_of(section, resolve_model(model_name), machine, Defaults(), Request())[0]
@@ -173,7 +176,7 @@ def _asked(model_name: str, machine: Machine, extra: str) -> Request:
 
 def test_request_keeps_both_cache_types(machine: Machine) -> None:
     """A section with K q8_0 and V f16 is solved with these, not with less memory."""
-    from placement.model_files import resolve_model
+    from placement.inputs.model_files.files import resolve_model
 
     asked = _asked("gpt-oss-120b", machine, "-ctk q8_0 -ctv f16")
     settings = make_problem(resolve_model("gpt-oss-120b"), machine, asked)[0].settings
@@ -182,7 +185,7 @@ def test_request_keeps_both_cache_types(machine: Machine) -> None:
 
 def test_request_has_one_type_where_the_engine_takes_one(machine: Machine) -> None:
     """Latent attention does not start with two types: K's is solved with."""
-    from placement.model_files import resolve_model
+    from placement.inputs.model_files.files import resolve_model
 
     asked = _asked("glm-flash", machine, "-ctk q8_0 -ctv f16")
     assert make_problem(resolve_model("glm-flash"), machine, asked)[0].settings.kv_types == ("q8_0",)

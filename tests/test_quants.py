@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement.errors import InputError
-from placement.quants import BLOCKS, KV_CACHE_TYPES, TYPE_IDS, TYPE_NAMES, block, row_bytes, tensor_bytes
+from placement.inputs.quants import (
+    BLOCKS,
+    KV_CACHE_TYPES,
+    TYPE_IDS,
+    TYPE_NAMES,
+    block,
+    row_bytes,
+    tensor_bytes,
+)
 
 # gguf-py counts Q8_1's sums as two floats; ggml-common.h holds two halves since 2024: 4 + 32 bytes.
 WRONG_IN_GGUF_PY = {"Q8_1"}

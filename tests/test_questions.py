@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from solving_support import dense_model, expert_model, one_card, two_cards
 
-from placement.questions import choose_kv_type, compare, largest, max_context, max_headroom
-from placement.request import Request
-from placement.solve import best_choice, make_problem, solve
-from placement.why import MORE_MIB, next_best_line, next_layer_lines, sensitivity
+from placement.solve.questions import choose_kv_type, compare, largest, max_context, max_headroom
+from placement.solve.request import Request
+from placement.solve.solve import best_choice, make_problem, solve
+from placement.solve.why import MORE_MIB, next_best_line, next_layer_lines, sensitivity
 
 MODEL = expert_model()
 TIGHT = two_cards(500.0, 400.0)

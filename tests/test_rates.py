@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 from solving_support import one_card, two_cards
 
-from placement.loads import QUANTITIES
-from placement.machine import Device, Machine
-from placement.problem import CPU, Settings
-from placement.rates import link_place, places, rates, stream_s_per_byte
-from placement.terms import PROMPT
+from placement.inputs.machine import Device, Machine
+from placement.inputs.problem import CPU, Settings
+from placement.predict.loads import QUANTITIES
+from placement.predict.rates import link_place, places, rates, stream_s_per_byte
+from placement.predict.terms import PROMPT
 
 
 def with_worker() -> Machine:

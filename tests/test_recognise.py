@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner
 from machine_simulator import Simulated, bare_machine, model, placements, solution_file
 
-import placement.detect
+import placement.inputs.detect
 from placement.cli import cli
 from placement.errors import InputError
-from placement.machine import Coefficient, Cpu, Device, Machine
-from placement.machine_files import read_machine, save_machine
-from placement.recognise import is_same, learned_path, save_learned, with_learned
+from placement.inputs.machine import Coefficient, Cpu, Device, Machine
+from placement.inputs.machine_files import read_machine, save_machine
+from placement.inputs.recognise import is_same, learned_path, save_learned, with_learned
 
 SPLIT = Coefficient(61.0, "us", "calibrated", "2026-01-02", 5, 3.0)
 
@@ -183,7 +183,7 @@ def test_after_calibrating_a_detected_machine_the_next_command_uses_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`place calibrate` without --machine, then `place machine show` without --machine: what was learned is there."""
-    monkeypatch.setattr(placement.detect, "detect_machine", lambda: (here(), ""))
+    monkeypatch.setattr(placement.inputs.detect, "detect_machine", lambda: (here(), ""))
     runs = Path("solutions/m--host--w")
     solution_file(runs, model("qwen3-30b-a3b-q4"))
     for placed in placements()[:4]:
@@ -198,6 +198,6 @@ def test_after_calibrating_a_detected_machine_the_next_command_uses_it(
 
 def test_detect_shows_the_driver_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`place machine detect` says nothing that was learned."""
-    monkeypatch.setattr(placement.detect, "detect_machine", lambda: (here(), ""))
+    monkeypatch.setattr(placement.inputs.detect, "detect_machine", lambda: (here(), ""))
     save_machine(knowing(here()), folder / "host.toml")
     assert "coefficients" not in CliRunner().invoke(cli, ["machine", "detect"]).stdout

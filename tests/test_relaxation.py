@@ -5,11 +5,11 @@ import dataclasses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from solving_support import expert_model, problem, table_of, two_cards, way
-from test_solver import answers, best_by_brute_force, crossing_frame, frames
+from test_cpsat import answers, best_by_brute_force, crossing_frame, frames
 
-from placement.solver.frame import Answer, Choice, Frame, LayerTable, is_valid, times_us
-from placement.solver.placing import Placing
-from placement.solver.relaxation import Relaxation
+from placement.solve.cpsat.frame import Answer, Choice, Frame, LayerTable, is_valid, times_us
+from placement.solve.cpsat.placing import Placing
+from placement.solve.cpsat.relaxation import Relaxation
 
 WEIGHTS = st.sampled_from([(1, 1), (1, 0), (0, 1), (3, 1)])
 

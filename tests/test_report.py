@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from solving_support import card, expert_model, one_card, two_cards
 
-from placement.arguments import parse
-from placement.check import check
-from placement.machine import Machine
-from placement.questions import compare
-from placement.report import check_text, comparison_text, full_lines, solutions_text
-from placement.request import Request
-from placement.solution import DeviceUse, Solution
-from placement.solving import NO_ENGINE, Outcome, run_solve
+from placement.cli.show.report import check_text, comparison_text, full_lines, solutions_text
+from placement.inputs.machine import Machine
+from placement.llamacpp.arguments import parse
+from placement.predict.check import check
+from placement.predict.solution import DeviceUse, Solution
+from placement.solve.questions import compare
+from placement.solve.request import Request
+from placement.solve.run import NO_ENGINE, Outcome, run_solve
 
 ASKED = Request(ubatch_tokens=512)
 

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from solving_support import dense_model, expert_model, one_card
 
-from placement import engine_options
 from placement.cli import options, solve, tune, verify
 from placement.errors import InputError
-from placement.problem import Settings
-from placement.quants import KV_CACHE_TYPES
-from placement.questions import answered
-from placement.request import INT_MAX, MOST_BEST, MOST_SLOTS, FixedSettings, LoadMode, Request
-from placement.solve import make_problem
-from placement.wishes import wishes_of
+from placement.inputs import engine_options
+from placement.inputs.problem import Settings
+from placement.inputs.quants import KV_CACHE_TYPES
+from placement.solve.constraints import wishes_of
+from placement.solve.questions import answered
+from placement.solve.request import INT_MAX, MOST_BEST, MOST_SLOTS, FixedSettings, LoadMode, Request
+from placement.solve.solve import make_problem
 
 WHOLE = {  # field: (option, least, most)
     "ctx_tokens": ("--ctx", 1, INT_MAX),

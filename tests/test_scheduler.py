@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from placement.graph.flat import NO_BUFFER, FlatGraph
-from placement.graph.ops import Graph
-from placement.graph.tensor import GraphTensor
-from placement.scheduler import Backends, Scheduler
+from placement.llamacpp.graph.flat import NO_BUFFER, FlatGraph
+from placement.llamacpp.graph.ops import Graph
+from placement.llamacpp.graph.tensor import GraphTensor
+from placement.llamacpp.scheduler import Backends, Scheduler
 
 GPU, OTHER, CPU = 0, 1, 2
 THREE = Backends(names=("CUDA0", "CUDA1", "CPU"), is_cuda=(True, True, False))

@@ -3,17 +3,19 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from placement.solve.search import configurations as ways
 from solving_support import card, dense_model, expert_model, one_card, problem, two_cards
 
-from placement.check import device_use
-from placement.coefficients import DEFAULTS
-from placement.cost import evaluate, graph_counts
-from placement.loads import QUANTITIES
-from placement.machine import Coefficient, Machine
-from placement.rates import rates
-from placement.search import UBATCHES, Freedom, Search, device_orders, shortfall, ways
-from placement.solver.frame import is_valid
-from placement.terms import DECODE
+from placement.inputs.coefficients import DEFAULTS
+from placement.inputs.machine import Coefficient, Machine
+from placement.predict.check import device_use
+from placement.predict.cost import evaluate, graph_counts
+from placement.predict.loads import QUANTITIES
+from placement.predict.rates import rates
+from placement.predict.terms import DECODE
+from placement.solve.cpsat.frame import is_valid
+from placement.solve.search.configurations import UBATCHES, Freedom, device_orders
+from placement.solve.search.search import Search, shortfall
 
 TWO = two_cards(400, 250)
 EXPERTS = problem(expert_model(8), TWO)

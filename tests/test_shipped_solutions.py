@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from benchmarks.solutions import SHIPPED
-from placement.emit import shell_command
-from placement.machine_files import resolve_machine
-from placement.model_files import resolve_model
-from placement.request import Request
-from placement.solution import SolutionSet
-from placement.solve import solve
+from placement.inputs.machine_files import resolve_machine
+from placement.inputs.model_files.files import resolve_model
+from placement.llamacpp.emit.arguments import shell_command
+from placement.predict.solution import SolutionSet
+from placement.solve.request import Request
+from placement.solve.solve import solve
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "solutions").glob("*/solution.toml"))

@@ -11,18 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from solving_support import card, dense_model, expert_model, one_card, random_answer, table_of, two_cards, way
 
-from placement.arguments import parse
-from placement.check import check, device_use
-from placement.compute import plan_compute
-from placement.cost import evaluate, graph_counts
-from placement.emit import resolve
 from placement.errors import InputError
-from placement.machine import Coefficient, Machine
-from placement.model import Model, Profile
-from placement.problem import CPU
-from placement.request import Request
-from placement.solution import SolutionSet
-from placement.solve import make_problem, solve
+from placement.inputs.machine import Coefficient, Machine
+from placement.inputs.model import Model, Profile
+from placement.inputs.problem import CPU
+from placement.llamacpp.arguments import parse
+from placement.llamacpp.compute import plan_compute
+from placement.llamacpp.emit.resolve import resolve
+from placement.predict.check import check, device_use
+from placement.predict.cost import evaluate, graph_counts
+from placement.predict.solution import SolutionSet
+from placement.solve.request import Request
+from placement.solve.solve import make_problem, solve
 
 EXPERTS, DENSE = expert_model(8), dense_model(10)
 ASKED = Request(prompt_tokens=1000, generate_tokens=200)

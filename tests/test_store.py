@@ -13,9 +13,9 @@ from solving_support import expert_model, one_card, problem
 
 from placement import __version__
 from placement.errors import InputError
-from placement.problem import Problem
-from placement.solution import SolutionSet
-from placement.store import read_solutions, save_solutions, slug, solution_folder, solution_set_row
+from placement.inputs.problem import Problem
+from placement.predict.solution import SolutionSet
+from placement.solve.store import read_solutions, save_solutions, slug, solution_folder, solution_set_row
 
 PROBLEM = problem(expert_model(2), one_card(4000))
 ROW: dict[str, Any] = {

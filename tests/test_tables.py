@@ -9,19 +9,20 @@ import golden_sample
 import pytest
 from solving_support import card, dense_model, expert_model, problem, random_answer, table_of, two_cards, way
 
-from placement.compute import plan_compute
-from placement.cost import GraphCounts, evaluate, graph_counts
-from placement.machine import Machine
-from placement.machine_files import REFERENCE_MACHINE, resolve_machine
-from placement.memory import static_memory
-from placement.pieces import Pieces, Pins
-from placement.problem import CPU, Problem
-from placement.request import Request
-from placement.search import Freedom, Search
-from placement.solve import make_problem
-from placement.solver.frame import Answer, times_us, used_kib
-from placement.tables import ComputeTable, Table, TableBuilder, host_pattern
-from placement.terms import coefficient
+from placement.inputs.machine import Machine
+from placement.inputs.machine_files import REFERENCE_MACHINE, resolve_machine
+from placement.inputs.problem import CPU, Problem
+from placement.llamacpp.compute import plan_compute
+from placement.llamacpp.memory import static_memory
+from placement.predict.cost import GraphCounts, evaluate, graph_counts
+from placement.predict.terms import coefficient
+from placement.solve.cpsat.frame import Answer, times_us, used_kib
+from placement.solve.frames.pieces import Pieces, Pins
+from placement.solve.frames.tables import ComputeTable, Table, TableBuilder, host_pattern
+from placement.solve.request import Request
+from placement.solve.search.configurations import Freedom
+from placement.solve.search.search import Search
+from placement.solve.solve import make_problem
 from placement.units import KIB
 
 TWO = two_cards(4000, 3000)

@@ -10,17 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from solving_support import card, dense_model, expert_model, problem, random_answer, two_cards, way
 
-from placement import terms
-from placement.calibrate.features import decode_row, predict_s, prompt_row
-from placement.coefficients import DEFAULTS, DIVISORS, SERVED_BY
-from placement.cost import GraphCounts, evaluate
-from placement.loads import QUANTITIES
-from placement.machine import Coefficient, Machine
-from placement.pieces import Pieces
-from placement.problem import Problem
-from placement.solver.frame import times_us
-from placement.tables import ComputeTable, TableBuilder
-from placement.terms import DECODE, PROMPT, TERMS, Phase, Rate, Term, coefficient, coefficients_of, fitted_in
+from placement.inputs.coefficients import DEFAULTS, DIVISORS, SERVED_BY
+from placement.inputs.machine import Coefficient, Machine
+from placement.inputs.problem import Problem
+from placement.measure.calibrate.features import decode_row, predict_s, prompt_row
+from placement.predict import terms
+from placement.predict.cost import GraphCounts, evaluate
+from placement.predict.loads import QUANTITIES
+from placement.predict.terms import (
+    DECODE,
+    PROMPT,
+    TERMS,
+    Phase,
+    Rate,
+    Term,
+    coefficient,
+    coefficients_of,
+    fitted_in,
+)
+from placement.solve.cpsat.frame import times_us
+from placement.solve.frames.pieces import Pieces
+from placement.solve.frames.tables import ComputeTable, TableBuilder
 
 MODELS = [expert_model(6), dense_model(5)]
 COUNTS = GraphCounts(splits_prompt=3, splits_decode=3, n_nodes_prompt=110, n_nodes_decode=100)

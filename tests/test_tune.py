@@ -20,7 +20,10 @@ from machine_simulator import (
 )
 from verify_support import Lines
 
-from placement.calibrate.choosing import (
+from placement.cli.tune import Duration
+from placement.engine.find import Engine
+from placement.inputs.machine import Coefficient, Machine
+from placement.measure.calibrate.choosing import (
     Proposal,
     choose_runs,
     is_settled,
@@ -29,19 +32,18 @@ from placement.calibrate.choosing import (
     surprising,
     worth_again,
 )
-from placement.calibrate.fit import calibrate
-from placement.calibrate.parameters import prior_of
-from placement.cli.tune import Duration
-from placement.engine import Engine
-from placement.machine import Coefficient, Machine
-from placement.request import Request
-from placement.solving import NO_ENGINE
-from placement.tune import Tuned, loop, tune
-from placement.verify.candidates import FIT, make_candidates
-from placement.verify.keys import machine_key
-from placement.verify.records import RunLog
-from placement.verify.run import Options, asked_of, show
-from placement.verify.schema import Key
+from placement.measure.calibrate.fit import calibrate
+from placement.measure.calibrate.parameters import prior_of
+from placement.measure.records.log import RunLog
+from placement.measure.records.schema import Key
+from placement.measure.tune import loop
+from placement.measure.tune.lines import Tuned
+from placement.measure.tune.loop import tune
+from placement.measure.verify.candidates import FIT, make_candidates
+from placement.measure.verify.keys import machine_key
+from placement.measure.verify.run import Options, asked_of, show
+from placement.solve.request import Request
+from placement.solve.run import NO_ENGINE
 
 NAME = "qwen3-30b-a3b-q4"
 
@@ -100,7 +102,7 @@ def test_the_second_run_tells_most_once_the_first_is_known() -> None:
     """Of what is not far slower than the best, nothing leaves less variance on what may be the best."""
     known, each = fits(2, 2), proposals()
     found = outlook(known, each)
-    from placement.calibrate.choosing import SLOWEST, _after, _gain
+    from placement.measure.calibrate.choosing import SLOWEST, _after, _gain
 
     first, second = choose_runs(known, each, {}, 2)
     covariance = _after(known, found, each.index(first), found.covariance, each)
@@ -261,7 +263,7 @@ def test_a_machine_of_unknown_speed_is_probed_once(
         probes.append(budget_s)
         return SimpleNamespace(machine=replace(machine, coefficients=known))
 
-    monkeypatch.setattr("placement.probe.probe", probe)
+    monkeypatch.setattr("placement.measure.probe.probe", probe)
     first, *_ = run()
     run()
     assert probes == [120.0]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 from verify_support import Lines, cluster, quick, write_model
 
-from placement.engine import Engine, rpc_workers
-from placement.model_files import load_model
-from placement.request import Request
-from placement.solving import NO_ENGINE
-from placement.tune import Tuned, tune
-from placement.verify.candidates import FIT
+from placement.engine.find import Engine
+from placement.engine.rpc import rpc_workers
+from placement.inputs.model_files.files import load_model
+from placement.measure.tune.lines import Tuned
+from placement.measure.tune.loop import tune
+from placement.measure.verify.candidates import FIT
+from placement.solve.request import Request
+from placement.solve.run import NO_ENGINE
 
 pytestmark = pytest.mark.engine
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from verify_support import cluster, solution
 
-from placement.engine import EngineDevice
-from placement.machine import Coefficient, Cpu, Device, Machine
-from placement.verify.candidates import (
+from placement.engine.find import EngineDevice
+from placement.inputs.machine import Coefficient, Cpu, Device, Machine
+from placement.measure.verify.candidates import (
     Candidate,
     caps_mib,
     choose,

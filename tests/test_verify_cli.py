@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 from verify_support import fake_engine, write_model
 
 from placement.cli import cli
-from placement.verify import lock
-from placement.verify.lock import MachineBusy
+from placement.measure.verify import lock
+from placement.measure.verify.lock import MachineBusy
 
 MACHINE = "[cpu]\nthreads = 1\nusable_mib = 4000\nbandwidth_gb_per_s = 20\n"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from verify_support import DevicePeak, HostPeak, Predicted, Record, good_round, record
 
-from placement.problem import Workload
-from placement.verify.decide import Verdict, decide, noise_floor, result_of, rounds_of, turn_seconds
-from placement.verify.run import Report
-from placement.verify.table import header, report_row, rows, summary
+from placement.cli.show.verify_tables import header, report_row, rows, summary
+from placement.inputs.problem import Workload
+from placement.measure.verify.decide import Verdict, decide, noise_floor, result_of, rounds_of, turn_seconds
+from placement.measure.verify.run import Report
 
 WORKLOAD = Workload(prompt_tokens=1000, generate_tokens=100, depth_tokens=0)
 

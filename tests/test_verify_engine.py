@@ -31,13 +31,14 @@ from verify_support import (
     write_model,
 )
 
-from placement.engine import Engine, rpc_workers
-from placement.model_files import load_model
-from placement.request import Request
-from placement.solve import make_problem, solve
-from placement.verify.phases import MOST_REPEATS, PATIENCE
-from placement.verify.records import RunLog
-from placement.verify.run import Report, verify
+from placement.engine.find import Engine
+from placement.engine.rpc import rpc_workers
+from placement.inputs.model_files.files import load_model
+from placement.measure.records.log import RunLog
+from placement.measure.verify.phases import MOST_REPEATS, PATIENCE
+from placement.measure.verify.run import Report, verify
+from placement.solve.request import Request
+from placement.solve.solve import make_problem, solve
 
 pytestmark = pytest.mark.engine
 
@@ -252,7 +253,7 @@ def test_engine_without_the_device_is_a_wrong_build(engine: Engine, dense: Path,
     """A CPU build asked for CUDA0 would silently run on the CPU: it is named instead, and not run."""
     from verify_support import cluster as workers
 
-    from placement.machine import Device
+    from placement.inputs.machine import Device
 
     card = Device("CUDA0", 24576, 24000, 480, 1008, 25)
     problem = problem_of(load_model(dense), replace(workers(), devices=(card,)))

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from placement.verify.lock import MachineBusy, machine_lock, reap, require_free
+from placement.measure.verify.lock import MachineBusy, machine_lock, reap, require_free
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -47,7 +47,7 @@ def test_killed_holder_frees_the_lock(tmp_path: Path) -> None:
     """A holder that is killed leaves no lock, and the server it had noted is ended by the next."""
     server = subprocess.Popen(SLEEPER, start_new_session=True)
     code = (
-        "import sys, time; from pathlib import Path; from placement.verify.lock import machine_lock\n"
+        "import sys, time; from pathlib import Path; from placement.measure.verify.lock import machine_lock\n"
         "with machine_lock(Path(sys.argv[1])) as (lock, _):\n"
         "    lock.note_server(int(sys.argv[2])); print('held', flush=True); time.sleep(60)\n"
     )

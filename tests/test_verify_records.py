@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from verify_support import KEY, good_round, record
 
 from placement.errors import InputError
-from placement.verify.records import RunLog, latest_campaign, of_campaign
+from placement.measure.records.log import RunLog, latest_campaign, of_campaign
 
 
 def test_records_come_back_in_order(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_kill_while_appending_leaves_a_readable_file(tmp_path: Path) -> None:
     """A process killed among hundreds of appends leaves a file that mends to whole records."""
     code = (
         "import sys; from pathlib import Path; from verify_support import record\n"
-        "from placement.verify.records import RunLog\n"
+        "from placement.measure.records.log import RunLog\n"
         "log = RunLog(Path(sys.argv[1]))\n"
         "i = 0\n"
         "while True:\n"

@@ -21,10 +21,10 @@ from verify_support import (
 )
 
 from placement.errors import InputError
-from placement.model_files import load_model
-from placement.verify.lock import MachineBusy, machine_lock
-from placement.verify.records import RunLog
-from placement.verify.run import Report, show, verify
+from placement.inputs.model_files.files import load_model
+from placement.measure.records.log import RunLog
+from placement.measure.verify.lock import MachineBusy, machine_lock
+from placement.measure.verify.run import Report, show, verify
 
 HASTY = replace(QUICK, start_s=1.5, prompt_s=1.0, canary_s=1.0, stop_s=0.3)
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from placement.verify.phases import CANARY, LONG, SHORT, Visit
-from placement.verify.prompts import Asked
-from placement.verify.schema import Timing
-from placement.verify.times import middle, undisturbed
+from placement.measure.records.schema import Timing
+from placement.measure.verify.phases import CANARY, LONG, SHORT, Visit
+from placement.measure.verify.prompts import Asked
+from placement.measure.verify.times import middle, undisturbed
 
 
 @pytest.mark.parametrize(

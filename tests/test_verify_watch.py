@@ -11,9 +11,9 @@ from typing import Any
 
 from verify_support import cluster, cpu_machine
 
-from placement.machine import Cpu, Device, Machine
+from placement.inputs.machine import Cpu, Device, Machine
+from placement.measure.verify.watch import MemoryWatch, driver_version, nvml_handles, worker_pids
 from placement.units import MIB
-from placement.verify.watch import MemoryWatch, driver_version, nvml_handles, worker_pids
 
 NAMES = {"bus1": "NVIDIA GeForce RTX 5070 Ti", "bus2": "NVIDIA GeForce RTX 4090"}
 

@@ -9,17 +9,17 @@ from typing import Any
 import gguf
 import numpy as np
 
-from placement.cost import Speed
-from placement.engine import Engine, find_engine
-from placement.machine import Cpu, Device, Machine
-from placement.model import Model
-from placement.problem import Assignment, Problem, Settings, Workload
-from placement.solution import DeviceUse, Solution, SolutionSet
-from placement.verify.phases import Limits
-from placement.verify.prompts import Asked
-from placement.verify.run import Options, Progress
-from placement.verify.schema import DevicePeak, HostPeak, Key, Predicted, Record, Timing
-from placement.verify.watch import Sample
+from placement.engine.find import Engine, find_engine
+from placement.inputs.machine import Cpu, Device, Machine
+from placement.inputs.model import Model
+from placement.inputs.problem import Assignment, Problem, Settings, Workload
+from placement.measure.records.schema import DevicePeak, HostPeak, Key, Predicted, Record, Timing
+from placement.measure.verify.phases import Limits
+from placement.measure.verify.prompts import Asked
+from placement.measure.verify.run import Options, Progress
+from placement.measure.verify.watch import Sample
+from placement.predict.cost import Speed
+from placement.predict.solution import DeviceUse, Solution, SolutionSet
 
 N_VOCAB = 1024
 

@@ -11,7 +11,7 @@ from placement.cli import options
 from placement.cli.profiles import defaults_option, finder_of, map_option
 
 if TYPE_CHECKING:
-    from placement.profiles import Placed
+    from placement.configs.models_conf.whole import Placed
 
 solution_option = click.option(
     "--solution", "solution_name", metavar="NAME", help="Which solution [the recommended one]."
@@ -31,7 +31,7 @@ fresh_option = click.option(
 
 def engine_build(name: str) -> str | None:
     """The build of the engine that `--engine` names, such as "b11434"; None without an engine."""
-    from placement.engine import describe, find_engine
+    from placement.engine.find import describe, find_engine
     from placement.errors import EngineMissing
 
     try:
@@ -83,11 +83,13 @@ def command(
     """
     from datetime import date
 
-    from placement import profiles
+    from placement.configs.models_conf.models_conf import read_models_conf
+    from placement.configs.models_conf.review import Defaults
+    from placement.configs.models_conf.whole import place_in_conf
 
-    placed = profiles.place_in_conf(
-        options.load(model_name), options.load_machine(machine_name), profiles.read_models_conf(file),
-        finder_of(file, pairs), profiles.Defaults.of_text(defaults_text), options.request_of(given),
+    placed = place_in_conf(
+        options.load(model_name), options.load_machine(machine_name), read_models_conf(file),
+        finder_of(file, pairs), Defaults.of_text(defaults_text), options.request_of(given),
         section_name=section_name or model_name, solution_name=solution_name, root=Path(root),
         is_fresh=is_fresh, date=date.today().isoformat(), engine_build=engine_build(engine_name), tell=_tell,
     )  # fmt: skip

@@ -10,8 +10,8 @@ import click
 from placement.cli import options
 
 if TYPE_CHECKING:
-    from placement.calibrate.fit import Calibration
-    from placement.calibrate.report import Report
+    from placement.measure.calibrate.fit import Calibration
+    from placement.measure.calibrate.report import Report
 
 
 @click.command()
@@ -45,8 +45,8 @@ def command(
     Example:
       place calibrate --machine machines/mine.toml --dry-run
     """
-    from placement.calibrate.whole import calibrate_machine
-    from placement.recognise import learned_path
+    from placement.inputs.recognise import learned_path
+    from placement.measure.calibrate.whole import calibrate_machine
 
     machine = options.load_machine(machine_name)
     root = Path(out_folder or "solutions")
@@ -62,7 +62,7 @@ def command(
 
 
 def _show(report: Report, path: Path, is_written: bool, ending: str | None, is_json: bool) -> None:
-    from placement.calibrate.report import report_row
+    from placement.measure.calibrate.report import report_row
 
     if is_json:
         options.echo_json({**report_row(report), "path": str(path), "is_written": is_written})
@@ -82,7 +82,7 @@ def _ending(report: Report, path: Path, is_dry: bool) -> str:
 
 def print_report(report: Report) -> None:
     """Print the runs' errors, the coefficients, what is not known, and the changes."""
-    from placement.calibrate import report as words
+    from placement.measure.calibrate import report as words
 
     for fit in report.fits:
         if fit.errors:

@@ -11,7 +11,7 @@ import click
 from placement.cli import options
 
 if TYPE_CHECKING:
-    from placement.check import Check
+    from placement.predict.check import Check
 
 
 @click.command()
@@ -45,9 +45,9 @@ def command(
     Example:
       place check glm-flash --args '-c 131072 -ngl 99 -ts 33,15 -ctk q8_0 -ctv q8_0 -fa on -fit off'
     """
-    from placement.arguments import parse
-    from placement.engine_options import VARIABLE_PREFIX
-    from placement.solving import EngineChoice, run_check
+    from placement.inputs.engine_options import VARIABLE_PREFIX
+    from placement.llamacpp.arguments import parse
+    from placement.solve.run import EngineChoice, run_check
 
     model = options.load(model_name)
     environment = {name: value for name, value in os.environ.items() if name.startswith(VARIABLE_PREFIX)}
@@ -63,8 +63,8 @@ def command(
 
 
 def _print(result: Check, is_json: bool) -> None:
-    from placement.check import check_row
-    from placement.report import check_text
+    from placement.cli.show.report import check_text
+    from placement.predict.check import check_row
 
     if is_json:
         options.echo_json(check_row(result))

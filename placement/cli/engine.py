@@ -10,7 +10,7 @@ import click
 from placement.cli import options
 
 if TYPE_CHECKING:
-    from placement.engine import Engine, EngineInfo
+    from placement.engine.find import Engine, EngineInfo
 
 
 @click.command()
@@ -26,7 +26,7 @@ def command(engine_name: str, rpc: tuple[str, ...], is_json: bool) -> None:
     Example:
       place engine --engine ~/llama.cpp/build/bin
     """
-    from placement.engine import describe, find_engine
+    from placement.engine.find import describe, find_engine
 
     engine = find_engine(engine_name)
     if engine is None:

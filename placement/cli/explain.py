@@ -12,10 +12,10 @@ import click
 from placement.cli import options
 
 if TYPE_CHECKING:
-    from placement.check import Check
-    from placement.machine import Machine
-    from placement.model import Model
-    from placement.problem import Program
+    from placement.inputs.machine import Machine
+    from placement.inputs.model import Model
+    from placement.inputs.problem import Program
+    from placement.predict.check import Check
 
 _COLOURS = ("green", "blue", "magenta", "cyan", "bright_green", "bright_blue")
 _CPU_COLOUR = "yellow"
@@ -54,9 +54,9 @@ def command(
     Example:
       place explain gpt-oss-120b --args '-c 131072 -ngl 99 -ot exps=CPU -ctk q8_0 -ctv q8_0'
     """
-    from placement.check import check_row
-    from placement.explain import layer_row
-    from placement.explain_svg import save_layer_map
+    from placement.cli.show.explain import layer_row
+    from placement.cli.show.explain_svg import save_layer_map
+    from placement.predict.check import check_row
 
     model, machine = options.load(model_name), options.load_machine(machine_name)
     result = _checked(model, machine, arguments, program)
@@ -74,9 +74,9 @@ def command(
 
 def _checked(model: Model, machine: Machine, arguments: str | None, program: Program) -> Check:
     """What is drawn: the arguments as they stand, or the recommended solution's."""
-    from placement.arguments import parse
-    from placement.check import check
-    from placement.profiles import best_arguments
+    from placement.configs.models_conf.choice_row import best_arguments
+    from placement.llamacpp.arguments import parse
+    from placement.predict.check import check
 
     tokens = best_arguments(model, machine, program) if arguments is None else arguments
     return check(model, machine, parse(tokens), program)
@@ -84,7 +84,7 @@ def _checked(model: Model, machine: Machine, arguments: str | None, program: Pro
 
 def _lines(model: Model, machine: Machine, result: Check, columns: int) -> Iterator[str]:
     """The drawing, each device in its colour."""
-    from placement.explain import explain
+    from placement.cli.show.explain import explain
 
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(result.assignment.devices)}
     for line in explain(model, machine, result.assignment, result.devices, columns, result.notes):

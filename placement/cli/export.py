@@ -20,7 +20,7 @@ def command(model_name: str, out: Path, overwrite: bool) -> None:
     Example:
       place export qwen3-coder-q5 qwen.gguf
     """
-    from placement.model_files import export_header
+    from placement.inputs.model_files.files import export_header
 
     n_bytes = export_header(options.load(model_name), out, overwrite=overwrite)
     click.echo(f"{out}: header only, {n_bytes / 1e9:.2f} GB long, a hole where the weights would be")

@@ -13,8 +13,8 @@ from placement.cli.apply import fresh_option, solution_option, stored_option
 from placement.cli.profiles import defaults_option, finder_of, map_option
 
 if TYPE_CHECKING:
-    from placement.machine import Machine
-    from placement.presets import Launch
+    from placement.configs.formats.launch import Launch
+    from placement.inputs.machine import Machine
 
 FORMATS = ("command", "preset", "llama-swap", "compose", "systemd", "json", "ik_llama", "koboldcpp")
 
@@ -69,31 +69,35 @@ def command(
       place export-as preset glm-flash-q4 gpt-oss-120b > models.ini
       place export-as systemd gpt-oss-120b --file gpt-oss-120b=/models/gpt-oss-120b.gguf
     """
-    from placement import presets, profiles
-    from placement.presets.formats import written
+    from placement.configs.formats.launches import launches_of_conf, with_files
+    from placement.configs.formats.write import written
+    from placement.configs.models_conf.models_conf import read_models_conf
+    from placement.configs.models_conf.review import Defaults
 
     machine = options.load_machine(machine_name)
     if conf_file is not None:
-        conf, finder = profiles.read_models_conf(conf_file), finder_of(conf_file, pairs)
-        defaults = profiles.Defaults.of_text(defaults_text)
-        launches = presets.launches_of_conf(conf, machine, finder, defaults, model_names)
+        conf, finder = read_models_conf(conf_file), finder_of(conf_file, pairs)
+        defaults = Defaults.of_text(defaults_text)
+        launches = launches_of_conf(conf, machine, finder, defaults, model_names)
     else:
         launches = [_launch(name, machine, solution_name, Path(root), is_fresh) for name in model_names]
-    launches = presets.with_files(launches, dict(_pair(text) for text in files))
+    launches = with_files(launches, dict(_pair(text) for text in files))
     launches = [replace(launch, program=server, port=port) for launch in launches]
     click.echo(written(format_name, launches), nl=False)
 
 
 def _launch(name: str, machine: Machine, solution_name: str | None, root: Path, is_fresh: bool) -> Launch:
     """The launch of a model's solution for its own profile."""
-    from placement import presets, profiles
-    from placement.request import Request
+    from placement.configs.formats.launches import launch_of_choice
+    from placement.configs.models_conf.choice import choice_of
+    from placement.configs.models_conf.choice_row import chosen_row
+    from placement.solve.request import Request
 
     model = options.load(name)
     tell = lambda text: click.echo(f"place: {text}", err=True)  # noqa: E731
-    row = profiles.chosen_row(model, machine, Request(), root, is_fresh=is_fresh, tell=tell)
-    choice = profiles.choice_of(row, solution_name)
-    return presets.launch_of_choice(choice, model, model.profile.extra_args)
+    row = chosen_row(model, machine, Request(), root, is_fresh=is_fresh, tell=tell)
+    choice = choice_of(row, solution_name)
+    return launch_of_choice(choice, model, model.profile.extra_args)
 
 
 def _pair(text: str) -> tuple[str, str]:

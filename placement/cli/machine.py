@@ -45,7 +45,7 @@ def detect(out: Path | None, is_json: bool) -> None:
     """
     machine = options.detected_machine()
     if out is not None:
-        from placement.machine_files import save_machine
+        from placement.inputs.machine_files import save_machine
 
         save_machine(machine, out)
         click.echo(f"{out}: written", err=True)
@@ -63,8 +63,8 @@ def _echo(machine: object, is_json: bool) -> None:
     import dataclasses
     from typing import cast
 
-    from placement.machine import Machine
-    from placement.machine_files import machine_toml
+    from placement.inputs.machine import Machine
+    from placement.inputs.machine_files import machine_toml
 
     found = cast(Machine, machine)
     if is_json:

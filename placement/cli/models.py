@@ -16,7 +16,7 @@ def command(is_json: bool) -> None:
     Example:
       place models
     """
-    from placement.model_files import model_names, resolve_model
+    from placement.inputs.model_files.files import model_names, resolve_model
 
     rows = [(name, resolve_model(name)) for name in model_names()]
     if is_json:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from placement.problem import PROGRAMS
-from placement.request import OBJECTIVES, FixedSettings, Request
+from placement.inputs.problem import PROGRAMS
+from placement.solve.request import OBJECTIVES, FixedSettings, Request
 
 if TYPE_CHECKING:
     from placement.errors import PlacementError
-    from placement.machine import Machine
-    from placement.model import Model
+    from placement.inputs.machine import Machine
+    from placement.inputs.model import Model
 
 DEFAULTS = Request()
 
@@ -143,7 +143,7 @@ def fixed_threads(_ctx: click.Context, _param: click.Parameter, n_threads: int |
 
 def layer_counts(_ctx: click.Context, _param: click.Parameter, text: str | None) -> tuple[float, ...] | None:
     """The numbers of --ts, read as the engine reads its own."""
-    from placement.arguments import parse
+    from placement.llamacpp.arguments import parse
 
     return parse(["-ts", text]).tensor_split if text else None
 
@@ -165,7 +165,7 @@ def request_of(given: Mapping[str, Any]) -> Request:
 
 def load(model_name: str) -> Model:
     """The model of a MODEL argument."""
-    from placement.model_files import resolve_model
+    from placement.inputs.model_files.files import resolve_model
 
     return resolve_model(model_name)
 
@@ -176,8 +176,8 @@ def load_machine(name: str | None, rpc: Sequence[str] = ()) -> Machine:
     Where a file has learned of the machine here it counts, and a line names it; with RPC servers that file is
     looked for once their devices are known. With RPC servers and no GPU it is this host alone.
     """
-    from placement.machine_files import resolve_machine
-    from placement.recognise import with_learned
+    from placement.inputs.machine_files import resolve_machine
+    from placement.inputs.recognise import with_learned
 
     if name is not None:
         return resolve_machine(name)
@@ -221,7 +221,7 @@ def own_machine(name: str | None) -> Machine:
 def keep_learned(machine: Machine, path: Path, is_wanted: bool) -> tuple[bool, PlacementError | None]:
     """Write what was learned; (whether it was written, why not). What was found is shown before the error is."""
     from placement.errors import InputError
-    from placement.recognise import save_learned
+    from placement.inputs.recognise import save_learned
 
     try:
         if is_wanted:
@@ -238,15 +238,15 @@ def detected_machine() -> Machine:
 
 
 def _machine_here(has_rpc: bool) -> tuple[Machine | None, str]:
-    from placement.detect import detect_cpu, detect_machine
-    from placement.machine import Machine
+    from placement.inputs.detect import detect_cpu, detect_machine
+    from placement.inputs.machine import Machine
 
     found, reason = detect_machine()
     return (Machine("rpc", (), detect_cpu()) if found is None and has_rpc else found), reason
 
 
 def _reference_machine(reason: str) -> Machine:
-    from placement.machine_files import REFERENCE_MACHINE, resolve_machine
+    from placement.inputs.machine_files import REFERENCE_MACHINE, resolve_machine
 
     click.echo(
         f"place: {reason}: using the reference machine {REFERENCE_MACHINE} (choose with --machine)", err=True

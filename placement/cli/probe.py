@@ -10,7 +10,7 @@ import click
 from placement.cli import options
 
 if TYPE_CHECKING:
-    from placement.probe import Probed
+    from placement.measure.probe import Probed
 
 
 @click.command()
@@ -38,8 +38,8 @@ def command(machine_name: str | None, engine_name: str, budget_s: float, is_dry:
       place machine probe --machine machines/mine.toml
     """
     from placement.cli.verify import running_engine
-    from placement.probe import probe
-    from placement.recognise import learned_path
+    from placement.inputs.recognise import learned_path
+    from placement.measure.probe import probe
 
     machine = options.own_machine(machine_name)
     found = probe(machine, running_engine(engine_name), options.now(), budget_s, options.warn)

@@ -11,7 +11,8 @@ import click
 from placement.cli import options
 
 if TYPE_CHECKING:
-    from placement.profiles import ModelFinder, Profile
+    from placement.configs.models_conf.find_model import ModelFinder
+    from placement.configs.models_conf.review import Profile
 
 defaults_option = click.option(
     "--defaults",
@@ -31,7 +32,7 @@ map_option = click.option(
 
 def finder_of(file: str, pairs: tuple[str, ...]) -> ModelFinder:
     """A finder with the remembered mapping and the pairs given now, which are remembered."""
-    from placement.profiles import ModelFinder, read_mapping, remember
+    from placement.configs.models_conf.find_model import ModelFinder, read_mapping, remember
 
     kept = remember(pairs) if pairs else None
     if kept is not None:
@@ -77,7 +78,8 @@ def command(
     Example:
       place profiles models.conf --defaults '-ctk q8_0 -ctv q8_0'
     """
-    from placement.profiles import Defaults, read_models_conf, survey
+    from placement.configs.models_conf.models_conf import read_models_conf
+    from placement.configs.models_conf.review import Defaults, survey
 
     conf = read_models_conf(file)
     sections = [conf.section(name) for name in names] or None
@@ -93,7 +95,8 @@ def command(
 
 
 def _print(file: str, problems: Sequence[str], profiles: list[Profile], is_json: bool) -> None:
-    from placement.profiles import profile_row, survey_lines
+    from placement.cli.show.profile_tables import survey_lines
+    from placement.configs.models_conf.review import profile_row
 
     if is_json:
         options.echo_json({"file": file, "profiles": [profile_row(each) for each in profiles]})

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from placement.cli import options
-from placement.request import LEAST_TIME_S, MOST_BEST, MOST_SLOTS, Request
+from placement.solve.request import LEAST_TIME_S, MOST_BEST, MOST_SLOTS, Request
 
 if TYPE_CHECKING:
-    from placement.machine import Machine
-    from placement.model import Model
-    from placement.questions import Maximize
-    from placement.solving import Outcome
+    from placement.inputs.machine import Machine
+    from placement.inputs.model import Model
+    from placement.solve.questions import Maximize
+    from placement.solve.run import Outcome
 
 
 @click.command()
@@ -118,7 +118,7 @@ def command(
     Example:
       place solve qwen3-coder-q5 --ctx 262144
     """
-    from placement.solving import EngineChoice, run_solve
+    from placement.solve.run import EngineChoice, run_solve
 
     model, machine = options.load(model_name), options.load_machine(machine_name, rpc)
     if rivals:
@@ -139,18 +139,18 @@ def _print(outcome: Outcome, is_json: bool) -> None:
     if is_json:
         options.echo_json(outcome.row())
         return
-    from placement.report import solutions_text
+    from placement.cli.show.report import solutions_text
 
     click.echo(solutions_text(outcome, sys.stdout.isatty()), nl=False)
 
 
 def _compare(models: Sequence[Model], machine: Machine, request: Request, is_json: bool) -> None:
-    from placement.solving import run_compare
+    from placement.solve.run import run_compare
 
     rows, rated = run_compare(models, machine, request)
     if is_json:
         options.echo_json({"machine": machine.name, "models": rows})
         return
-    from placement.report import comparison_text
+    from placement.cli.show.report import comparison_text
 
     click.echo(comparison_text(rated, machine.name, sys.stdout.isatty()), nl=False)

@@ -11,9 +11,9 @@ import click
 from placement.cli import options
 
 if TYPE_CHECKING:
-    from placement.machine import Machine
-    from placement.model import Model
-    from placement.tune import Tuned
+    from placement.inputs.machine import Machine
+    from placement.inputs.model import Model
+    from placement.measure.tune.lines import Tuned
 
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
 
@@ -74,7 +74,7 @@ def command(
     Example:
       place tune qwen3-coder-q5 --model-file Qwen3-Coder-Next-Q5.gguf --budget 20m
     """
-    from placement.recognise import learned_path
+    from placement.inputs.recognise import learned_path
 
     model, machine = options.load(model_name), options.load_machine(machine_name)
     weights = options.weights_path(model, model_file)
@@ -105,9 +105,9 @@ def _print(tuned: Tuned, model_path: str, path: Path | None, is_dry: bool) -> No
 
 def _tune(model: Model, machine: Machine, weights: Path, given: dict[str, Any], is_quiet: bool) -> Tuned:
     from placement.cli.verify import progress_listener, running_engine
-    from placement.solving import EngineChoice
-    from placement.tune import tune
-    from placement.verify.run import Options
+    from placement.measure.tune.loop import tune
+    from placement.measure.verify.run import Options
+    from placement.solve.run import EngineChoice
 
     options.require_weights(weights)
     engine, planner = running_engine(given["engine_name"]), EngineChoice(given["engine_name"])
@@ -118,7 +118,7 @@ def _tune(model: Model, machine: Machine, weights: Path, given: dict[str, Any], 
 
 
 def _row(tuned: Tuned, model: str, model_path: str) -> dict[str, Any]:
-    from placement.verify.table import report_row
+    from placement.cli.show.verify_tables import report_row
 
     report = tuned.report
     return {

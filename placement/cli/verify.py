@@ -15,12 +15,12 @@ from placement.cli import options
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from placement.engine import Engine
-    from placement.machine import Machine
-    from placement.model import Model
-    from placement.problem import Problem
-    from placement.verify.run import Options, Progress, Report
-    from placement.verify.watch import Sample
+    from placement.engine.find import Engine
+    from placement.inputs.machine import Machine
+    from placement.inputs.model import Model
+    from placement.inputs.problem import Problem
+    from placement.measure.verify.run import Options, Progress, Report
+    from placement.measure.verify.watch import Sample
 
 
 @click.command()
@@ -69,7 +69,7 @@ def command(model_name: str, machine_name: str | None, is_json: bool, **given: A
     Example:
       place verify qwen3-coder-q5 --model-file Qwen3-Coder-Next-Q5.gguf --ctx 262144 --budget 60
     """
-    from placement.verify.table import report_row
+    from placement.cli.show.verify_tables import report_row
 
     model = options.load(model_name)
     machine = options.load_machine(machine_name)
@@ -86,9 +86,9 @@ def command(model_name: str, machine_name: str | None, is_json: bool, **given: A
 
 
 def _show(model: Model, machine: Machine, given: dict[str, Any]) -> Report:
-    from placement.solve import make_problem
-    from placement.solving import kept_folder
-    from placement.verify.run import show
+    from placement.measure.verify.run import show
+    from placement.solve.run import kept_folder
+    from placement.solve.solve import make_problem
 
     request = options.request_of(given)
     problem, _ = make_problem(model, machine, request)
@@ -97,9 +97,9 @@ def _show(model: Model, machine: Machine, given: dict[str, Any]) -> Report:
 
 def _verify(model: Model, machine: Machine, path: Path, given: dict[str, Any], is_json: bool) -> Report:
     from placement.errors import InputError
-    from placement.solving import EngineChoice, run_solve
-    from placement.verify.lock import require_free
-    from placement.verify.run import verify
+    from placement.measure.verify.lock import require_free
+    from placement.measure.verify.run import verify
+    from placement.solve.run import EngineChoice, run_solve
 
     options.require_weights(path)
     engine = running_engine(given["engine_name"])
@@ -117,7 +117,7 @@ def _verify(model: Model, machine: Machine, path: Path, given: dict[str, Any], i
 
 def running_engine(name: str) -> Engine:
     """The llama.cpp that runs the weights; planning is not enough."""
-    from placement.engine import find_engine
+    from placement.engine.find import find_engine
     from placement.errors import InputError
 
     engine = find_engine(name)
@@ -129,8 +129,8 @@ def running_engine(name: str) -> Engine:
 def _options(given: dict[str, Any], problem: Problem) -> Options:
     from dataclasses import replace
 
-    from placement.verify.phases import Limits
-    from placement.verify.run import Options, asked_of
+    from placement.measure.verify.phases import Limits
+    from placement.measure.verify.run import Options, asked_of
 
     budget_min, timeout_s = given["budget_min"], given["timeout_s"]
     return Options(
@@ -150,7 +150,7 @@ def print_report(report: Report, model_path: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from placement.verify import table
+    from placement.cli.show import verify_tables as table
 
     grid = Table(title="measured (predicted)", title_justify="left")
     for name in table.header(report):
@@ -180,7 +180,7 @@ def progress_listener(is_quiet: bool) -> Iterator[_Lines]:
 
 
 def _place_of(progress: Progress) -> str:
-    from placement.verify.phases import MEASURED_PHASES
+    from placement.measure.verify.phases import MEASURED_PHASES
 
     speed = "" if progress.decode_tps is None else f", {progress.decode_tps:.1f} t/s so far"
     left = "" if progress.left_s is None else f", about {_time(progress.left_s)} left"

@@ -19,9 +19,9 @@ from typing import Any
 from placement.engine.find import Engine, list_devices
 from placement.engine.logs import EngineMemory, PlanReading
 from placement.engine.rpc import endpoints_of, exclusive
-from placement.engine_options import names_of
 from placement.errors import EngineError
-from placement.model import Model
+from placement.inputs.engine_options import names_of
+from placement.inputs.model import Model
 
 _FORMAT = 1  # raise it when PlanReading or the key changes
 _VARIABLES = (

@@ -13,8 +13,8 @@ from pathlib import Path
 from placement.engine.flags import WANTED, Flags, read_flags
 from placement.engine.outcome import require_success
 from placement.engine.run import run
-from placement.engine_options import names_of
 from placement.errors import EngineError, EngineMissing, EngineOutputError
+from placement.inputs.engine_options import names_of
 
 PROGRAMS = (
     "llama-fit-params",

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from placement.engine_options import (
+from placement.inputs.engine_options import (
     FALSE_WORDS,
     FLASH_WORDS,
     LOAD_MODE_AS_OLDER_FLAGS,

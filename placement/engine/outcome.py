@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 
+from placement.engine.failure_logs import keep_record
 from placement.engine.failures import classify_failure, last_line
-from placement.engine.record import keep_record
 from placement.engine.run import Finished
 from placement.errors import EngineFailed, EngineOutputError
 

@@ -24,9 +24,9 @@ from placement.engine.logs import EngineMemory, PlanReading, has_all_buffers, is
 from placement.engine.outcome import failure_line, is_unconnected, is_unexplained, require_success, unreadable
 from placement.engine.rpc import endpoints_of, exclusive
 from placement.engine.run import Finished, run, run_many
-from placement.engine_options import names_of
 from placement.errors import EngineFailed, EngineTimeout, InputError
-from placement.model import Model
+from placement.inputs.engine_options import names_of
+from placement.inputs.model import Model
 
 _FIT_FLAGS = (
     *names_of("-fit", "-fitt", "-fitc"),
@@ -87,7 +87,7 @@ def model_path(model: Model | Path | str) -> Iterator[Path]:
     if model.files and Path(model.files[0]).is_file():
         yield Path(model.files[0])
         return
-    from placement.model_files import export_header
+    from placement.inputs.model_files.files import export_header
 
     with tempfile.TemporaryDirectory(prefix="place-model-") as folder:
         path = Path(folder) / "header.gguf"

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
-from placement.engine.record import keep_record
+from placement.engine.failure_logs import keep_record
 from placement.errors import EngineFailed, EngineMissing, EngineOutputError, EngineTimeout
 
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024  # a plan at the highest verbosity prints half a MiB

@@ -24,7 +24,7 @@ from placement.engine.plan import program_flags
 from placement.engine.rpc import free_port
 from placement.engine.run import Process, kill_group, start_logged
 from placement.errors import EngineFailed, EngineOutputError, EngineTimeout, InputError
-from placement.model import Model
+from placement.inputs.model import Model
 
 _LOCAL = "127.0.0.1"
 _POLL_S = 0.05

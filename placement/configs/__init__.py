@@ -1,0 +1,1 @@
+"""Settings files and the formats of other programs: read, reviewed, changed and written."""

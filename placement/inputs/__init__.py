@@ -1,0 +1,1 @@
+"""What is given: models, machines and workloads, from files and from the machine itself."""

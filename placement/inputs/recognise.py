@@ -1,0 +1,130 @@
+"""The machine found here → what a file of the same machine has learned; and what was learned → that file.
+
+A machine is known by its devices in order (UUID, else description, memory and address) and by its processor,
+never by its name. What holds afterwards: speeds, runtimes and coefficients are the file's, for they belong
+together; no device may be filled beyond what the file allows, or beyond what is free now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from placement.errors import InputError
+from placement.files import PACKAGE_DATA
+from placement.inputs.machine import Cpu, Device, Machine
+from placement.inputs.machine_files import machine_folders, own_machine_path, read_machine, save_machine
+
+SAME_MEMORY = 0.02  # a driver may count the same card's memory a little differently
+LEARNED = ("detected", "calibrated")
+TOLD_CAP = 0.95  # of what is free: a file that allows less is told
+
+
+def is_same(known: Machine, found: Machine) -> bool:
+    """Whether both describe one machine: every device in order, and the processor."""
+    return (
+        len(known.devices) == len(found.devices)
+        and all(map(_is_same_device, known.devices, found.devices))
+        and _is_same_cpu(known.cpu, found.cpu)
+    )
+
+
+def _is_same_device(a: Device, b: Device) -> bool:
+    if (a.name, a.address) != (b.name, b.address):
+        return False
+    if a.uuid and b.uuid:
+        return a.uuid == b.uuid
+    memory_mib = max(a.total_mib, b.total_mib)
+    is_alike = abs(a.total_mib - b.total_mib) <= SAME_MEMORY * memory_mib
+    return is_alike and a.description == b.description
+
+
+def _is_same_cpu(a: Cpu, b: Cpu) -> bool:
+    return a.description == b.description if a.description and b.description else a.threads == b.threads
+
+
+def learned_file(found: Machine, tell: Callable[[str], None]) -> tuple[Path, Machine] | None:
+    """The user's file of this machine that has learned something: of the nearest folder, the newest there.
+
+    What is shipped is no machine of the user's. A file that cannot be read is told and passed over.
+    """
+    for folder in machine_folders():
+        if folder == PACKAGE_DATA / "machines":
+            continue
+        known = [each for each in _readable(folder, tell) if is_same(each[1], found) and _dates(each[1])]
+        if known:
+            return max(known, key=lambda each: max(_dates(each[1])))
+    return None
+
+
+def _readable(folder: Path, tell: Callable[[str], None]) -> Iterator[tuple[Path, Machine]]:
+    for path in sorted(folder.glob("*.toml")):
+        try:
+            yield path, read_machine(path)
+        except InputError as error:
+            tell(f"place: not considered: {error}")
+
+
+def _dates(machine: Machine) -> list[str]:
+    """When each value was learned; empty for a machine that has learned nothing."""
+    return [each.date or "" for each in machine.coefficients.values() if each.source in LEARNED]
+
+
+def with_learned(found: Machine, tell: Callable[[str], None]) -> Machine:
+    """The machine found here as its own file knows it, and one line that names the file; else as it is."""
+    learned = learned_file(found, tell)
+    if learned is None:
+        return found
+    path, known = learned
+    free = {device.name: device.usable_mib for device in found.devices}
+    capped = [
+        f"{each.name} at {each.usable_mib:,.0f} of {free[each.name]:,.0f} MiB free"
+        for each in known.devices
+        if each.usable_mib < TOLD_CAP * free[each.name]
+    ]
+    limits = f", which caps {', '.join(capped)}" if capped else ""
+    tell(f"place: using {path}: what was learned of this machine, {len(_dates(known))} values{limits}")
+    devices = tuple(replace(each, usable_mib=min(each.usable_mib, free[each.name])) for each in known.devices)
+    return replace(known, devices=devices)
+
+
+def learned_path(name: str | None, machine: Machine) -> Path:
+    """Where what is learned of a machine belongs: the file that was named, or the one that knows it already.
+
+    Raises:
+        InputError: the file of that name in the user's folder is another machine's.
+    """
+    if name is not None:
+        return own_machine_path(name, machine)
+    learned = learned_file(machine, lambda _text: None)
+    if learned is not None:
+        return learned[0]
+    return _free_path(own_machine_path(None, machine), machine)
+
+
+def _free_path(path: Path, machine: Machine) -> Path:
+    """The path, or the next of its kind that no other machine's file has."""
+    number, tried = 2, path
+    while tried.is_file() and not is_same(read_machine(tried), machine):
+        number, tried = number + 1, path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return tried
+
+
+def save_learned(machine: Machine, path: Path) -> None:
+    """Put coefficients, history and runtimes into the machine's file; all else there stays as its owner wrote it.
+
+    Raises:
+        InputError: the file cannot be read or written.
+    """
+    if path.is_file():
+        if not path.stat().st_mode & 0o222:
+            raise InputError(path, "is read-only: nothing is written")
+        kept = read_machine(path)
+        runtimes = {device.name: device.runtime_mib for device in machine.devices}
+        devices = tuple(
+            replace(device, runtime_mib=runtimes.get(device.name, device.runtime_mib))
+            for device in kept.devices
+        )
+        machine = replace(kept, devices=devices, coefficients=machine.coefficients, history=machine.history)
+    save_machine(machine, path)

@@ -1,0 +1,1 @@
+"""Assignments to engine arguments and back: `parse(emit_arguments(a))` resolves to `a`."""

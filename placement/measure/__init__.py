@@ -1,0 +1,1 @@
+"""Everything that runs a model and learns from it; records of runs are only ever appended to."""

@@ -1,0 +1,57 @@
+"""One whole calibration: records → fits of decode, then of prompts, then memory → the machine and its report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from placement.inputs.machine import Machine
+from placement.inputs.problem import Workload
+from placement.measure.calibrate.applied import apply_fit
+from placement.measure.calibrate.fit import Calibration, calibrate
+from placement.measure.calibrate.information import Telling, trials, what_would_tell
+from placement.measure.calibrate.memory import CHANCE, fit_memory
+from placement.measure.calibrate.report import Report
+from placement.measure.calibrate.runs import Found, find_runs
+from placement.predict.terms import DECODE, PROMPT
+
+MOST_PROBLEMS = 3  # of those run, whose simple placements are weighed
+
+
+def fit_both(
+    machine: Machine, found: Found, with_errors: bool = True, is_trusted: bool = False
+) -> tuple[Calibration, Calibration]:
+    """The decode fit, and the prompt fit with what the decode fit taught."""
+    decode = calibrate(machine, found.rows, DECODE, None, with_errors, is_trusted)
+    prompt = calibrate(machine, found.rows, PROMPT, decode.values, with_errors, is_trusted)
+    return decode, prompt
+
+
+def calibrate_machine(
+    machine: Machine,
+    root: Path,
+    date: str,
+    is_mixed: bool = False,
+    chance: float = CHANCE,
+    with_advice: bool = True,
+) -> tuple[Machine, Report]:
+    """The machine refitted from all matching records below a solutions folder; `date` is ISO 8601.
+
+    Raises:
+        InputError: a file of records is broken.
+    """
+    found = find_runs(root, machine, is_mixed)
+    fits = fit_both(machine, found)
+    memory = fit_memory(machine, found.memory, chance)
+    changed, changes = (machine, ()) if not found.rows else apply_fit(machine, fits, memory, date)
+    told: dict[str, Telling | None] = {}
+    if with_advice and found.runs:
+        problems = list({run.problem.model.digest: run.problem for run in found.runs}.values())
+        candidates = [
+            trial
+            for problem in problems[-MOST_PROBLEMS:]
+            for trial in trials(replace(problem, machine=machine, workload=Workload(2000, 1, 0)))
+        ]
+        for fit in fits:
+            told |= what_would_tell(fit, candidates)
+    return changed, Report(machine.name, found, fits, memory, changes, told, date)

@@ -1,0 +1,1 @@
+"""Run records: their schema, and the append-only log that keeps them."""

@@ -1,0 +1,236 @@
+"""What the user fixes (pins, -ngl, -ts, devices, arguments to keep) as limits of the search, each with its name.
+
+A wish is kept apart from the others so that a contradiction can be told as the smallest set that conflicts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from placement.errors import InputError
+from placement.inputs.groups import movable_groups
+from placement.inputs.machine import Machine
+from placement.inputs.model import Model
+from placement.inputs.problem import CPU
+from placement.llamacpp.architecture.describe import describe
+from placement.llamacpp.arguments import Arguments
+from placement.llamacpp.emit.devices import buffer_target, engine_devices, rpc_servers, selected_devices
+from placement.llamacpp.emit.regex import compile_pattern
+from placement.llamacpp.emit.resolve import layer_homes, model_devices
+from placement.solve.frames.pieces import Pins
+from placement.solve.request import Request
+from placement.solve.search.configurations import Freedom
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One thing that stays: how the user wrote it, and what it takes from the search's freedom."""
+
+    text: str
+    limit: Callable[[Freedom], Freedom]
+
+
+def wishes_of(model: Model, machine: Machine, request: Request) -> tuple[Wish, ...]:
+    """All that a request fixes of the placement, on this model and machine; what `keep` says comes last.
+
+    Raises:
+        InputError: a device or tensor that is not there, or too many layer counts.
+    """
+    return tuple(
+        itertools.chain(_option_wishes(model, machine, request), kept_wishes(model, machine, request.kept))
+    )
+
+
+def _option_wishes(model: Model, machine: Machine, request: Request) -> Iterator[Wish]:
+    if request.devices is not None:
+        yield devices_wish(machine, request.devices)
+    if request.tensor_split is not None:
+        yield ts_wish(model, machine, request.tensor_split, request.devices, request.n_gpu_layers)
+    if request.n_gpu_layers is not None:
+        yield ngl_wish(model, machine, request.n_gpu_layers)
+    if request.max_cpu_layers is not None:
+        yield max_cpu_layers_wish(request.max_cpu_layers)
+    for text in request.pins:
+        yield pin_wish(model, machine, text)
+
+
+def granted(freedom: Freedom, wishes: Iterable[Wish]) -> Freedom:
+    """The freedom that is left under these wishes."""
+    for wish in wishes:
+        freedom = wish.limit(freedom)
+    return freedom
+
+
+def smallest_conflict(wishes: Sequence[Wish], is_possible: Callable[[Sequence[Wish]], bool]) -> list[Wish]:
+    """A set of wishes that cannot hold together, none of which can be left out; empty when nothing fits anyway."""
+    if not is_possible(()):
+        return []
+    kept = list(wishes)
+    for wish in wishes:
+        fewer = [each for each in kept if each is not wish]
+        if not is_possible(fewer):
+            kept = fewer
+    return kept
+
+
+def pin_wish(model: Model, machine: Machine, text: str) -> Wish:
+    """`REGEX=DEVICE`: every tensor that the pattern finds stays on that device.
+
+    Raises:
+        InputError: no "=", an unknown device, a bad pattern, or one that finds no tensor that can be placed.
+    """
+    pattern, equals, target = text.rpartition("=")
+    if not equals or not pattern:
+        raise InputError("--pin", "must be REGEX=DEVICE", value=text)
+    try:
+        device = buffer_target(engine_devices(machine, rpc_servers(machine)), target)
+        return Wish(f"--pin {text!r}", _pinned(model, pattern, device, "--pin", text))
+    except InputError as exc:
+        raise InputError("--pin", exc.rule, value=exc.value) from exc
+
+
+def _pinned(model: Model, pattern: str, device: str, option: str, text: str) -> Callable[[Freedom], Freedom]:
+    found = [tensor.name for tensor in model.tensors if compile_pattern(pattern).search(tensor.name)]
+    if not found:
+        raise InputError(option, "matches no tensor of the model", value=text)
+    homes, groups = _reach(model, set(found), device)
+    if not homes and not groups and device != CPU:
+        raise InputError(option, "matches only tensors that the engine keeps on the CPU", value=text)
+    return lambda freedom: replace(freedom, pins=_merged(freedom.pins, homes, groups))
+
+
+def _reach(
+    model: Model, names: set[str], device: str
+) -> tuple[dict[int, frozenset[str]], list[tuple[int, str, str]]]:
+    """The homes and groups that putting these tensors on a device fixes; part of a group fixes all of it."""
+    architecture = describe(model)
+    n_layers = architecture.n_layer_all
+    movable = {
+        tensor.name: (layer, group.kind)
+        for layer, row in enumerate(movable_groups(model, n_layers))
+        for group in row
+        for tensor in group.tensors
+    }
+    homes: dict[int, frozenset[str]] = {}
+    groups: dict[tuple[int, str], str] = {}
+    for placed in architecture.tensors:
+        if placed.tensor.name not in names or placed.is_shared:
+            continue
+        if placed.tensor.name in movable:
+            groups[movable[placed.tensor.name]] = device
+        elif placed.layer is not None:
+            homes[placed.layer] = frozenset({device})
+    return homes, [(layer, kind, at) for (layer, kind), at in groups.items()]
+
+
+def _merged(pins: Pins, homes: dict[int, frozenset[str]], groups: Iterable[tuple[int, str, str]]) -> Pins:
+    """Pins with more homes and groups; what two of them say of one layer must both hold."""
+    allowed = dict(pins.homes)
+    for layer, names in homes.items():
+        allowed[layer] = allowed[layer] & names if layer in allowed else names
+    placed = {(layer, kind): device for layer, kind, device in pins.groups}
+    for layer, kind, device in groups:
+        if placed.setdefault((layer, kind), device) != device:
+            allowed[layer] = frozenset()  # one group on two devices: no home can do that
+    return Pins(
+        tuple(sorted(allowed.items(), key=lambda item: item[0])),
+        tuple((layer, kind, device) for (layer, kind), device in sorted(placed.items())),
+    )
+
+
+def _homes_wish(text: str, homes: dict[int, frozenset[str]]) -> Wish:
+    return Wish(text, lambda freedom: replace(freedom, pins=_merged(freedom.pins, homes, ())))
+
+
+def ngl_wish(model: Model, machine: Machine, n_gpu_layers: int) -> Wish:
+    """`-ngl N`: the first layers on the CPU, N (the output counts) on GPUs."""
+    n_all = describe(model).n_layer_all + 1
+    gpus = frozenset(device.name for device in machine.devices)
+    first = max(0, n_all - n_gpu_layers)
+    homes = {i: frozenset({CPU}) if i < first else gpus for i in range(n_all)}
+    return _homes_wish(f"--ngl {n_gpu_layers}", homes)
+
+
+def ts_wish(
+    model: Model,
+    machine: Machine,
+    shares: Sequence[float],
+    devices: Sequence[str] | None,
+    n_gpu_layers: int | None,
+) -> Wish:
+    """`-ts a,b`: the layers over the devices as the engine would cut them.
+
+    Raises:
+        InputError: more shares than devices.
+    """
+    found = selected_devices(engine_devices(machine, rpc_servers(machine)), devices)
+    if len(shares) > len(found):
+        raise InputError("--ts", f"must have at most {len(found)} numbers, one a device", value=shares)
+    padded = (*shares, *[0.0] * (len(found) - len(shares)))
+    homes = layer_homes(describe(model).n_layer_all, n_gpu_layers, padded, found)
+    text = "--ts " + ",".join(f"{share:g}" for share in shares)
+    return _homes_wish(text, {i: frozenset({home}) for i, home in enumerate(homes)})
+
+
+def devices_wish(machine: Machine, names: Sequence[str]) -> Wish:
+    """`--devices A,B`: these cards in this order, each with at least one layer; "none" for the CPU alone.
+
+    Raises:
+        InputError: a name that the machine does not have, or one given twice.
+    """
+    text = "--devices " + ",".join(names)
+    if [name.lower() for name in names] == ["none"]:
+        return Wish(text, lambda freedom: replace(freedom, orders=((),)))
+    chosen = selected_devices(engine_devices(machine, rpc_servers(machine)), names)
+    order = tuple(each.device.name for each in chosen)
+    return Wish(text, lambda freedom: replace(freedom, orders=(order,)))
+
+
+def max_cpu_layers_wish(most: int) -> Wish:
+    """`--max-cpu-layers N`: at most N layers live on the CPU or keep tensors there."""
+    return Wish(f"--max-cpu-layers {most}", lambda freedom: replace(freedom, max_host_layers=most))
+
+
+def kept_wishes(model: Model, machine: Machine, arguments: Arguments) -> list[Wish]:
+    """The placement part of the arguments of `--keep` as wishes.
+
+    Raises:
+        InputError: a device that is not there, or too many layer counts.
+    """
+    wishes: list[Wish] = []
+    if arguments.devices is not None:
+        wishes.append(devices_wish(machine, arguments.devices or ("none",)))
+    if arguments.split_mode == "none":
+        chosen = model_devices(engine_devices(machine, rpc_servers(machine)), arguments)
+        wishes.append(devices_wish(machine, [each.dev_name for each in chosen] or ["none"]))
+    if arguments.tensor_split is not None:
+        wishes.append(
+            ts_wish(model, machine, arguments.tensor_split, arguments.devices, arguments.n_gpu_layers)
+        )
+    elif arguments.n_gpu_layers is not None and arguments.n_gpu_layers >= 0:
+        wishes.append(ngl_wish(model, machine, arguments.n_gpu_layers))
+    taken: set[str] = set()
+    for override in arguments.overrides:
+        pattern = compile_pattern(override.pattern)
+        names = {t.name for t in model.tensors if t.name not in taken and pattern.search(t.name)}
+        taken |= names
+        device = buffer_target(engine_devices(machine, rpc_servers(machine)), override.target)
+        wishes.append(
+            _override_wish(model, f"{override.option} {override.pattern}={override.target}", names, device)
+        )
+    if arguments.ubatch_tokens is not None:
+        wishes.append(_field_wish(f"-ub {arguments.ubatch_tokens}", ubatches=(arguments.ubatch_tokens,)))
+    if arguments.load_mode is not None:
+        wishes.append(_field_wish(f"-lm {arguments.load_mode}", load_modes=(arguments.load_mode,)))
+    return wishes
+
+
+def _override_wish(model: Model, text: str, names: set[str], device: str) -> Wish:
+    homes, groups = _reach(model, names, device)
+    return Wish(text, lambda freedom: replace(freedom, pins=_merged(freedom.pins, homes, groups)))
+
+
+def _field_wish(text: str, **fields: object) -> Wish:
+    return Wish(text, lambda freedom: replace(freedom, **fields))  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""A problem as the integers of CP-SAT's program, and what bounds it."""

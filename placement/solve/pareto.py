@@ -1,0 +1,86 @@
+"""The front: placements that no other beats in decode speed, prompt speed and smallest headroom at once; and the
+best placements that differ from each other.
+
+The front is walked by epsilon constraints: under each of a few reserves the fastest decode, then the fastest decode
+whose prompts are a good deal faster than the last one's, and so on until nothing is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from placement.solve.search.configurations import Freedom
+from placement.solve.search.search import Search
+from placement.solve.search.subproblems import Found
+
+RESERVES = (0.0, 0.05, 0.15)  # of each card's total
+FASTER = 0.8  # each step's prompt takes at most that share of the last one's
+FRONT_GAP = 0.02
+FRONT_WORK = 0.1  # CP-SAT's deterministic time for one proof; what is then open stands as the row's gap
+DECODE_FIRST = (1000, 1)
+
+Merit = tuple[float, float, float]  # decode and prompt tokens per second, MiB of headroom
+
+
+def walk(search: Search, freedom: Freedom, tell: Callable[[str], None]) -> Iterator[Found]:
+    """Points that may stand on the front, each the fastest decode at its prompt speed and reserve, within 2 %."""
+    for reserve in RESERVES:
+        limited = replace(
+            freedom,
+            decode_weight=DECODE_FIRST[0],
+            prompt_weight=DECODE_FIRST[1],
+            reserve_fraction=max(reserve, freedom.reserve_fraction),
+        )
+        while (found := _next(search, limited)) is not None:
+            tell(f"the front: {found.speed.prompt_tps or 0:,.0f} t/s prompt")
+            yield found
+            # a frame's prompt may be counted a few splits shorter than it is: the limit falls all the same
+            last_s = min(found.speed.prompt_s, limited.max_prompt_s or math.inf)
+            limited = replace(limited, max_prompt_s=last_s * FASTER)
+
+
+def _next(search: Search, freedom: Freedom) -> Found | None:
+    return search.best(freedom, search.hopes(freedom), FRONT_GAP, work_limit=FRONT_WORK)
+
+
+def best_different(
+    search: Search, freedom: Freedom, first: Found, n: int, tell: Callable[[str], None]
+) -> list[Found]:
+    """The `n` best placements that differ in a range of layers or in two layers' groups, the first one included."""
+    hopes, found = search.hopes(freedom), [first]
+    while len(found) < n:
+        tell(f"the best {len(found) + 1}")
+        following = search.best(freedom, hopes, taken=found)
+        if following is None:
+            break
+        found.append(following)
+    return found
+
+
+def is_dominated(merit: Merit, by: Sequence[Merit]) -> bool:
+    """Whether another point is as good everywhere within 0.2 % and 8 MiB; ties count as dominated."""
+    return any(d >= merit[0] * 0.998 and p >= merit[1] * 0.998 and h >= merit[2] - 8.0 for d, p, h in by)
+
+
+def spread(merits: Sequence[Merit], n_kept: int, n: int) -> list[int]:
+    """Which `n` points to show where there are more: the first `n_kept`, then always the one farthest from those."""
+    shown = list(range(min(n_kept, n, len(merits))))
+    rest = [i for i in range(len(merits)) if i not in shown]
+    scale = max((merit[2] for merit in merits), default=0.0) or 1.0
+
+    def distance(i: int) -> float:
+        return min((_apart(merits[i], merits[j], scale) for j in shown), default=math.inf)
+
+    while rest and len(shown) < n:
+        farthest = max(rest, key=distance)
+        shown.append(farthest)
+        rest.remove(farthest)
+    return sorted(shown)
+
+
+def _apart(one: Merit, other: Merit, scale_mib: float) -> float:
+    """How far two points are apart, in shares of speed and of the largest headroom."""
+    speeds = (abs(math.log(max(a, 1e-9) / max(b, 1e-9))) for a, b in zip(one[:2], other[:2], strict=True))
+    return math.hypot(*speeds, (one[2] - other[2]) / scale_mib)

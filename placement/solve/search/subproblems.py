@@ -1,0 +1,172 @@
+"""Ways looked at ever more closely: what they promise, their buffers, their frames; kept between questions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from placement.inputs.problem import Assignment, Problem
+from placement.llamacpp.compute import ComputePlan, plan_compute
+from placement.predict.cost import Speed
+from placement.solve.cpsat.frame import Answer
+from placement.solve.cpsat.relaxation import Relaxation, Relaxed
+from placement.solve.frames.bound import outlook
+from placement.solve.frames.buffers import Buffers, Planner
+from placement.solve.frames.pieces import Pieces, Pins
+from placement.solve.frames.tables import ComputeTable, Table, TableBuilder, Way
+from placement.solve.search.configurations import Freedom
+
+
+@dataclass(frozen=True)
+class Found:
+    """A placement of one way: objective and bound in microseconds as the frame counts them."""
+
+    assignment: Assignment
+    answer: Answer
+    plan: ComputePlan
+    speed: Speed
+    objective: int
+    bound: float
+    is_proven: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Hope:
+    """A way and what its outlook promises at best: least objective in microseconds.
+
+    Until its buffers are planned they are taken as nothing.
+    """
+
+    way: Way
+    order: int  # of its devices, among the orders
+    bound: float
+    is_planned: bool = False
+
+    @property
+    def rank(self) -> tuple[float, int, float]:
+        """Best first; of those within a percent, the engine's own order of devices first."""
+        return round(math.log(max(self.bound, 1.0)), 2), self.order, self.bound
+
+
+@dataclass(frozen=True)
+class Lead:
+    """A way with its frame, its buffers as far as they are known, and what its relaxation gave."""
+
+    way: Way
+    table: Table
+    compute: ComputeTable
+    relaxation: Relaxation
+    relaxed: Relaxed
+    promised: float = 0.0  # the outlook's bound
+
+    @property
+    def bound(self) -> float:
+        """Least objective in microseconds; infinite when nothing can fit."""
+        return float("inf") if self.relaxed.bound is None else max(self.relaxed.bound, self.promised)
+
+
+class Leads:
+    """One problem's ways with all that is known of them: pieces, frames, buffers and plans."""
+
+    def __init__(self, problem: Problem, planner: Planner | None = None) -> None:
+        """`planner` replaces the simulated plans (an architecture without a rule asks the engine)."""
+        self.problem = problem
+        self.planner = planner or self._simulate
+        self.buffers = Buffers(problem, self.plan)
+        self.corrected: dict[Way, ComputeTable] = {}
+        self._pieces: dict[Pins, Pieces] = {}
+        self._builders: dict[tuple[Pins, Way], TableBuilder] = {}
+        self._outlooks: dict[tuple[object, ...], float] = {}
+        self._plans: dict[Assignment, ComputePlan] = {}
+        self._learned: set[Assignment] = set()
+        self._lacking: dict[str, int] = {}  # bytes by device that the engine plans beyond our estimates
+
+    def hope(self, hope: Hope, freedom: Freedom, compute: ComputeTable, *, is_planned: bool = False) -> Hope:
+        """What a way promises with those buffers, or what it was already known to cost at least."""
+        builder = self._builder(hope.way, freedom)
+        fixed_us = builder.fixed_us(compute.counts)
+        caps = builder.caps_kib(compute, freedom.reserve_fraction)
+
+        def promised(weights: tuple[int, int]) -> float:
+            key = freedom.pins, hope.way, fixed_us, caps, weights
+            if key not in self._outlooks:
+                self._outlooks[key] = outlook(builder, fixed_us, caps, weights)
+            return self._outlooks[key]
+
+        for limit_us, alone in zip(self._limits_us(freedom), ((1, 0), (0, 1)), strict=True):
+            if limit_us is not None and promised(alone) > limit_us:
+                return replace(hope, bound=float("inf"), is_planned=is_planned)
+        return replace(hope, bound=max(hope.bound, promised(freedom.weights)), is_planned=is_planned)
+
+    def known(self, way: Way) -> ComputeTable:
+        """The way's buffers: a typical placement's until one is found, then corrected by that one's."""
+        if way not in self.corrected:
+            self.corrected[way] = self.buffers.exact(way)
+        return self.corrected[way]
+
+    def _builder(self, way: Way, freedom: Freedom) -> TableBuilder:
+        key = freedom.pins, way
+        if key not in self._builders:
+            if freedom.pins not in self._pieces:
+                self._pieces[freedom.pins] = Pieces(self.problem, freedom.pins)
+            self._builders[key] = TableBuilder(self._pieces[freedom.pins], way)
+        return self._builders[key]
+
+    def lead(self, way: Way, freedom: Freedom) -> Lead | None:
+        """The way with the buffers that are known of it; None when it cannot fit."""
+        compute = self.known(way)
+        table = self._builder(way, freedom).build(compute, freedom.reserve_fraction)
+        limits_us = self._limits_us(freedom)
+        frame = replace(
+            table.frame,
+            max_host_layers=freedom.max_host_layers,
+            max_decode_us=limits_us[0],
+            max_prompt_us=limits_us[1],
+        )
+        for limit_us, alone in zip(limits_us, ((1, 0), (0, 1)), strict=True):
+            if limit_us is not None:
+                least = Relaxation(frame, *alone).bound().bound
+                if least is None or least > limit_us:
+                    return None
+        relaxation = Relaxation(frame, *freedom.weights)
+        relaxed = relaxation.bound()
+        if relaxed.bound is None:
+            return None
+        return Lead(way, replace(table, frame=frame), compute, relaxation, relaxed)
+
+    def _limits_us(self, freedom: Freedom) -> tuple[int | None, int | None]:
+        """The freedom's limits on decode and prompt time, of a turn."""
+        decode_s, prompt_s = freedom.max_decode_s, freedom.max_prompt_s
+        n_generated = max(self.problem.workload.generate_tokens, 1)
+        return (
+            None if decode_s is None else int(decode_s * 1e6 * n_generated),
+            None if prompt_s is None else int(prompt_s * 1e6),
+        )
+
+    def plan(self, assignment: Assignment) -> ComputePlan:
+        """The plan of a placement: simulated, or the engine's once it is known."""
+        if assignment not in self._plans:
+            self._plans[assignment] = self._with_lacking(self.planner(assignment))
+        return self._plans[assignment]
+
+    def _with_lacking(self, plan: ComputePlan) -> ComputePlan:
+        """A plan with what the engine's plans have shown estimates to lack on each device."""
+        if not self._lacking:
+            return plan
+        sizes = {name: size + self._lacking.get(name, 0) for name, size in plan.compute_bytes.items()}
+        return replace(plan, compute_bytes=sizes)
+
+    def _simulate(self, assignment: Assignment) -> ComputePlan:
+        problem = self.problem
+        return plan_compute(problem.model, problem.machine, assignment, problem.program)
+
+    def learn(self, assignment: Assignment, plan: ComputePlan) -> None:
+        """Believe this plan of an assignment (the engine's own), and that others lack as much as its estimate did."""
+        estimate = self._plans.get(assignment)
+        if estimate is not None and assignment not in self._learned:
+            for name, n_bytes in plan.compute_bytes.items():
+                lacking = n_bytes - estimate.compute_bytes.get(name, 0) + self._lacking.get(name, 0)
+                self._lacking[name] = max(self._lacking.get(name, 0), lacking)
+        self._learned.add(assignment)
+        self._plans = {each: kept for each, kept in self._plans.items() if each in self._learned}
+        self._plans[assignment] = plan
