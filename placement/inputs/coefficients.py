@@ -129,7 +129,7 @@ DEFAULTS: dict[str, Default] = {
         "us",
         "added time of a split that reaches an RPC worker",
         "workers",
-        0.9,
+        _UNKNOWN_WORKER,
         rpc_spread=_UNKNOWN_WORKER,
     ),
     "pinned_link_efficiency": Default(
