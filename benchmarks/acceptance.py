@@ -20,9 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from machine_simulator import MACHINES, Placed, Simulated, placements, rows_of, solution_file, tuned_choice
 
 from placement.inputs.machine import Machine
@@ -30,6 +27,10 @@ from placement.inputs.model import Model
 from placement.inputs.model_files.files import save_model
 from placement.measure.calibrate.features import predict_s
 from placement.measure.calibrate.whole import calibrate_machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 
 RUNS = (4, 8, 16)
 ASKED = {0: 0.25, 4: 0.08, 8: 0.05, 16: 0.05}

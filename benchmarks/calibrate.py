@@ -13,12 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from machine_simulator import DECODE, PROMPT, Simulated, bare_machine, pool, tuned_choice
 
 from placement.measure.calibrate.fit import calibrate
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 
 MODELS = ("qwen3-30b-a3b-q4", "gemma-3-27b-q4")
 ASKED = {0: 0.25, 4: 0.08, 8: 0.05}

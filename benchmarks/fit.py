@@ -32,7 +32,7 @@ from placement.llamacpp.emit.resolve import resolve
 from placement.llamacpp.memory import kv_bytes_read, placed_tensors, static_memory
 from placement.predict.check import default_workload
 from placement.solve.request import Request
-from placement.solve.solve import solve
+from placement.solve.solve import solve_request
 from placement.units import MIB
 
 TOLERANCE = 1.002  # the proven gap
@@ -124,7 +124,7 @@ class Case:
             program=PROGRAM,
             **asked,
         )
-        found = solve(self.model, self.machine, request).solutions
+        found = solve_request(self.model, self.machine, request).solutions
         return found[0].assignment if found else None
 
     def is_within_margin(self, assignment: Assignment) -> bool:

@@ -20,7 +20,7 @@ import gguf
 from placement.inputs.gguf_header.facts import TensorInfo
 from placement.inputs.gguf_header.split import read_header
 from placement.inputs.gguf_header.write import write_header
-from placement.inputs.model_files.files import export_header, load_model, save_model
+from placement.inputs.model_files.files import export_header, read_model, save_model
 
 N_TOKENS, N_MERGES = 150_000, 300_000
 DESCRIPTION = Path(__file__).parent.parent / "models" / "qwen3-coder-q5.toml"
@@ -28,7 +28,7 @@ DESCRIPTION = Path(__file__).parent.parent / "models" / "qwen3-coder-q5.toml"
 
 def make_header(path: Path) -> None:
     """Write a header-only file with the tensors of a shipped model, a vocabulary and its merges."""
-    model, chance = load_model(DESCRIPTION), random.Random(0)
+    model, chance = read_model(DESCRIPTION), random.Random(0)
     tokens = tuple("x" * chance.randint(1, 14) for _ in range(N_TOKENS))
     merges = tuple("x" * chance.randint(3, 16) for _ in range(N_MERGES))
     vocabulary = {
@@ -57,11 +57,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "x.gguf", Path(folder) / "out"
         make_header(path)
-        model = load_model(DESCRIPTION)
+        model = read_model(DESCRIPTION)
         rows: list[tuple[str, float, float | None]] = [
             ("read a header, 150k tokens and 300k merges", best_ms(lambda: read_header(path), 5), 300.0),
             ("the same by gguf.GGUFReader", best_ms(lambda: gguf.GGUFReader(path), 1), None),
-            ("read qwen3-coder-q5.toml", best_ms(lambda: load_model(DESCRIPTION), 9), 30.0),
+            ("read qwen3-coder-q5.toml", best_ms(lambda: read_model(DESCRIPTION), 9), 30.0),
             (
                 "write it as a description",
                 best_ms(lambda: save_model(model, out.with_suffix(".toml")), 9),

@@ -121,7 +121,7 @@ def detect_machine() -> Machine:
         PlacementError: there is no GPU, or no driver that describes it.
     """
     from placement.errors import PlacementError
-    from placement.inputs.detect import detect_machine as detect
+    from placement.inputs.detect import detect_hardware as detect
     from placement.inputs.recognise import with_learned
 
     found, reason = detect()

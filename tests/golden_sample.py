@@ -10,7 +10,7 @@ from typing import Any
 from placement.inputs.machine import Machine
 from placement.inputs.machine_files import read_machine
 from placement.inputs.model import Model
-from placement.inputs.model_files.files import load_model, model_from_facts
+from placement.inputs.model_files.files import model_from_facts, read_model
 from placement.inputs.problem import Assignment
 from placement.llamacpp.arguments import parse
 from placement.llamacpp.emit.resolve import resolve
@@ -33,7 +33,7 @@ def row_id(row: Row) -> str:
 def model(name: str) -> Model:
     """The model of that name: a recorded header, else the shipped description."""
     facts = GOLDEN / "models" / f"{name}.json"
-    return model_from_facts(facts) if facts.exists() else load_model(str(DESCRIPTIONS / f"{name}.toml"))
+    return model_from_facts(facts) if facts.exists() else read_model(str(DESCRIPTIONS / f"{name}.toml"))
 
 
 @functools.cache

@@ -27,8 +27,8 @@ from placement.measure.calibrate.choosing import (
     MORE_ROUNDS,
     Proposal,
     choose_runs,
+    forecast_turns,
     is_settled,
-    outlook,
     rounds_to_tell,
     surprising,
     worth_again,
@@ -320,7 +320,7 @@ def tuned_choice(
             rows += [token, read]
             turns[each.key] = seconds
     n_runs = len(turns)
-    predicted = dict(zip(by_key, map(float, outlook(fits, proposals).turns_s), strict=True))
+    predicted = dict(zip(by_key, map(float, forecast_turns(fits, proposals).turns_s), strict=True))
     rounds_s, most = {key: [seconds] for key, seconds in turns.items()}, rounds_to_tell(noise)
     for n_rounds in (*range(LEAST_ROUNDS, most, MORE_ROUNDS), most):
         again = worth_again(rounds_s, predicted, noise)

@@ -124,7 +124,7 @@ def test_files_are_read(tmp_path: Path) -> None:
 
 def test_no_gpu_is_an_error_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that cannot be detected is never guessed."""
-    monkeypatch.setattr("placement.inputs.detect.detect_machine", lambda: (None, "no GPU here"))
+    monkeypatch.setattr("placement.inputs.detect.detect_hardware", lambda: (None, "no GPU here"))
     with pytest.raises(pl.PlacementError, match="no GPU here"):
         pl.detect_machine()
 

@@ -6,12 +6,12 @@ import dataclasses
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from placement.solve.search import configurations as ways
 from solving_support import card, dense_model, expert_model, problem, two_cards
 
 from placement.inputs.machine import Machine
 from placement.solve.cpsat.placing import Placing
 from placement.solve.frames.pieces import Pins
+from placement.solve.search import configurations as ways
 from placement.solve.search.configurations import Freedom
 from placement.solve.search.search import Search
 

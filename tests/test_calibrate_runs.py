@@ -130,10 +130,10 @@ def test_the_file_that_ran_tells_the_model(tmp_path: Path) -> None:
     """Without any solutions the record's own file does."""
     from verify_support import write_model
 
-    from placement.inputs.model_files.files import load_model
+    from placement.inputs.model_files.files import read_model
 
     file = write_model(tmp_path / "tiny.gguf")
-    tiny = load_model(file)
+    tiny = read_model(file)
     placed = placements()[0]
     arguments = ("-ngl", "0", "-c", "4096", "-np", "1", "-fa", "on", "-fit", "off")
     assignment = resolve(tiny, bare_machine(), parse(list(arguments)), "llama-server")
@@ -259,6 +259,6 @@ def test_no_records_change_nothing(tmp_path: Path) -> None:
 
 def test_the_fit_of_nothing_is_the_priors() -> None:
     """Both fits exist without records."""
-    from placement.measure.calibrate.runs import Found
+    from placement.measure.calibrate.runs import FitData
 
-    assert [fit.n_rows for fit in fit_both(bare_machine(), Found())] == [0, 0]
+    assert [fit.n_rows for fit in fit_both(bare_machine(), FitData())] == [0, 0]

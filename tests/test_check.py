@@ -15,8 +15,8 @@ from placement.llamacpp.arguments import parse
 from placement.llamacpp.compute import plan_compute
 from placement.llamacpp.emit.resolve import resolve
 from placement.llamacpp.memory import startable, static_memory
-from placement.predict.check import check, check_row, default_workload, device_use
-from placement.predict.solution import Solution, Verdict
+from placement.predict.check import check_arguments, check_row, default_workload, device_use
+from placement.predict.solution import PlannedPlacement, Solution
 from placement.solve.run import rival
 from placement.units import MIB
 
@@ -26,7 +26,7 @@ ON_CARD = "-c 4096 -ngl 99 -ctk q8_0 -ctv q8_0 -fa on -fit off -np 1"
 
 def run(text: str = ON_CARD, machine: Machine | None = None, **asked: object):  # type: ignore[no-untyped-def]
     """The check of these arguments on a card with room for all."""
-    return check(MODEL, machine or one_card(4000), parse(text), **asked)  # type: ignore[arg-type]
+    return check_arguments(MODEL, machine or one_card(4000), parse(text), **asked)  # type: ignore[arg-type]
 
 
 def test_memory_is_the_three_parts() -> None:
@@ -219,10 +219,10 @@ def test_planned_on_an_unmirrored_backend_is_the_engines_word() -> None:
     """What the engine itself planned is exact, and no note says that it is an estimate."""
     machine = Machine("other", (card("Vulkan0", 4000),), one_card(1).cpu)
 
-    def judge(asked: Problem, assignments: list[Assignment]) -> list[Verdict]:
+    def judge(asked: Problem, assignments: list[Assignment]) -> list[PlannedPlacement]:
         (only,) = assignments
         plan = plan_compute(asked.model, asked.machine, only, asked.program)
-        return [Verdict(plan, device_use(asked, only, plan))]
+        return [PlannedPlacement(plan, device_use(asked, only, plan))]
 
     result = run(machine=machine, judge=judge)
     assert (result.label, result.is_exact, result.notes) == ("planned", True, ())

@@ -11,14 +11,14 @@ from placement.errors import InputError
 from placement.predict.solution import Solution, SolutionSet
 from placement.solve.constraints import Wish, pin_wish, smallest_conflict, ts_wish
 from placement.solve.request import Request
-from placement.solve.solve import solve
+from placement.solve.solve import solve_request
 
 MODEL = expert_model()
 MACHINE = two_cards(500.0, 400.0)
 
 
 def solved(**wishes: Any) -> SolutionSet:
-    return solve(MODEL, MACHINE, Request(**wishes))
+    return solve_request(MODEL, MACHINE, Request(**wishes))
 
 
 def devices_of(solution: Solution, *parts: str) -> set[str]:
@@ -141,5 +141,5 @@ def test_too_many_shares_are_refused() -> None:
 def test_dense_layers_can_be_pinned() -> None:
     """A dense layer pinned to the second card lives there."""
     model, machine = dense_model(), two_cards(4000.0, 4000.0)
-    best = solve(model, machine, Request(pins=(r"blk\.7\.=CUDA1",))).solutions[0]
+    best = solve_request(model, machine, Request(pins=(r"blk\.7\.=CUDA1",))).solutions[0]
     assert "CUDA1" == best.assignment.homes[7]

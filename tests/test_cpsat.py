@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placement.solve.cpsat.frame import Answer, Choice, Extra, Frame, LayerTable, is_alike, is_valid, times_us
+from placement.solve.cpsat.frame import (
+    Answer,
+    Extra,
+    Frame,
+    GroupChoice,
+    LayerTable,
+    is_alike,
+    is_valid,
+    times_us,
+)
 from placement.solve.cpsat.placing import Placing
 
 small = st.integers(0, 9)
@@ -43,13 +52,13 @@ def frames(draw: st.DrawFn) -> Frame:
     for kind in range(n_kinds):
         rows = []
         for home in range(n_positions):
-            choices = [Choice((home,), draw(small), draw(small), ((home, draw(small)),))]
+            choices = [GroupChoice((home,), draw(small), draw(small), ((home, draw(small)),))]
             if home > 0 and draw(st.booleans()):
                 for target in range(n_positions):
                     if target != home:
                         kib = ((home, draw(small)), (target, draw(small)))
                         choices.append(
-                            Choice((target,), draw(small), draw(small), kib, target == 0, target == 0)
+                            GroupChoice((target,), draw(small), draw(small), kib, target == 0, target == 0)
                         )
             if home == 0 and n_positions > 1 and draw(st.booleans()):
                 choices = []
@@ -127,8 +136,8 @@ def test_same_answer_twice(frame: Frame) -> None:
 def crossing_frame(cap_kib: int) -> Frame:
     """Four layers of 10 KiB on two cards; in host memory a layer costs 9 + 4 us more and ends there."""
 
-    def rows(p: int) -> tuple[Choice, ...]:
-        return Choice((p,), 1, 1, ((p, 10),)), Choice((0,), 10, 5, ((0, 10), (p, 0)), True, True)
+    def rows(p: int) -> tuple[GroupChoice, ...]:
+        return GroupChoice((p,), 1, 1, ((p, 10),)), GroupChoice((0,), 10, 5, ((0, 10), (p, 0)), True, True)
 
     layers = (LayerTable(0, 0, ((), rows(1), rows(2))),) * 4
     return Frame(("CPU", "CUDA0", "CUDA1"), layers, (100, cap_kib, 20), hidden_us=(6, 1), fixed_us=(100, 50))
@@ -195,9 +204,9 @@ def equal_cards(draw: st.DrawFn) -> Frame:
     n_cards = draw(st.integers(3, 4))
     decode, prompt, kib, away = draw(small), draw(small), draw(st.integers(1, 9)), draw(small)
 
-    def row(p: int) -> tuple[Choice, ...]:
-        at_home = Choice((p,), decode, prompt, ((p, kib),))
-        return at_home, Choice((0,), decode + away, prompt, ((0, kib), (p, 0)), True, True)
+    def row(p: int) -> tuple[GroupChoice, ...]:
+        at_home = GroupChoice((p,), decode, prompt, ((p, kib),))
+        return at_home, GroupChoice((0,), decode + away, prompt, ((0, kib), (p, 0)), True, True)
 
     table = LayerTable(0, 0, ((), *(row(p) for p in range(1, n_cards + 1))))
     cap = draw(st.integers(0, 20))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from placement.inputs.detect import bandwidth_gb_per_s, detect_cpu, detect_machine, link_gb_per_s
+from placement.inputs.detect import bandwidth_gb_per_s, detect_cpu, detect_hardware, link_gb_per_s
 from placement.inputs.machine import Device
 from placement.inputs.machine_files import machine_toml, read_machine
 
@@ -85,7 +85,7 @@ def use(monkeypatch: pytest.MonkeyPatch, *failing: str, cards: list[dict[str, An
 def test_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every value of a card comes from NVML: memory in MiB, bandwidth from clock and width, link from PCIe."""
     use(monkeypatch)
-    machine, reason = detect_machine()
+    machine, reason = detect_hardware()
     assert machine is not None
     assert reason == ""
     assert machine.devices[0] == Device(
@@ -105,7 +105,7 @@ def test_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_data_centre_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory of an H200: 4.9 TB/s by its clock and width."""
     use(monkeypatch)
-    machine, _ = detect_machine()
+    machine, _ = detect_hardware()
     assert machine is not None
     assert machine.devices[1].bandwidth_gb_per_s == 4916.7
     assert machine.devices[1].uuid == "GPU-2"
@@ -114,7 +114,7 @@ def test_data_centre_card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_detected_machine_can_be_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """What is detected is a valid machine file."""
     use(monkeypatch)
-    machine, _ = detect_machine()
+    machine, _ = detect_hardware()
     assert machine is not None
     (tmp_path / "m.toml").write_text(machine_toml(machine))
     assert machine == read_machine(tmp_path / "m.toml")
@@ -124,7 +124,7 @@ def test_full_card_is_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> N
     """A card without a free byte still makes a valid machine file."""
     full = {**CARDS[0], "MemoryInfo": SimpleNamespace(total=24564 * MIB, free=0)}
     use(monkeypatch, cards=[full])
-    machine, _ = detect_machine()
+    machine, _ = detect_hardware()
     assert machine is not None
     (tmp_path / "m.toml").write_text(machine_toml(machine))
     assert read_machine(tmp_path / "m.toml").devices[0].usable_mib > 0
@@ -133,7 +133,7 @@ def test_full_card_is_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> N
 def test_unknown_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver that does not count cores leaves the throughput unknown."""
     use(monkeypatch, "DeviceGetNumGpuCores")
-    machine, _ = detect_machine()
+    machine, _ = detect_hardware()
     assert machine is not None
     assert machine.devices[0].tflops is None
 
@@ -150,14 +150,14 @@ def test_unknown_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nvml_errors(failing: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of NVML is a reason in words, not an exception."""
     use(monkeypatch, failing)
-    assert (None, reason) == detect_machine()
+    assert (None, reason) == detect_hardware()
 
 
 @pytest.mark.parametrize("failing", ["DeviceGetMaxPcieLinkGeneration", "DeviceGetMaxPcieLinkWidth"])
 def test_unknown_link(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A card that does not tell its link has the default one."""
     use(monkeypatch, failing)
-    machine, _ = detect_machine()
+    machine, _ = detect_hardware()
     assert machine is not None
     assert machine.devices[0].link_gb_per_s == 25.0
 
@@ -165,20 +165,20 @@ def test_unknown_link(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver without a GPU is no machine."""
     use(monkeypatch, cards=[])
-    assert detect_machine() == (None, "the NVIDIA driver reports no GPU")
+    assert detect_hardware() == (None, "the NVIDIA driver reports no GPU")
 
 
 def test_no_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Missing bindings are a reason too."""
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert detect_machine() == (None, "the NVML bindings are not installed")
+    assert detect_hardware() == (None, "the NVML bindings are not installed")
 
 
 @pytest.mark.parametrize("failing", [(), ("DeviceGetCount",), ("Shutdown",)])
 def test_nvml_is_shut_down(failing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """NVML is closed whatever happens, and its closing cannot fail a detection."""
     fake = use(monkeypatch, *failing)
-    machine, _ = detect_machine()
+    machine, _ = detect_hardware()
     assert fake.is_shut is not ("Shutdown" in failing)
     assert (machine is None) is ("DeviceGetCount" in failing)
 

@@ -14,7 +14,7 @@ from placement import errors
 from placement.cli import cli
 from placement.configs.models_conf.models_conf import parse_models_conf
 from placement.inputs.machine_files import read_machine
-from placement.inputs.model_files.files import load_model
+from placement.inputs.model_files.files import read_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -170,7 +170,7 @@ def test_the_description_shown_is_one(tmp_path: Path) -> None:
     """The example of a model description is read as it stands."""
     path = tmp_path / "glm.toml"
     path.write_text(blocks("docs/files.md", "toml")[0], encoding="utf-8")
-    assert len(load_model(str(path)).tensors) == 46
+    assert len(read_model(str(path)).tensors) == 46
 
 
 def test_the_models_conf_shown_is_one() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from placement.engine.find import EngineDevice, describe, find_engine, list_devices
+from placement.engine.find import ListedDevice, describe_engine, find_engine, list_devices
 from placement.engine.flags import read_flags
 from placement.errors import EngineMissing, EngineOutputError
 
@@ -117,8 +117,8 @@ def test_device_list(tmp_path: Path) -> None:
     found = find_engine(folder_with(tmp_path, "llama-server", body=f"cat <<'X'\n{DEVICES}X"))
     assert found is not None
     assert list_devices(found) == (
-        EngineDevice("CUDA0", "NVIDIA GeForce RTX 4090", 24077, 23000),
-        EngineDevice("RPC0", "10.0.0.2:50052", 16384, 100),
+        ListedDevice("CUDA0", "NVIDIA GeForce RTX 4090", 24077, 23000),
+        ListedDevice("RPC0", "10.0.0.2:50052", 16384, 100),
     )
 
 
@@ -143,7 +143,7 @@ def test_versions(tmp_path: Path, printed: str, build: int | None, commit: str |
     body = f"cat <<'X'\n{printed}\n{DEVICES}-m, --model FNAME   x\nX"
     found = find_engine(folder_with(tmp_path, "llama-server", body=body))
     assert found is not None
-    info = describe(found)
+    info = describe_engine(found)
     assert (build, commit) == (info.build, info.commit)
 
 
@@ -152,7 +152,7 @@ def test_lacking_flags_are_named(tmp_path: Path) -> None:
     body = f"cat <<'X'\nversion: 5000 (abc)\n{DEVICES}-m,  --model FNAME   x\n-lv, --verbosity N   x\nX"
     found = find_engine(folder_with(tmp_path, "llama-server", body=body))
     assert found is not None
-    lacks = describe(found).lacks
+    lacks = describe_engine(found).lacks
     assert "-fit" in lacks["llama-server"]
     assert "-lv" not in lacks["llama-server"]
     assert lacks["llama-fit-params"] == ("the program itself",)

@@ -11,7 +11,7 @@ from golden_sample import GOLDEN
 from golden_sample import model as golden_model
 
 from placement.engine.cache import PlanCache
-from placement.engine.find import Engine, describe, list_devices
+from placement.engine.find import Engine, describe_engine, list_devices
 from placement.engine.plan import fit_arguments, model_path, plan, plan_many
 from placement.engine.rpc import RpcWorker, rpc_workers
 from placement.errors import EngineFailed
@@ -268,7 +268,7 @@ def test_own_fit(engine: Engine, workers: Workers) -> None:
 
 def test_description(engine: Engine) -> None:
     """The engine of the tests has every flag that planning wants."""
-    info = describe(engine)
+    info = describe_engine(engine)
     assert info.version
     assert "llama-fit-params" not in info.lacks
     assert "CPU" in info.backends

@@ -20,10 +20,10 @@ from placement.inputs.model_files.files import resolve_model
 from placement.inputs.problem import Assignment, Problem
 from placement.llamacpp.compute import plan_compute
 from placement.llamacpp.graph.rows import ROWS
-from placement.predict.solution import Verdict
+from placement.predict.solution import PlannedPlacement
 from placement.solve.engine_planner import choose_engine, engine_judge, with_rpc_devices
 from placement.solve.request import Request
-from placement.solve.solve import solve
+from placement.solve.solve import solve_request
 from placement.units import MIB
 
 
@@ -48,7 +48,9 @@ def test_every_solution_is_the_engines_own_plan(
 ) -> None:
     """Solutions shown with an engine carry its figures, fit its caps, and plan the same when asked again."""
     model, machine = resolve_model("qwen3-30b-a3b-q4"), cluster(workers, 7000.0)
-    found = solve(model, machine, Request(ctx_tokens=16384), engine_judge(engine, machine, "llama-server"))
+    found = solve_request(
+        model, machine, Request(ctx_tokens=16384), engine_judge(engine, machine, "llama-server")
+    )
     assert found.solutions
     for solution in found.solutions:
         again = plan(engine, model, solution.args, program="llama-server", cache=PlanCache(engine, tmp_path))
@@ -70,7 +72,7 @@ def test_graph_without_a_rule_is_planned_by_probes(
     """An architecture whose graph nobody has described is solved on the engine's plans, and the probes are counted."""
     monkeypatch.delitem(ROWS, "qwen3moe")
     machine = cluster(workers, 12000.0)
-    found = solve(
+    found = solve_request(
         resolve_model("qwen3-30b-a3b-q4"), machine, Request(ctx_tokens=8192, ubatch_tokens=512),
         engine_judge(engine, machine, "llama-server"),
     )  # fmt: skip
@@ -83,7 +85,7 @@ def test_candidate_over_a_cap_is_searched_anew() -> None:
     """A judge that plans 100 MiB more than estimated gets placements that fit with them."""
     asked: list[Assignment] = []
 
-    def judge(problem: Problem, assignments: list[Assignment]) -> list[Verdict]:
+    def judge(problem: Problem, assignments: list[Assignment]) -> list[PlannedPlacement]:
         from placement.predict.check import device_use
 
         verdicts = []
@@ -92,11 +94,11 @@ def test_candidate_over_a_cap_is_searched_anew() -> None:
             plan_ = plan_compute(problem.model, problem.machine, each, problem.program)
             more = {name: size + 100 * MIB for name, size in plan_.compute_bytes.items()}
             heavier = dataclasses.replace(plan_, compute_bytes=more)
-            verdicts.append(Verdict(heavier, device_use(problem, each, heavier)))
+            verdicts.append(PlannedPlacement(heavier, device_use(problem, each, heavier)))
         return verdicts
 
     model, machine = expert_model(), two_cards(500.0, 400.0)
-    found = solve(model, machine, Request(), judge)
+    found = solve_request(model, machine, Request(), judge)
     assert found.solutions
     assert len(asked) > len(found.solutions)
     for solution in found.solutions:
@@ -139,7 +141,7 @@ def test_rpc_server_is_host_and_port(server: str) -> None:
 def test_rpc_servers_alone_make_a_machine(engine: Engine, workers: tuple[RpcWorker, ...]) -> None:
     """Without a GPU, `--rpc` gives a machine of the servers' devices with the memory that the engine sees."""
     machine = with_rpc_devices(
-        options.load_machine(None, [workers[0].endpoint]), [worker.endpoint for worker in workers], engine
+        options.machine_of(None, [workers[0].endpoint]), [worker.endpoint for worker in workers], engine
     )
     assert ["RPC0", "RPC1"] == [device.name for device in machine.devices]
     assert all(device.usable_mib > 100 for device in machine.devices)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from placement.engine.find import Engine, describe, find_engine
+from placement.engine.find import Engine, describe_engine, find_engine
 from placement.engine.plan import plan, plan_many
 from placement.engine.run import kill_group, run, run_many, start_logged
 from placement.errors import (
@@ -98,7 +98,7 @@ def test_true_everywhere(tmp_path: Path, header: Path) -> None:
     (tmp_path / "llama-fit-params").symlink_to("/bin/true")
     engine = find_engine(tmp_path)
     assert engine is not None
-    for ask in (lambda: describe(engine), lambda: plan(engine, header, [])):
+    for ask in (lambda: describe_engine(engine), lambda: plan(engine, header, [])):
         with pytest.raises(EngineError, match="llama-fit-params"):
             ask()
 

@@ -4,23 +4,23 @@ from collections.abc import Sequence
 
 import pytest
 
-from placement.cli.show.explain import Line, explain, layer_row, text_of
+from placement.cli.show.explain import MapLine, explain, layer_row, text_of
 from placement.inputs.machine_files import resolve_machine
 from placement.inputs.model_files.files import resolve_model
 from placement.llamacpp.arguments import parse
-from placement.predict.check import check
+from placement.predict.check import check_arguments
 
 MACHINE = resolve_machine("rtx4090-rtx5070ti")
 _TAIL = "-c 8192 -np 1 -ctk q8_0 -ctv q8_0 -fa on -fit off"
 
 
-def _map(name: str, arguments: str, width: int = 80) -> Sequence[Line]:
+def _map(name: str, arguments: str, width: int = 80) -> Sequence[MapLine]:
     model = resolve_model(name)
-    result = check(model, MACHINE, parse(f"{arguments} {_TAIL}".split()))
+    result = check_arguments(model, MACHINE, parse(f"{arguments} {_TAIL}".split()))
     return explain(model, MACHINE, result.assignment, result.devices, width)
 
 
-def _row(lines: Sequence[Line], title: str) -> str:
+def _row(lines: Sequence[MapLine], title: str) -> str:
     """All strips of that title, joined."""
     return "".join(line[10:] for line in text_of(lines).splitlines() if line.split(" ")[0] == title)
 
@@ -87,7 +87,7 @@ def test_over_the_cap_is_said() -> None:
 def test_notes_stand_below_the_devices() -> None:
     """Why the memory is not exact is told between the devices and the strips, within the width."""
     model = resolve_model("gpt-oss-120b")
-    result = check(model, MACHINE, parse(f"-ngl 37 -ts 25,12 -ot exps=CPU {_TAIL}".split()))
+    result = check_arguments(model, MACHINE, parse(f"-ngl 37 -ts 25,12 -ot exps=CPU {_TAIL}".split()))
     lines = text_of(
         explain(model, MACHINE, result.assignment, result.devices, 60, ["word " * 20])
     ).splitlines()
@@ -107,6 +107,6 @@ def test_roles_name_devices() -> None:
 def test_layer_row_is_the_map_as_data() -> None:
     """Each layer's home, experts and context."""
     model = resolve_model("gpt-oss-120b")
-    result = check(model, MACHINE, parse(f"-ngl 37 -ts 25,12 -ot exps=CPU {_TAIL}".split()))
+    result = check_arguments(model, MACHINE, parse(f"-ngl 37 -ts 25,12 -ot exps=CPU {_TAIL}".split()))
     rows = layer_row(model, result.assignment)
     assert rows[30] == {"layer": 30, "home": "CUDA1", "experts": ["CPU"], "context": "CUDA1"}

@@ -11,7 +11,7 @@ from placement.cli.show.explain_svg import CELL, COLOURS, CPU_COLOUR, layer_map_
 from placement.inputs.machine_files import resolve_machine
 from placement.inputs.model_files.files import resolve_model
 from placement.llamacpp.arguments import parse
-from placement.predict.check import check
+from placement.predict.check import check_arguments
 
 SVG = "{http://www.w3.org/2000/svg}"
 MACHINE = resolve_machine("rtx4090-rtx5070ti")
@@ -21,7 +21,7 @@ _TAIL = "-c 8192 -np 1 -ctk q8_0 -ctv q8_0 -fa on -fit off"
 
 def _picture(name: str, arguments: str, title: str | None = None) -> ElementTree.Element:
     model = resolve_model(name)
-    result = check(model, MACHINE, parse(f"{arguments} {_TAIL}".split()))
+    result = check_arguments(model, MACHINE, parse(f"{arguments} {_TAIL}".split()))
     named = replace(model, name=title or model.name)
     return ElementTree.fromstring(layer_map_svg(named, MACHINE, result.assignment, result.devices))
 
@@ -45,7 +45,7 @@ def test_every_layer_has_a_cell(name: str, n_layers: int) -> None:
 def test_letters_are_those_of_the_text_map() -> None:
     """Homes and experts read as in the terminal."""
     model, picture = resolve_model("gpt-oss-120b"), _picture("gpt-oss-120b", EXPERTS_ON_CPU)
-    result = check(model, MACHINE, parse(f"{EXPERTS_ON_CPU} {_TAIL}".split()))
+    result = check_arguments(model, MACHINE, parse(f"{EXPERTS_ON_CPU} {_TAIL}".split()))
     text = text_of(explain_text(model, MACHINE, result.assignment, result.devices))
     drawn = {strip: "".join(letter for _, letter in _cells(picture, strip)) for strip in ("home", "experts")}
     assert drawn == {line[:10].strip(): line[10:] for line in text.splitlines() if line[:10].strip() in drawn}
@@ -103,6 +103,6 @@ def test_a_bar_is_never_longer_than_its_frame_where_all_fits() -> None:
 def test_it_needs_nothing_from_elsewhere() -> None:
     """No address but SVG's own name: no fonts, scripts or images are loaded."""
     model = resolve_model("gpt-oss-120b")
-    result = check(model, MACHINE, parse(f"-ngl 37 {_TAIL}".split()))
+    result = check_arguments(model, MACHINE, parse(f"-ngl 37 {_TAIL}".split()))
     text = layer_map_svg(model, MACHINE, result.assignment, result.devices)
     assert (text.count("http"), text.count("<script"), text.count("url(")) == (1, 0, 0)

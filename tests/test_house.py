@@ -1,4 +1,4 @@
-"""The house as docs/architecture.md draws it: which wing imports which, who may touch the outside, one name one thing."""
+"""The house as docs/architecture.md draws it: which wing imports which, who may touch the outside, and its words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "placement"
-BESIDE = {"errors", "units", "files", "api"}  # what stands at the top beside the wings, and may be used by all
+BESIDE = {
+    "errors",
+    "units",
+    "files",
+    "api",
+}  # what stands at the top beside the wings, and may be used by all
 TOP = BESIDE | {"__init__", "__main__"}
 MOST_AT_THE_TOP = 12
 LONGEST_CHAIN = 24
@@ -50,7 +55,7 @@ def tree(name: str) -> ast.Module:
 
 def wing_of(name: str) -> str:
     """The wing that a file belongs to, or its own name at the top."""
-    return (name.split(".") + ["__init__"])[1]
+    return [*name.split("."), "__init__"][1]
 
 
 def imported(name: str) -> Iterator[tuple[int, str]]:
@@ -87,7 +92,9 @@ def test_the_table_lists_every_wing_once() -> None:
 
 def test_the_package_has_few_names_at_its_top() -> None:
     """A newcomer sees the wings and a handful of files beside them, no more."""
-    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    names = {
+        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
     assert names == TOP | set(wings())
     assert len(names - {"__init__", "__main__"}) <= MOST_AT_THE_TOP
 
@@ -146,7 +153,10 @@ def test_a_public_name_means_one_thing() -> None:
 def test_a_library_has_one_importer(library: str, owner: str) -> None:
     """Only its owner imports a library that is a seam to something foreign."""
     users = {
-        wing_of(name) for name in files() for _, dotted in imported(name) if dotted.partition(".")[0] == library
+        wing_of(name)
+        for name in files()
+        for _, dotted in imported(name)
+        if dotted.partition(".")[0] == library
     }
     assert users == {owner}
 

@@ -20,9 +20,9 @@ from placement.inputs.model import Model, Profile, Tensor
 from placement.inputs.model_files.description import format_model, parse_model
 from placement.inputs.model_files.files import (
     export_header,
-    load_model,
     model_from_facts,
     model_names,
+    read_model,
     resolve_model,
     save_model,
 )
@@ -84,7 +84,7 @@ def test_the_shipped_models_are_these() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_facts_are_the_recorded_ones(name: str) -> None:
     """Each description has exactly the metadata, types and tensors recorded from the real model."""
-    model = load_model(MODELS / f"{name}.toml")
+    model = read_model(MODELS / f"{name}.toml")
     assert (model.digest, types_digest(model)) == SHIPPED[name][:2]
 
 
@@ -92,22 +92,22 @@ def test_shipped_facts_are_the_recorded_ones(name: str) -> None:
 def test_shipped_profiles(name: str) -> None:
     """Each profile has its owner's context and arguments, a q8_0 cache and one slot."""
     ctx_tokens, extra_args = SHIPPED[name][2:]
-    assert load_model(MODELS / f"{name}.toml").profile == Profile(ctx_tokens, "q8_0", 1, extra_args)
+    assert read_model(MODELS / f"{name}.toml").profile == Profile(ctx_tokens, "q8_0", 1, extra_args)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_descriptions_are_canonical(name: str) -> None:
     """Writing a shipped description again gives the same text."""
     path = MODELS / f"{name}.toml"
-    assert format_model(load_model(path)) == path.read_text(encoding="utf-8")
+    assert format_model(read_model(path)) == path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_models_survive_gguf(tmp_path: Path, name: str) -> None:
     """Description, header-only GGUF, description: the same facts, and the file as long as the real one."""
-    model = load_model(MODELS / f"{name}.toml")
+    model = read_model(MODELS / f"{name}.toml")
     n_bytes = export_header(model, tmp_path / "x.gguf")
-    again = load_model(tmp_path / "x.gguf")
+    again = read_model(tmp_path / "x.gguf")
     assert (facts(again), again.n_bytes <= n_bytes < again.n_bytes + 2**17) == (facts(model), True)
 
 
@@ -116,7 +116,7 @@ def test_shipped_models_survive_gguf(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_llama_cpp_plans_shipped_models(tmp_path: Path, name: str) -> None:
     """llama-fit-params loads a header-only file of each shipped model and plans it."""
-    export_header(load_model(MODELS / f"{name}.toml"), tmp_path / "x.gguf")
+    export_header(read_model(MODELS / f"{name}.toml"), tmp_path / "x.gguf")
     command = [str(LLAMA_FIT_PARAMS), "-m", str(tmp_path / "x.gguf")]
     command += ["-fitp", "on", "-c", "4096", "-ngl", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -194,7 +194,7 @@ def test_toml_and_gguf_keep_any_model(
     )
     parsed = parse_model("m", format_model(model), "m")
     export_header(parsed, tmp_path / "m.gguf", overwrite=True)
-    assert (parsed, facts(load_model(tmp_path / "m.gguf"))) == (model, facts(model))
+    assert (parsed, facts(read_model(tmp_path / "m.gguf"))) == (model, facts(model))
 
 
 def test_equal_layers_take_one_row() -> None:
@@ -383,7 +383,7 @@ def test_description_must_be_utf8(tmp_path: Path) -> None:
     """A description in another encoding is an error that says where."""
     (tmp_path / "x.toml").write_bytes(b'description = "\xff"')
     with pytest.raises(InputError, match=r"UTF-8.*byte 15"):
-        load_model(tmp_path / "x.toml")
+        read_model(tmp_path / "x.toml")
 
 
 # Headers to models, and files
@@ -415,14 +415,14 @@ def test_vocabulary_becomes_its_size(tmp_path: Path) -> None:
         "tokenizer.ggml.model": "none",
         "tokenizer.ggml.token_type_count": 2,
     }
-    model = load_model(path)
+    model = read_model(path)
     assert (model.metadata, model.metadata_types["bert.vocab_size"]) == (expected, "uint32")
 
 
 def test_imported_model_knows_its_files(tmp_path: Path) -> None:
     """A model of a GGUF file keeps the path, and its name without the suffix."""
     path = put_gguf(tmp_path / "x-Q8_0.gguf", general__architecture=("string", "llama"))
-    model = load_model(path)
+    model = read_model(path)
     assert (model.name, model.files) == ("x-Q8_0", (str(path),))
 
 
@@ -432,15 +432,15 @@ def test_description_of_a_file_has_its_digest(tmp_path: Path) -> None:
         "general__architecture": ("string", "llama"),
         "tokenizer__ggml__tokens": ("[string]", ("a",) * 3),
     }
-    model = load_model(put_gguf(tmp_path / "x.gguf", **metadata))
+    model = read_model(put_gguf(tmp_path / "x.gguf", **metadata))
     save_model(model, tmp_path / "x.toml")
-    assert load_model(tmp_path / "x.toml").digest == model.digest
+    assert read_model(tmp_path / "x.toml").digest == model.digest
 
 
 def test_a_file_without_architecture_is_refused(tmp_path: Path) -> None:
     """A GGUF that names no architecture is no model."""
     with pytest.raises(InputError, match=r"general\.architecture"):
-        load_model(put_gguf(tmp_path / "x.gguf", general__name=("string", "x")))
+        read_model(put_gguf(tmp_path / "x.gguf", general__name=("string", "x")))
 
 
 def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
@@ -449,7 +449,7 @@ def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
         tmp_path / "x.gguf", {"general.architecture": "llama"}, {"general.architecture": "string"}, []
     )
     with pytest.raises(InputError, match="no tensors"):
-        load_model(tmp_path / "x.gguf")
+        read_model(tmp_path / "x.gguf")
 
 
 def test_export_adds_what_llama_cpp_needs(tmp_path: Path) -> None:
@@ -464,7 +464,7 @@ def test_saving_keeps_a_backup(tmp_path: Path) -> None:
     save_model(model, path)
     before = path.read_text()
     save_model(dataclasses.replace(model, description="new"), path)
-    assert ((tmp_path / "m.toml.bak").read_text(), load_model(path).description) == (before, "new")
+    assert ((tmp_path / "m.toml.bak").read_text(), read_model(path).description) == (before, "new")
 
 
 def test_saving_the_same_changes_nothing(tmp_path: Path) -> None:

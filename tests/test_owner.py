@@ -12,7 +12,7 @@ from placement.inputs.machine_files import REFERENCE_MACHINE, resolve_machine
 from placement.inputs.model_files.files import resolve_model
 from placement.inputs.problem import Workload
 from placement.llamacpp.arguments import parse
-from placement.predict.check import check
+from placement.predict.check import check_arguments
 
 SHORT = "-ngl 99 -c 10240 -b 512 -ctk q8_0 -ctv q8_0 -np 1"
 LONG = "-ngl 99 -b 2048 -ub 2048 -ctk q8_0 -ctv q8_0 -np 1"
@@ -51,20 +51,20 @@ MACHINE = resolve_machine(REFERENCE_MACHINE)
 @pytest.mark.parametrize(("name", "text", "splits"), SPLITS)
 def test_decode_splits_are_those_of_the_owners_log(name: str, text: str, splits: int) -> None:
     """The owner's log said so many graph splits at batch size 1."""
-    assert splits == check(resolve_model(name), MACHINE, parse(text)).splits_decode
+    assert splits == check_arguments(resolve_model(name), MACHINE, parse(text)).splits_decode
 
 
 @pytest.mark.parametrize(("name", "text", "measured"), TOKENS_PER_S)
 def test_speed_is_within_six_percent_of_the_owners(name: str, text: str, measured: float) -> None:
     """The owner measured this many tokens per second; the prediction is within 6 %."""
-    found = check(resolve_model(name), MACHINE, parse(text), workload=PROMPT_AND_ANSWER)
+    found = check_arguments(resolve_model(name), MACHINE, parse(text), workload=PROMPT_AND_ANSWER)
     assert found.speed.decode_tps == pytest.approx(measured, rel=0.06)
 
 
 @pytest.mark.parametrize(("name", "text", "measured"), CUDA0_MIB)
 def test_first_card_is_within_300_mib_of_nvidia_smi(name: str, text: str, measured: float) -> None:
     """The plan with the runtime is within 300 MiB of what nvidia-smi showed on the card without a desktop."""
-    found = check(resolve_model(name), MACHINE, parse(text))
+    found = check_arguments(resolve_model(name), MACHINE, parse(text))
     assert abs(found.devices["CUDA0"].used_mib - measured) <= 300
 
 

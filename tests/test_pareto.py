@@ -41,8 +41,8 @@ from placement.solve.pareto import (
 from placement.solve.request import Request
 from placement.solve.search.configurations import Freedom
 from placement.solve.search.search import Search
-from placement.solve.search.subproblems import Found
-from placement.solve.solve import MAX_SHOWN, make_problem, solve
+from placement.solve.search.subproblems import Candidate
+from placement.solve.solve import MAX_SHOWN, make_problem, solve_request
 
 EXPERTS = expert_model(8)
 CASES = {
@@ -60,7 +60,7 @@ def merit(each: Solution) -> Merit:
 def shown(name: str, **asked: object) -> tuple[Solution, ...]:
     """What a case shows."""
     request = Request(prompt_tokens=1000, generate_tokens=200, **asked)  # type: ignore[arg-type]
-    return solve(*CASES[name], request).solutions
+    return solve_request(*CASES[name], request).solutions
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -182,7 +182,7 @@ def test_spread_prefers_what_is_far() -> None:
 def test_walk_ends_where_nothing_is_faster() -> None:
     """Each step of the walk has faster prompts than the last, and slower or equal decode."""
     search = Search(problem(EXPERTS, one_card(500)), time_limit_s=60.0)
-    steps: list[Found] = list(walk(search, Freedom(), lambda _text: None))
+    steps: list[Candidate] = list(walk(search, Freedom(), lambda _text: None))
     for one, other in itertools.pairwise(steps):
         if other.speed.prompt_s <= one.speed.prompt_s:
             assert other.speed.decode_s >= one.speed.decode_s * (1 - 2 * FRONT_GAP)

@@ -18,14 +18,14 @@ from placement.engine.find import Engine
 from placement.engine.rpc import rpc_workers
 from placement.errors import EngineFailed, EngineOutputError
 from placement.inputs.machine import Coefficient
-from placement.inputs.model_files.files import load_model
+from placement.inputs.model_files.files import read_model
 from placement.inputs.problem import Workload
 from placement.llamacpp.compute import plan_compute
 from placement.measure.calibrate.features import decode_row, prompt_row
 from placement.measure.calibrate.parameters import prior_of
 from placement.measure.probe import (
-    PROGRAM,
-    Shape,
+    PROBE_PROGRAM,
+    ProbeShape,
     bench_arguments,
     cases,
     middle_of,
@@ -56,12 +56,12 @@ def bench(tmp_path: Path) -> tuple[Engine, Simulated]:
     for case in cases(bare_machine()):
         path = tmp_path / f"{case.shape.name}.gguf"
         write_model(case.shape, path)
-        model = load_model(path)
+        model = read_model(path)
         problem, assignment = placed(case, model, bare_machine())
-        counts = graph_counts(plan_compute(model, bare_machine(), assignment, PROGRAM))
+        counts = graph_counts(plan_compute(model, bare_machine(), assignment, PROBE_PROGRAM))
         from placement.llamacpp.emit.arguments import emit_arguments
 
-        words = bench_arguments(emit_arguments(model, bare_machine(), assignment, PROGRAM))
+        words = bench_arguments(emit_arguments(model, bare_machine(), assignment, PROBE_PROGRAM))
         asked = [
             "-p",
             str(case.n_prompt),
@@ -85,10 +85,10 @@ def bench(tmp_path: Path) -> tuple[Engine, Simulated]:
             rows.append({"key": key, "n_prompt": 0, "n_gen": case.n_generate, "avg_ns": seconds * 1e9})
     times, log = tmp_path / "times.json", tmp_path / "log"
     times.write_text(json.dumps(rows))
-    script = tmp_path / PROGRAM
+    script = tmp_path / PROBE_PROGRAM
     script.write_text(BENCH.format(python=sys.executable, log=str(log), times=str(times)))
     script.chmod(0o755)
-    return Engine(tmp_path, {PROGRAM: script}), simulated
+    return Engine(tmp_path, {PROBE_PROGRAM: script}), simulated
 
 
 def test_arguments_are_as_llama_bench_takes_them() -> None:
@@ -117,7 +117,7 @@ def test_tests_are_found_behind_other_output() -> None:
 def test_a_probe_model_takes_no_disk(tmp_path: Path) -> None:
     """The weights are a hole."""
     path = tmp_path / "m.gguf"
-    write_model(Shape("m", 4, 1024, 4096), path)
+    write_model(ProbeShape("m", 4, 1024, 4096), path)
     assert path.stat().st_size > 50e6
     assert path.stat().st_blocks * 512 < 1e6
 
@@ -186,7 +186,7 @@ def test_a_spent_budget_is_said(bench: tuple[Engine, Simulated]) -> None:
 @pytest.mark.engine
 def test_a_real_engine_is_probed_on_two_workers(engine: Engine) -> None:
     """llama-bench runs the models made here on two workers and the CPU; each device's bandwidth is detected."""
-    if PROGRAM not in engine.binaries:
+    if PROBE_PROGRAM not in engine.binaries:
         pytest.skip("this engine has no llama-bench")
     with rpc_workers(engine, 2) as workers:
         machine = cluster(*(each.endpoint for each in workers), usable_mib=300)
@@ -216,6 +216,6 @@ def test_one_disturbed_repeat_does_not_count() -> None:
 def test_the_end_of_a_program_is_named(bench: tuple[Engine, Simulated]) -> None:
     """A build for another processor dies of SIGILL, and the case says so."""
     engine, _ = bench
-    engine.program(PROGRAM).write_text("#!/bin/sh\nkill -ILL $$\n")
+    engine.program(PROBE_PROGRAM).write_text("#!/bin/sh\nkill -ILL $$\n")
     with pytest.raises(EngineFailed, match="was ended by SIGILL"):
         probe(cpu_machine(), engine, "2026-01-02")

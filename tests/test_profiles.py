@@ -11,7 +11,7 @@ from placement.configs import formats as presets
 from placement.configs import models_conf as profiles
 from placement.configs.models_conf.find_model import ModelFinder
 from placement.configs.models_conf.models_conf import parse_models_conf
-from placement.configs.models_conf.review import Defaults, Profile
+from placement.configs.models_conf.review import Defaults, ProfileReview
 from placement.errors import InputError
 from placement.inputs.machine import Machine
 from placement.inputs.machine_files import resolve_machine
@@ -25,7 +25,7 @@ def machine() -> Machine:
     return resolve_machine("rtx4090-rtx5070ti")
 
 
-def _survey(machine: Machine, text: str, defaults: str = "", **mapping: str) -> list[Profile]:
+def _survey(machine: Machine, text: str, defaults: str = "", **mapping: str) -> list[ProfileReview]:
     conf = parse_models_conf(text.encode())
     finder = ModelFinder(mapping)
     return list(profiles.survey(conf, machine, finder, Defaults.of_text(defaults), is_solved=False))

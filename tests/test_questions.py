@@ -12,7 +12,7 @@ from solving_support import dense_model, expert_model, one_card, two_cards
 
 from placement.solve.questions import choose_kv_type, compare, largest, max_context, max_headroom
 from placement.solve.request import Request
-from placement.solve.solve import best_choice, make_problem, solve
+from placement.solve.solve import best_choice, make_problem, solve_request
 from placement.solve.why import MORE_MIB, next_best_line, next_layer_lines, sensitivity
 
 MODEL = expert_model()
@@ -46,19 +46,19 @@ def test_largest_context_fits_and_the_next_does_not() -> None:
 
 def test_headroom_keeps_the_wished_speed() -> None:
     """The largest reserve still decodes as fast as wished, and is larger than none."""
-    fastest = solve(MODEL, TIGHT, Request()).solutions[0].speed.decode_tps
+    fastest = solve_request(MODEL, TIGHT, Request()).solutions[0].speed.decode_tps
     asked = Request(min_decode_tps=fastest * 0.7)
     found = max_headroom(MODEL, TIGHT, asked)
     assert found is not None
     assert found.reserve_mib > 0
-    best = solve(MODEL, TIGHT, found).solutions[0]
+    best = solve_request(MODEL, TIGHT, found).solutions[0]
     assert best.speed.decode_tps >= fastest * 0.7 * 0.999
     assert best.headroom_mib >= 0
 
 
 def test_impossible_speed_is_said() -> None:
     """A decode speed beyond the machine gives no solution and says that none is so fast."""
-    result = solve(MODEL, TIGHT, Request(min_decode_tps=1e6))
+    result = solve_request(MODEL, TIGHT, Request(min_decode_tps=1e6))
     assert result.solutions == ()
     assert re.match(
         r"no placement decodes 1e\+06 tokens per second: the fastest .* decodes \d+\.\d\d$", result.message
@@ -89,7 +89,7 @@ def test_comparison_puts_the_fastest_first() -> None:
 
 def test_next_tensors_do_not_fit() -> None:
     """What a full card would need for its next experts is more than it has left."""
-    result = solve(MODEL, TIGHT, Request())
+    result = solve_request(MODEL, TIGHT, Request())
     problem, _ = make_problem(MODEL, TIGHT, Request())
     lines = list(next_layer_lines(problem, result.solutions[0]))
     assert lines
@@ -110,7 +110,7 @@ def _figures(line: str) -> tuple[str, str]:
 def test_more_memory_helps_a_tight_machine() -> None:
     """Where experts stay in host memory, 500 MiB more on a card shorten a turn, and that is said."""
     problem, _ = make_problem(MODEL, TIGHT, Request())
-    lines = list(sensitivity(problem, solve(MODEL, TIGHT, Request()), Request()))
+    lines = list(sensitivity(problem, solve_request(MODEL, TIGHT, Request()), Request()))
     assert [f"+{MORE_MIB:.0f} MiB on {name}" for name in ("CUDA0", "CUDA1")] == [
         x.split(" would")[0] for x in lines
     ]
@@ -119,7 +119,7 @@ def test_more_memory_helps_a_tight_machine() -> None:
 
 def test_next_best_costs_something() -> None:
     """The next best of the shown placements is told with what it costs of a turn."""
-    line = next_best_line(solve(MODEL, TIGHT, Request()))
+    line = next_best_line(solve_request(MODEL, TIGHT, Request()))
     assert line is not None
     assert line.startswith("next best: ")
     assert float(line.split("takes ")[1].split("%")[0]) >= -0.3
@@ -128,8 +128,8 @@ def test_next_best_costs_something() -> None:
 @pytest.mark.parametrize("objective", ["decode", "prompt"])
 def test_objective_is_never_beaten_by_the_turn(objective: str) -> None:
     """The best placement for decode (or prompts) alone is at least as good at it as the turn's, within the gap."""
-    asked = solve(MODEL, TIGHT, Request(objective=objective)).solutions[0].speed
-    turn = solve(MODEL, TIGHT, Request()).solutions[0].speed
+    asked = solve_request(MODEL, TIGHT, Request(objective=objective)).solutions[0].speed
+    turn = solve_request(MODEL, TIGHT, Request()).solutions[0].speed
     if objective == "decode":
         assert asked.decode_tps >= turn.decode_tps * 0.995
     else:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from solving_support import expert_model, problem, table_of, two_cards, way
 from test_cpsat import answers, best_by_brute_force, crossing_frame, frames
 
-from placement.solve.cpsat.frame import Answer, Choice, Frame, LayerTable, is_valid, times_us
+from placement.solve.cpsat.frame import Answer, Frame, GroupChoice, LayerTable, is_valid, times_us
 from placement.solve.cpsat.placing import Placing
 from placement.solve.cpsat.relaxation import Relaxation
 
@@ -67,7 +67,7 @@ def test_any_prices_give_a_bound(frame: Frame, prices: list[float]) -> None:
 
 def two_layer_frame(cap_kib: int) -> Frame:
     """Two layers of 10 KiB on one card; in host memory each costs 5 us more."""
-    rows = ((), (Choice((1,), 1, 1, ((1, 10),)), Choice((0,), 4, 3, ((0, 10), (1, 0)), True)))
+    rows = ((), (GroupChoice((1,), 1, 1, ((1, 10),)), GroupChoice((0,), 4, 3, ((0, 10), (1, 0)), True)))
     return Frame(("CPU", "CUDA0"), (LayerTable(0, 0, rows),) * 2, (100, cap_kib))
 
 
@@ -84,7 +84,7 @@ def test_greedy_moves_as_few_as_needed() -> None:
 
 def test_impossible_caps_are_noticed() -> None:
     """A card that cannot hold what cannot move has no bound."""
-    rows = ((), (Choice((1,), 1, 1, ((1, 10),)),))
+    rows = ((), (GroupChoice((1,), 1, 1, ((1, 10),)),))
     frame = Frame(("CPU", "CUDA0"), (LayerTable(0, 0, rows),), (100, 9))
     assert Relaxation(frame).bound().bound is None
 

@@ -9,7 +9,7 @@ from solving_support import card, expert_model, one_card, two_cards
 from placement.cli.show.report import check_text, comparison_text, full_lines, solutions_text
 from placement.inputs.machine import Machine
 from placement.llamacpp.arguments import parse
-from placement.predict.check import check
+from placement.predict.check import check_arguments
 from placement.predict.solution import DeviceUse, Solution
 from placement.solve.questions import compare
 from placement.solve.request import Request
@@ -72,13 +72,13 @@ def test_markup_in_names_is_printed(outcome: Outcome) -> None:
 def test_markup_in_checks_is_printed() -> None:
     """So it is in a check."""
     machine = dataclasses.replace(one_card(4000), name="[/x]")
-    text = check_text(check(expert_model(2), machine, parse("-c 4096 -ngl 99")))
+    text = check_text(check_arguments(expert_model(2), machine, parse("-c 4096 -ngl 99")))
     assert "tiny-experts on [/x], estimated" in text
 
 
 def test_check_shows_every_device() -> None:
     """A check has a row for each device and the host, splits, speed, and whether it fits."""
-    result = check(expert_model(2), two_cards(4000, 4000), parse("-c 4096 -ngl 99 --jinja"))
+    result = check_arguments(expert_model(2), two_cards(4000, 4000), parse("-c 4096 -ngl 99 --jinja"))
     text = check_text(result)
     for words in (
         "CUDA0",
@@ -94,7 +94,7 @@ def test_check_shows_every_device() -> None:
 
 def test_check_that_does_not_fit() -> None:
     """A check over a cap says that it does not fit."""
-    result = check(expert_model(2), one_card(50), parse("-c 4096 -ngl 99"))
+    result = check_arguments(expert_model(2), one_card(50), parse("-c 4096 -ngl 99"))
     assert "does not fit" in check_text(result)
 
 
@@ -105,7 +105,9 @@ def unmirrored() -> Machine:
 
 def test_check_on_an_unmirrored_backend_says_so_at_the_top() -> None:
     """The label is coarse, and the line below it says why."""
-    head, why, *_ = check_text(check(expert_model(2), unmirrored(), parse("-c 4096 -ngl 99"))).splitlines()
+    head, why, *_ = check_text(
+        check_arguments(expert_model(2), unmirrored(), parse("-c 4096 -ngl 99"))
+    ).splitlines()
     assert head.endswith(", estimated (coarse)")
     assert why.startswith("coarse: Vulkan0: llama.cpp's Vulkan backend is not mirrored here")
 

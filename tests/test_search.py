@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from placement.solve.search import configurations as ways
 from solving_support import card, dense_model, expert_model, one_card, problem, two_cards
 
 from placement.inputs.coefficients import DEFAULTS
@@ -14,6 +13,7 @@ from placement.predict.loads import QUANTITIES
 from placement.predict.rates import rates
 from placement.predict.terms import DECODE
 from placement.solve.cpsat.frame import is_valid
+from placement.solve.search import configurations as ways
 from placement.solve.search.configurations import UBATCHES, Freedom, device_orders
 from placement.solve.search.search import Search, shortfall
 

@@ -15,7 +15,7 @@ from placement.inputs.model_files.files import resolve_model
 from placement.llamacpp.emit.arguments import shell_command
 from placement.predict.solution import SolutionSet
 from placement.solve.request import Request
-from placement.solve.solve import solve
+from placement.solve.solve import solve_request
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "solutions").glob("*/solution.toml"))
@@ -38,7 +38,7 @@ def solved_again(path: Path) -> SolutionSet:
         program=table["program"],
         reserve_mib=table["reserve_mib"],
     )
-    return solve(resolve_model(table["model"]), resolve_machine(table["machine"]), request)
+    return solve_request(resolve_model(table["model"]), resolve_machine(table["machine"]), request)
 
 
 def test_all_shipped_models_are_solved() -> None:

@@ -18,11 +18,11 @@ from placement.inputs.problem import CPU
 from placement.llamacpp.arguments import parse
 from placement.llamacpp.compute import plan_compute
 from placement.llamacpp.emit.resolve import resolve
-from placement.predict.check import check, device_use
+from placement.predict.check import check_arguments, device_use
 from placement.predict.cost import evaluate, graph_counts
 from placement.predict.solution import SolutionSet
 from placement.solve.request import Request
-from placement.solve.solve import make_problem, solve
+from placement.solve.solve import make_problem, solve_request
 
 EXPERTS, DENSE = expert_model(8), dense_model(10)
 ASKED = Request(prompt_tokens=1000, generate_tokens=200)
@@ -31,7 +31,7 @@ TIGHT = two_cards(500, 400)
 
 def solved(model: Model, machine: Machine, **asked: object) -> SolutionSet:
     """The answer to the usual question with these wishes."""
-    return solve(model, machine, dataclasses.replace(ASKED, **asked))  # type: ignore[arg-type]
+    return solve_request(model, machine, dataclasses.replace(ASKED, **asked))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_arguments_mean_the_placement(model: Model) -> None:
         arguments = parse(list(each.args))
         assert resolve(model, machine, arguments, "llama-server").homes == each.assignment.homes
         turn = make_problem(model, machine, ASKED)[0].workload
-        result = check(model, machine, arguments, workload=turn)
+        result = check_arguments(model, machine, arguments, workload=turn)
         assert result.devices == each.devices
         assert result.speed.turn_s == pytest.approx(each.speed.turn_s, rel=1e-9)
         assert (result.splits_decode, result.splits_prompt) == (each.splits_decode, each.splits_prompt)

@@ -26,8 +26,8 @@ from placement.inputs.machine import Coefficient, Machine
 from placement.measure.calibrate.choosing import (
     Proposal,
     choose_runs,
+    forecast_turns,
     is_settled,
-    outlook,
     rounds_to_tell,
     surprising,
     worth_again,
@@ -41,7 +41,7 @@ from placement.measure.tune.lines import Tuned
 from placement.measure.tune.loop import tune
 from placement.measure.verify.candidates import FIT, make_candidates
 from placement.measure.verify.keys import machine_key
-from placement.measure.verify.run import Options, asked_of, show
+from placement.measure.verify.run import Options, asked_of, decide_again
 from placement.solve.request import Request
 from placement.solve.run import NO_ENGINE
 
@@ -85,7 +85,7 @@ def test_few_runs_are_enough() -> None:
 def test_the_first_run_is_of_what_is_predicted_best() -> None:
     """Then what tells most, never what was measured."""
     known, each = fits(1, 4), proposals()
-    turns = outlook(known, each).turns_s
+    turns = forecast_turns(known, each).turns_s
     chosen = choose_runs(known, each, {}, 3)
     assert chosen[0] is each[int(turns.argmin())]
     assert len({one.key for one in chosen}) == 3
@@ -101,7 +101,7 @@ def test_nothing_measured_is_chosen_again() -> None:
 def test_the_second_run_tells_most_once_the_first_is_known() -> None:
     """Of what is not far slower than the best, nothing leaves less variance on what may be the best."""
     known, each = fits(2, 2), proposals()
-    found = outlook(known, each)
+    found = forecast_turns(known, each)
     from placement.measure.calibrate.choosing import SLOWEST, _after, _gain
 
     first, second = choose_runs(known, each, {}, 2)
@@ -145,7 +145,7 @@ def test_what_rounds_tell_from_the_best_is_not_repeated() -> None:
 def test_a_run_that_is_slower_than_predicted_is_surprising() -> None:
     """One that took half as long again is run once more; one at its prediction, or faster, is not."""
     known, each = fits(1, 8), proposals()[8:11]
-    turns_s = [float(seconds) for seconds in outlook(known, each).turns_s]
+    turns_s = [float(seconds) for seconds in forecast_turns(known, each).turns_s]
     factors = (1.5, 1.0, 0.6)
     measured = {one.key: s * factor for one, s, factor in zip(each, turns_s, factors, strict=True)}
     assert surprising(known, each, measured) == [each[0]]
@@ -162,7 +162,7 @@ def test_a_busy_machine_settles_nothing() -> None:
     """Rounds that differ by half are no reason to take the best measured for the best there is."""
     each = proposals()
     known = fits(1, 8)
-    best_s = float(outlook(known, each).turns_s.min())
+    best_s = float(forecast_turns(known, each).turns_s.min())
     measured = {one.key: 1.5 * best_s for one in each[:6]}
     assert not is_settled(known, each, measured, 1.0)
 
@@ -207,7 +207,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                         "fit_arguments": named[0].args if each.role == FIT else None,
                     }
                     log.append(record.model_copy(update=more))
-        self.report = show(folder, outcome.problem.workload)
+        self.report = decide_again(folder, outcome.problem.workload)
         return True
 
     monkeypatch.setattr(loop.Tuning, "_verify", measure)

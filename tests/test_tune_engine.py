@@ -7,7 +7,7 @@ from verify_support import Lines, cluster, quick, write_model
 
 from placement.engine.find import Engine
 from placement.engine.rpc import rpc_workers
-from placement.inputs.model_files.files import load_model
+from placement.inputs.model_files.files import read_model
 from placement.measure.tune.lines import Tuned
 from placement.measure.tune.loop import tune
 from placement.measure.verify.candidates import FIT
@@ -28,7 +28,7 @@ def tuning(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tu
     with rpc_workers(engine, 2) as workers:
         machine = cluster(*(each.endpoint for each in workers), usable_mib=11)
         tuned = tune(
-            load_model(file), machine, file, engine, request, NO_ENGINE, folder / "solutions",
+            read_model(file), machine, file, engine, request, NO_ENGINE, folder / "solutions",
             quick(folder, budget_s=90), Lines(), said.append,
         )  # fmt: skip
     return tuned, said

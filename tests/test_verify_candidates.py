@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from verify_support import cluster, solution
 
-from placement.engine.find import EngineDevice
+from placement.engine.find import ListedDevice
 from placement.inputs.machine import Coefficient, Cpu, Device, Machine
 from placement.measure.verify.candidates import (
-    Candidate,
+    VerifyCandidate,
     caps_mib,
     choose,
     fit_targets_mib,
@@ -75,22 +75,22 @@ def test_moderate_cap_leaves_what_runs_have_taught() -> None:
 
 def test_fit_target_is_free_less_cap() -> None:
     """A card with 23,600 MiB free and a cap of 23,420 leaves 180 free; a device nobody named is left alone."""
-    devices = [EngineDevice("CUDA0", "", 24576, 23600.5), EngineDevice("CUDA1", "", 8000, 7000)]
+    devices = [ListedDevice("CUDA0", "", 24576, 23600.5), ListedDevice("CUDA1", "", 8000, 7000)]
     assert fit_targets_mib({"CUDA0": 23420}, devices) == [181, 7000]
 
 
 def test_fit_target_is_never_negative() -> None:
     """A card that has less free than the cap gets the target 0, which --fit understands."""
-    assert fit_targets_mib({"CUDA0": 9000}, [EngineDevice("CUDA0", "", 9999, 8000)]) == [0]
+    assert fit_targets_mib({"CUDA0": 9000}, [ListedDevice("CUDA0", "", 9999, 8000)]) == [0]
 
 
 def test_free_memory_does_not_change_the_identity() -> None:
     """--fit is the same run on a rerun when only the memory free at the moment differs."""
     fit = make_candidates([solution("aggressive", "-ngl", "2", "-c", "512")], CARDS, ())[1]
-    one, two = (fit.arguments_on([EngineDevice("CUDA0", "", 24576, free)]) for free in (23600, 23700))
+    one, two = (fit.arguments_on([ListedDevice("CUDA0", "", 24576, free)]) for free in (23600, 23700))
     assert one != two
     assert one[-2:] == ("-fitt", "80")
-    assert fit.run_id == Candidate("again", "fit", fit.arguments, fit.caps_mib).run_id
+    assert fit.run_id == VerifyCandidate("again", "fit", fit.arguments, fit.caps_mib).run_id
 
 
 def test_profile_arguments_are_kept() -> None:

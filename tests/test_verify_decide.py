@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from verify_support import DevicePeak, HostPeak, Predicted, Record, good_round, record
 
-from placement.cli.show.verify_tables import header, report_row, rows, summary
+from placement.cli.show.verify_tables import header, rows, verify_row, verify_summary
 from placement.inputs.problem import Workload
 from placement.measure.verify.decide import Verdict, decide, noise_floor, result_of, rounds_of, turn_seconds
-from placement.measure.verify.run import Report
+from placement.measure.verify.run import VerifyReport
 
 WORKLOAD = Workload(prompt_tokens=1000, generate_tokens=100, depth_tokens=0)
 
@@ -184,7 +184,7 @@ def test_one_round_has_no_noise() -> None:
     assert any("the noise is unknown" in reason for reason in found.reasons)
 
 
-def table_report() -> Report:
+def table_report() -> VerifyReport:
     predicted = Predicted(
         label="planned", self_mib={"CUDA0": 17101, "Host": 5}, splits_decode=3, decode_tps=140.0
     )
@@ -193,7 +193,7 @@ def table_report() -> Report:
     run[7] = run[7].model_copy(update={"predicted": predicted})
     peak = DevicePeak(peak_mib=18361, total_mib=24576, cap_mib=23520)
     run[5] = run[5].model_copy(update={"devices": {"CUDA0": peak}, "host": HostPeak(swapped_mib=50)})
-    return Report(verdict(run, FIT), "c", WORKLOAD, True, len(run))
+    return VerifyReport(verdict(run, FIT), "c", WORKLOAD, True, len(run))
 
 
 def test_table_shows_measured_beside_predicted() -> None:
@@ -210,14 +210,14 @@ def test_table_shows_measured_beside_predicted() -> None:
 
 def test_unknown_is_a_dash() -> None:
     """What was not measured is a dash, never 0."""
-    report = Report(verdict(failed("aggressive", "start", "oom-at-start")), "c", WORKLOAD, True, 2)
+    report = VerifyReport(verdict(failed("aggressive", "start", "oom-at-start")), "c", WORKLOAD, True, 2)
     cells = dict(zip(header(report), rows(report)[0], strict=True))
     assert (cells["t/s"], cells["turn s"], cells["OOM?"]) == ("-", "-", "at start")
 
 
 def test_json_has_the_choice() -> None:
     """The JSON names the recommended candidate, its command and every result."""
-    row = report_row(table_report(), "m", "x", "/m.gguf")
+    row = verify_row(table_report(), "m", "x", "/m.gguf")
     assert row["recommended"] == "aggressive"
     assert row["command"] == "llama-server -m /m.gguf -ngl aggressive"
     assert [each["name"] for each in row["results"]] == ["aggressive", "fit:aggressive"]
@@ -225,4 +225,4 @@ def test_json_has_the_choice() -> None:
 
 def test_summary_tells_the_noise_floor() -> None:
     """The floor below which differences are ties stands in the summary."""
-    assert any("noise floor" in line for line in summary(table_report()))
+    assert any("noise floor" in line for line in verify_summary(table_report()))

@@ -33,12 +33,12 @@ from verify_support import (
 
 from placement.engine.find import Engine
 from placement.engine.rpc import rpc_workers
-from placement.inputs.model_files.files import load_model
+from placement.inputs.model_files.files import read_model
 from placement.measure.records.log import RunLog
 from placement.measure.verify.phases import MOST_REPEATS, PATIENCE
-from placement.measure.verify.run import Report, verify
+from placement.measure.verify.run import VerifyReport, verify
 from placement.solve.request import Request
-from placement.solve.solve import make_problem, solve
+from placement.solve.solve import make_problem, solve_request
 
 pytestmark = pytest.mark.engine
 
@@ -62,15 +62,17 @@ def servers() -> list[psutil.Process]:
     return [each for each in psutil.Process().children(recursive=True) if "llama-server" in each.name()]
 
 
-def run_on_cpu(engine: Engine, model_file: Path, tmp_path: Path, listener: Lines, **more: Any) -> Report:
+def run_on_cpu(
+    engine: Engine, model_file: Path, tmp_path: Path, listener: Lines, **more: Any
+) -> VerifyReport:
     """Verify two hand-made solutions on the CPU."""
-    problem = problem_of(load_model(model_file), cpu_machine())
+    problem = problem_of(read_model(model_file), cpu_machine())
     found = set_of(problem, solution("aggressive", *CPU_ARGS), solution("other", *OTHER_ARGS))
     options = quick(tmp_path, **more)
     return verify(problem, found, model_file, engine, tmp_path / "runs", options, listener)
 
 
-def statuses(report: Report) -> dict[str, str]:
+def statuses(report: VerifyReport) -> dict[str, str]:
     return {each.name: each.status for each in report.verdict.results}
 
 
@@ -99,7 +101,7 @@ def test_speed_is_what_the_server_measures(engine: Engine, dense: Path, tmp_path
 
 def test_phases_are_repeated_for_a_while(engine: Engine, dense: Path, tmp_path: Path) -> None:
     """Small models are asked again until a phase took its seconds; a rerun that wants more adds what is missing."""
-    problem = problem_of(load_model(dense), cpu_machine())
+    problem = problem_of(read_model(dense), cpu_machine())
     found = set_of(problem, solution("aggressive", *CPU_ARGS))
     counts = []
     for seconds in (0.2, 0.4):
@@ -120,14 +122,14 @@ def test_phases_are_repeated_for_a_while(engine: Engine, dense: Path, tmp_path: 
 
 def test_moe_model_on_two_workers(engine: Engine, moe: Path, tmp_path: Path) -> None:
     """Solved for two unequal workers, run on them beside --fit, and never slower than it."""
-    model = load_model(moe)
+    model = read_model(moe)
     with rpc_workers(engine, 2) as workers:
         machine = cluster(*(each.endpoint for each in workers), usable_mib=11)
         asked = Request(
             ctx_tokens=1024, prompt_tokens=200, generate_tokens=20, load_modes=("auto",), time_limit_s=3
         )
         problem, _ = make_problem(model, machine, asked)
-        found = solve(model, machine, asked)
+        found = solve_request(model, machine, asked)
         report = verify(problem, found, moe, engine, tmp_path / "runs", quick(tmp_path, top=1), Lines())
     assert set(statuses(report).values()) == {"ok"}
     chosen, fit = report.verdict.recommended, report.verdict.results[-1]
@@ -141,7 +143,7 @@ def test_moe_model_on_two_workers(engine: Engine, moe: Path, tmp_path: Path) -> 
 
 def test_fit_keeps_to_the_cap(engine: Engine, moe: Path, tmp_path: Path) -> None:
     """--fit takes no more of a worker than the candidate's cap: its target is what is free less the cap."""
-    problem_model, cap_mib = load_model(moe), 8.0
+    problem_model, cap_mib = read_model(moe), 8.0
     with rpc_workers(engine, 1) as workers:
         machine = cluster(workers[0].endpoint, usable_mib=cap_mib)
         problem = problem_of(problem_model, machine)
@@ -180,7 +182,7 @@ def test_starved_worker_is_out_of_memory_at_start(engine: Engine, moe: Path, tmp
     """A worker that really refuses memory makes OOM at start, and the next candidate is measured."""
     with starved_worker(engine, tmp_path / "worker.log", 60) as endpoint:
         machine = cluster(endpoint)
-        problem = problem_of(load_model(moe), machine)
+        problem = problem_of(read_model(moe), machine)
         args = ("--rpc", endpoint, "-ngl", "99", "-np", "1", "-t", "1", "-fa", "on", "-fit", "off")
         found = set_of(
             problem,
@@ -206,7 +208,7 @@ def test_refused_memory_in_inference(
                 limit = server.memory_info().vms + (128 << 10)
                 resource.prlimit(server.pid, resource.RLIMIT_AS, (limit, limit))
 
-    problem = problem_of(load_model(dense), cpu_machine(), 4096)
+    problem = problem_of(read_model(dense), cpu_machine(), 4096)
     args = [word.replace("1024", "4096") for word in CPU_ARGS]
     found = set_of(problem, solution("aggressive", *args), solution("other", *args, "-ub", "256"))
     options = replace(quick(tmp_path), asked=replace(SMALL, long_prompt=2000))
@@ -256,7 +258,7 @@ def test_engine_without_the_device_is_a_wrong_build(engine: Engine, dense: Path,
     from placement.inputs.machine import Device
 
     card = Device("CUDA0", 24576, 24000, 480, 1008, 25)
-    problem = problem_of(load_model(dense), replace(workers(), devices=(card,)))
+    problem = problem_of(read_model(dense), replace(workers(), devices=(card,)))
     found = set_of(problem, solution("aggressive", *CPU_ARGS, devices=("CUDA0",)))
     report = verify(problem, found, dense, engine, tmp_path / "runs", quick(tmp_path), Lines())
     assert set(statuses(report).values()) == {"wrong-build"}

@@ -21,10 +21,10 @@ from verify_support import (
 )
 
 from placement.errors import InputError
-from placement.inputs.model_files.files import load_model
+from placement.inputs.model_files.files import read_model
 from placement.measure.records.log import RunLog
 from placement.measure.verify.lock import MachineBusy, machine_lock
-from placement.measure.verify.run import Report, show, verify
+from placement.measure.verify.run import VerifyReport, decide_again, verify
 
 HASTY = replace(QUICK, start_s=1.5, prompt_s=1.0, canary_s=1.0, stop_s=0.3)
 
@@ -39,8 +39,8 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path: Path, model_file: Path) -> Any:
     """Verifies the solutions named by keyword against a server that behaves as their values say."""
 
-    def go(listener: Lines | None = None, options: Any = None, names: str = "", **modes: Any) -> Report:
-        model = load_model(model_file)
+    def go(listener: Lines | None = None, options: Any = None, names: str = "", **modes: Any) -> VerifyReport:
+        model = read_model(model_file)
         problem = problem_of(model, cpu_machine())
         wanted = names.split() or [name for name in modes if "." not in name and name != "fit"]
         found = set_of(problem, *(solution(name, "-ngl", name) for name in wanted))
@@ -58,7 +58,7 @@ def run(tmp_path: Path, model_file: Path) -> Any:
     return go
 
 
-def statuses(report: Report) -> dict[str, str]:
+def statuses(report: VerifyReport) -> dict[str, str]:
     return {each.name: each.status for each in report.verdict.results}
 
 
@@ -205,7 +205,7 @@ def test_spent_budget_keeps_what_was_measured(run: Any, tmp_path: Path) -> None:
 
 def test_wrong_model_file_is_named(run: Any, tmp_path: Path, model_file: Path) -> None:
     """A file that is not the model solved for starts no server; every candidate says what differs."""
-    model = load_model(model_file)
+    model = read_model(model_file)
     other = write_model(tmp_path / "other.gguf", n_layer=2, n_embd=64)
     problem = problem_of(model, cpu_machine())
     found = set_of(problem, solution("aggressive", "-ngl", "aggressive"))
@@ -221,17 +221,17 @@ def test_wrong_model_file_is_named(run: Any, tmp_path: Path, model_file: Path) -
 def test_show_prefers_what_was_measured(run: Any, tmp_path: Path, model_file: Path) -> None:
     """A later try with a wrong file does not hide the table of what was measured."""
     report = run(aggressive="ok")
-    problem = problem_of(load_model(model_file), cpu_machine())
+    problem = problem_of(read_model(model_file), cpu_machine())
     found = set_of(problem, solution("aggressive", "-ngl", "aggressive"))
     other = write_model(tmp_path / "other.gguf", n_layer=2, n_embd=64)
     engine = fake_engine(tmp_path / "engine", aggressive="ok")
     verify(problem, found, other, engine, tmp_path / "runs", quick(tmp_path), Lines())
-    assert show(tmp_path / "runs", report.workload).verdict == report.verdict
+    assert decide_again(tmp_path / "runs", report.workload).verdict == report.verdict
 
 
 def test_other_name_in_the_header_is_the_same_model(run: Any, tmp_path: Path, model_file: Path) -> None:
     """A name or licence in the header makes no other model: neither memory nor speed depend on it."""
-    model = load_model(model_file)
+    model = read_model(model_file)
     renamed = replace(model, metadata={**model.metadata, "general.name": "another"})
     problem = problem_of(renamed, cpu_machine())
     found = set_of(problem, solution("aggressive", "-ngl", "aggressive"))
@@ -260,10 +260,12 @@ def test_torn_record_is_said_and_survived(run: Any, tmp_path: Path) -> None:
 def test_show_decides_from_the_records(run: Any, tmp_path: Path) -> None:
     """--show gives the verdict again without an engine."""
     report = run(aggressive="ok")
-    assert show(tmp_path / "runs", report.workload).verdict == report.verdict
+    assert decide_again(tmp_path / "runs", report.workload).verdict == report.verdict
 
 
 def test_show_without_records_says_what_to_do(tmp_path: Path) -> None:
     """--show before any run is an input error."""
     with pytest.raises(InputError, match="run place verify first"):
-        show(tmp_path, problem_of(load_model(write_model(tmp_path / "m.gguf")), cpu_machine()).workload)
+        decide_again(
+            tmp_path, problem_of(read_model(write_model(tmp_path / "m.gguf")), cpu_machine()).workload
+        )

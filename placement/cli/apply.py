@@ -31,7 +31,7 @@ fresh_option = click.option(
 
 def engine_build(name: str) -> str | None:
     """The build of the engine that `--engine` names, such as "b11434"; None without an engine."""
-    from placement.engine.find import describe, find_engine
+    from placement.engine.find import describe_engine, find_engine
     from placement.errors import EngineMissing
 
     try:
@@ -40,7 +40,7 @@ def engine_build(name: str) -> str | None:
         if name != "auto":
             raise
         return None
-    info = describe(engine) if engine is not None else None
+    info = describe_engine(engine) if engine is not None else None
     return None if info is None else (f"b{info.build}" if info.build is not None else info.version)
 
 
@@ -88,7 +88,7 @@ def command(
     from placement.configs.models_conf.whole import place_in_conf
 
     placed = place_in_conf(
-        options.load(model_name), options.load_machine(machine_name), read_models_conf(file),
+        options.load(model_name), options.machine_of(machine_name), read_models_conf(file),
         finder_of(file, pairs), Defaults.of_text(defaults_text), options.request_of(given),
         section_name=section_name or model_name, solution_name=solution_name, root=Path(root),
         is_fresh=is_fresh, date=date.today().isoformat(), engine_build=engine_build(engine_name), tell=_tell,

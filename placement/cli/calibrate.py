@@ -11,7 +11,7 @@ from placement.cli import options
 
 if TYPE_CHECKING:
     from placement.measure.calibrate.fit import Calibration
-    from placement.measure.calibrate.report import Report
+    from placement.measure.calibrate.report import CalibrationReport
 
 
 @click.command()
@@ -48,7 +48,7 @@ def command(
     from placement.inputs.recognise import learned_path
     from placement.measure.calibrate.whole import calibrate_machine
 
-    machine = options.load_machine(machine_name)
+    machine = options.machine_of(machine_name)
     root = Path(out_folder or "solutions")
     changed, report = calibrate_machine(machine, root, options.now(), is_mixed, chance)
     path = learned_path(machine_name, machine)
@@ -61,18 +61,18 @@ def command(
         raise click.exceptions.Exit(1)
 
 
-def _show(report: Report, path: Path, is_written: bool, ending: str | None, is_json: bool) -> None:
-    from placement.measure.calibrate.report import report_row
+def _show(report: CalibrationReport, path: Path, is_written: bool, ending: str | None, is_json: bool) -> None:
+    from placement.measure.calibrate.report import calibration_row
 
     if is_json:
-        options.echo_json({**report_row(report), "path": str(path), "is_written": is_written})
+        options.echo_json({**calibration_row(report), "path": str(path), "is_written": is_written})
         return
-    print_report(report)
+    print_calibration(report)
     if ending is not None:
         click.echo(ending)
 
 
-def _ending(report: Report, path: Path, is_dry: bool) -> str:
+def _ending(report: CalibrationReport, path: Path, is_dry: bool) -> str:
     if not report.found.rows:
         return "no runs of this machine: run place verify or place tune first"
     if not report.changes:
@@ -80,7 +80,7 @@ def _ending(report: Report, path: Path, is_dry: bool) -> str:
     return f"{path}: {len(report.changes)} values {'would change' if is_dry else 'written'}"
 
 
-def print_report(report: Report) -> None:
+def print_calibration(report: CalibrationReport) -> None:
     """Print the runs' errors, the coefficients, what is not known, and the changes."""
     from placement.measure.calibrate import report as words
 
@@ -88,7 +88,7 @@ def print_report(report: Report) -> None:
         if fit.errors:
             _print_errors(fit)
             _print_coefficients(fit)
-    for line in words.summary(report):
+    for line in words.calibration_summary(report):
         click.echo(f"- {line}")
     for fit in report.fits:
         if fit.errors:

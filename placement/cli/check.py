@@ -53,7 +53,7 @@ def command(
     environment = {name: value for name, value in os.environ.items() if name.startswith(VARIABLE_PREFIX)}
     parsed = parse(arguments, environment)
     result = run_check(
-        model, options.load_machine(machine_name, parsed.rpc), parsed, options.request_of(given),
+        model, options.machine_of(machine_name, parsed.rpc), parsed, options.request_of(given),
         engine=EngineChoice(engine_name, parsed.rpc, not machine_name), is_compared=is_compared,
         warn=options.warn,
     )  # fmt: skip

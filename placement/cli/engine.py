@@ -26,14 +26,14 @@ def command(engine_name: str, rpc: tuple[str, ...], is_json: bool) -> None:
     Example:
       place engine --engine ~/llama.cpp/build/bin
     """
-    from placement.engine.find import describe, find_engine
+    from placement.engine.find import describe_engine, find_engine
 
     engine = find_engine(engine_name)
     if engine is None:
         click.echo("engine: off")
         return
     servers = [server for each in rpc for server in each.split(",") if server]
-    info = describe(engine, servers)
+    info = describe_engine(engine, servers)
     if is_json:
         options.echo_json({"folder": str(engine.folder), **dataclasses.asdict(info)})
     else:

@@ -58,7 +58,7 @@ def command(
     from placement.cli.show.explain_svg import save_layer_map
     from placement.predict.check import check_row
 
-    model, machine = options.load(model_name), options.load_machine(machine_name)
+    model, machine = options.load(model_name), options.machine_of(machine_name)
     result = _checked(model, machine, arguments, program)
     if picture is not None:
         save_layer_map(picture, model, machine, result.assignment, result.devices)
@@ -76,10 +76,10 @@ def _checked(model: Model, machine: Machine, arguments: str | None, program: Pro
     """What is drawn: the arguments as they stand, or the recommended solution's."""
     from placement.configs.models_conf.choice_row import best_arguments
     from placement.llamacpp.arguments import parse
-    from placement.predict.check import check
+    from placement.predict.check import check_arguments
 
     tokens = best_arguments(model, machine, program) if arguments is None else arguments
-    return check(model, machine, parse(tokens), program)
+    return check_arguments(model, machine, parse(tokens), program)
 
 
 def _lines(model: Model, machine: Machine, result: Check, columns: int) -> Iterator[str]:

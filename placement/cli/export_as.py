@@ -74,7 +74,7 @@ def command(
     from placement.configs.models_conf.models_conf import read_models_conf
     from placement.configs.models_conf.review import Defaults
 
-    machine = options.load_machine(machine_name)
+    machine = options.machine_of(machine_name)
     if conf_file is not None:
         conf, finder = read_models_conf(conf_file), finder_of(conf_file, pairs)
         defaults = Defaults.of_text(defaults_text)

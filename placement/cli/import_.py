@@ -19,10 +19,10 @@ def command(file: Path, out: Path | None) -> None:
     Example:
       place import Qwen3-Coder-Next-UD-Q5_K_XL-00001-of-00002.gguf -o models/my-qwen.toml
     """
-    from placement.inputs.model_files.files import load_model, save_model
+    from placement.inputs.model_files.files import read_model, save_model
     from placement.solve.store import slug
 
-    model = load_model(file)
+    model = read_model(file)
     path = out if out is not None else Path("models") / f"{slug(model.name)}.toml"
     save_model(model, path)
     click.echo(

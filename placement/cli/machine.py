@@ -56,7 +56,7 @@ command.add_command(probe_command, "probe")
 
 
 def _print(name: str | None, is_json: bool) -> None:
-    _echo(options.load_machine(name), is_json)
+    _echo(options.machine_of(name), is_json)
 
 
 def _echo(machine: object, is_json: bool) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from placement.inputs.machine import Machine
     from placement.inputs.model import Model
 
-DEFAULTS = Request()
+REQUEST_DEFAULTS = Request()
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,7 +32,7 @@ json_option = click.option("--json", "is_json", is_flag=True, help="One JSON obj
 program_option = click.option(
     "--program",
     type=click.Choice(PROGRAMS),
-    default=DEFAULTS.program,
+    default=REQUEST_DEFAULTS.program,
     show_default=True,
     help="Whose buffers are sized: llama-server's logits are for its slots, the others' for a whole ubatch.",
 )
@@ -68,7 +68,7 @@ reserve_option = click.option(
     "--reserve",
     "reserve_mib",
     type=Finite(min=0),
-    default=DEFAULTS.reserve_mib,
+    default=REQUEST_DEFAULTS.reserve_mib,
     metavar="MIB",
     help="Keep that much free on every GPU, on top of its runtime.",
 )
@@ -106,7 +106,7 @@ def depth_option(what: str) -> Callable[[F], F]:
 def prompt_option(words: str = "Tokens that a turn reads.") -> Callable[[F], F]:
     """The turn's prompt."""
     return click.option(
-        "--prompt", "prompt_tokens", type=click.IntRange(min=1), default=DEFAULTS.prompt_tokens,
+        "--prompt", "prompt_tokens", type=click.IntRange(min=1), default=REQUEST_DEFAULTS.prompt_tokens,
         show_default=True, help=words,
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ def prompt_option(words: str = "Tokens that a turn reads.") -> Callable[[F], F]:
 def generate_option(words: str = "Tokens that a turn writes.") -> Callable[[F], F]:
     """The turn's answer."""
     return click.option(
-        "--generate", "generate_tokens", type=click.IntRange(min=1), default=DEFAULTS.generate_tokens,
+        "--generate", "generate_tokens", type=click.IntRange(min=1), default=REQUEST_DEFAULTS.generate_tokens,
         show_default=True, help=words,
     )  # fmt: skip
 
@@ -122,7 +122,7 @@ def generate_option(words: str = "Tokens that a turn writes.") -> Callable[[F], 
 objective_option = click.option(
     "--objective",
     type=click.Choice(OBJECTIVES),
-    default=DEFAULTS.objective,
+    default=REQUEST_DEFAULTS.objective,
     show_default=True,
     help="What is made fast: the whole turn, or only its writing or reading.",
 )
@@ -170,7 +170,7 @@ def load(model_name: str) -> Model:
     return resolve_model(model_name)
 
 
-def load_machine(name: str | None, rpc: Sequence[str] = ()) -> Machine:
+def machine_of(name: str | None, rpc: Sequence[str] = ()) -> Machine:
     """The machine of a --machine option; without one the machine here, or the reference machine and a line.
 
     Where a file has learned of the machine here it counts, and a line names it; with RPC servers that file is
@@ -205,7 +205,7 @@ def require_weights(path: Path) -> None:
 
 
 def own_machine(name: str | None) -> Machine:
-    """As `load_machine`, for what is measured here and kept: never the reference machine in its stead.
+    """As `machine_of`, for what is measured here and kept: never the reference machine in its stead.
 
     Raises:
         InputError: no machine is named, and there is no GPU to know this one by.
@@ -215,7 +215,7 @@ def own_machine(name: str | None) -> Machine:
     reason = "" if name is not None else _machine_here(has_rpc=False)[1]
     if reason:
         raise InputError("--machine", f"{reason}: name the file of the machine that is measured")
-    return load_machine(name)
+    return machine_of(name)
 
 
 def keep_learned(machine: Machine, path: Path, is_wanted: bool) -> tuple[bool, PlacementError | None]:
@@ -238,10 +238,10 @@ def detected_machine() -> Machine:
 
 
 def _machine_here(has_rpc: bool) -> tuple[Machine | None, str]:
-    from placement.inputs.detect import detect_cpu, detect_machine
+    from placement.inputs.detect import detect_cpu, detect_hardware
     from placement.inputs.machine import Machine
 
-    found, reason = detect_machine()
+    found, reason = detect_hardware()
     return (Machine("rpc", (), detect_cpu()) if found is None and has_rpc else found), reason
 
 

@@ -12,7 +12,7 @@ from placement.cli import options
 
 if TYPE_CHECKING:
     from placement.configs.models_conf.find_model import ModelFinder
-    from placement.configs.models_conf.review import Profile
+    from placement.configs.models_conf.review import ProfileReview
 
 defaults_option = click.option(
     "--defaults",
@@ -84,7 +84,7 @@ def command(
     conf = read_models_conf(file)
     sections = [conf.section(name) for name in names] or None
     found = survey(
-        conf, options.load_machine(machine_name), finder_of(file, pairs), Defaults.of_text(defaults_text),
+        conf, options.machine_of(machine_name), finder_of(file, pairs), Defaults.of_text(defaults_text),
         options.request_of(given), sections=sections, is_solved=not no_solve, root=Path(root),
         is_fresh=is_fresh, progress=lambda name: click.echo(f"place: [{name}]", err=True),
     )  # fmt: skip
@@ -94,7 +94,7 @@ def command(
         raise click.exceptions.Exit(2)
 
 
-def _print(file: str, problems: Sequence[str], profiles: list[Profile], is_json: bool) -> None:
+def _print(file: str, problems: Sequence[str], profiles: list[ProfileReview], is_json: bool) -> None:
     from placement.cli.show.profile_tables import survey_lines
     from placement.configs.models_conf.review import profile_row
 

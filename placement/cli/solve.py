@@ -83,11 +83,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--time-limit", "time_limit_s", type=options.Finite(min=LEAST_TIME_S),
-    default=options.DEFAULTS.time_limit_s, show_default=True, metavar="SECONDS",
+    default=options.REQUEST_DEFAULTS.time_limit_s, show_default=True, metavar="SECONDS",
     help="Of each search: then the best so far is taken, with its gap.",
 )  # fmt: skip
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=options.DEFAULTS.seed, show_default=True,
+    "--seed", type=click.IntRange(min=0), default=options.REQUEST_DEFAULTS.seed, show_default=True,
     help="CP-SAT's seed.",
 )  # fmt: skip
 @options.program_option
@@ -120,7 +120,7 @@ def command(
     """
     from placement.solve.run import EngineChoice, run_solve
 
-    model, machine = options.load(model_name), options.load_machine(machine_name, rpc)
+    model, machine = options.load(model_name), options.machine_of(machine_name, rpc)
     if rivals:
         _compare([model, *map(options.load, rivals)], machine, options.request_of(given), is_json)
         return

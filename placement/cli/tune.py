@@ -76,7 +76,7 @@ def command(
     """
     from placement.inputs.recognise import learned_path
 
-    model, machine = options.load(model_name), options.load_machine(machine_name)
+    model, machine = options.load(model_name), options.machine_of(machine_name)
     weights = options.weights_path(model, model_file)
     tuned, path = _tune(model, machine, weights, given, is_json), learned_path(machine_name, machine)
     is_written, failure = options.keep_learned(tuned.machine, path, bool(tuned.changes) and not is_dry)
@@ -92,10 +92,10 @@ def command(
 
 
 def _print(tuned: Tuned, model_path: str, path: Path | None, is_dry: bool) -> None:
-    from placement.cli.verify import print_report
+    from placement.cli.verify import print_verify
 
     if tuned.report is not None:
-        print_report(tuned.report, model_path)
+        print_verify(tuned.report, model_path)
     click.echo(f"- ended: {tuned.why}")
     if tuned.error is not None:
         click.echo(f"- decode speeds predicted from the other runs are off by {tuned.error:.1%}, the median")
@@ -118,7 +118,7 @@ def _tune(model: Model, machine: Machine, weights: Path, given: dict[str, Any], 
 
 
 def _row(tuned: Tuned, model: str, model_path: str) -> dict[str, Any]:
-    from placement.cli.show.verify_tables import report_row
+    from placement.cli.show.verify_tables import verify_row
 
     report = tuned.report
     return {
@@ -141,5 +141,5 @@ def _row(tuned: Tuned, model: str, model_path: str) -> dict[str, Any]:
             }
             for each in tuned.lines
         ],
-        "report": None if report is None else report_row(report, model, tuned.machine.name, model_path),
+        "report": None if report is None else verify_row(report, model, tuned.machine.name, model_path),
     }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from placement.inputs.machine import Machine
     from placement.inputs.model import Model
     from placement.inputs.problem import Problem
-    from placement.measure.verify.run import Options, Progress, Report
+    from placement.measure.verify.run import Options, Progress, VerifyReport
     from placement.measure.verify.watch import Sample
 
 
@@ -69,33 +69,33 @@ def command(model_name: str, machine_name: str | None, is_json: bool, **given: A
     Example:
       place verify qwen3-coder-q5 --model-file Qwen3-Coder-Next-Q5.gguf --ctx 262144 --budget 60
     """
-    from placement.cli.show.verify_tables import report_row
+    from placement.cli.show.verify_tables import verify_row
 
     model = options.load(model_name)
-    machine = options.load_machine(machine_name)
+    machine = options.machine_of(machine_name)
     path = options.weights_path(model, given["model_file"])
     report = (
         _show(model, machine, given) if given["is_shown"] else _verify(model, machine, path, given, is_json)
     )
     if is_json:
-        options.echo_json(report_row(report, model.name, machine.name, str(path)))
+        options.echo_json(verify_row(report, model.name, machine.name, str(path)))
     else:
-        print_report(report, str(path))
+        print_verify(report, str(path))
     if report.verdict.recommended is None:
         raise click.exceptions.Exit(1)
 
 
-def _show(model: Model, machine: Machine, given: dict[str, Any]) -> Report:
-    from placement.measure.verify.run import show
+def _show(model: Model, machine: Machine, given: dict[str, Any]) -> VerifyReport:
+    from placement.measure.verify.run import decide_again
     from placement.solve.run import kept_folder
     from placement.solve.solve import make_problem
 
     request = options.request_of(given)
     problem, _ = make_problem(model, machine, request)
-    return show(kept_folder(given["out_folder"], problem, request), problem.workload)
+    return decide_again(kept_folder(given["out_folder"], problem, request), problem.workload)
 
 
-def _verify(model: Model, machine: Machine, path: Path, given: dict[str, Any], is_json: bool) -> Report:
+def _verify(model: Model, machine: Machine, path: Path, given: dict[str, Any], is_json: bool) -> VerifyReport:
     from placement.errors import InputError
     from placement.measure.verify.lock import require_free
     from placement.measure.verify.run import verify
@@ -145,7 +145,7 @@ def _options(given: dict[str, Any], problem: Problem) -> Options:
     )
 
 
-def print_report(report: Report, model_path: str) -> None:
+def print_verify(report: VerifyReport, model_path: str) -> None:
     """Print the result table, why, and the arguments to use."""
     from rich.console import Console
     from rich.table import Table
@@ -158,7 +158,7 @@ def print_report(report: Report, model_path: str) -> None:
     for row in table.rows(report):
         grid.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(grid)
-    for line in table.summary(report):
+    for line in table.verify_summary(report):
         click.echo(f"- {line}")
     chosen = report.verdict.recommended
     if chosen is not None:

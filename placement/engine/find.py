@@ -16,7 +16,7 @@ from placement.engine.run import run
 from placement.errors import EngineError, EngineMissing, EngineOutputError
 from placement.inputs.engine_options import names_of
 
-PROGRAMS = (
+ENGINE_PROGRAMS = (
     "llama-fit-params",
     "llama-server",
     "llama-bench",
@@ -75,7 +75,7 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineDevice:
+class ListedDevice:
     """A device as `--list-devices` prints it; memory in MiB."""
 
     name: str
@@ -92,7 +92,7 @@ class EngineInfo:
     build: int | None
     commit: str | None
     backends: tuple[str, ...]
-    devices: tuple[EngineDevice, ...]
+    devices: tuple[ListedDevice, ...]
     lacks: dict[str, tuple[str, ...]]
     programs: tuple[str, ...]
 
@@ -123,8 +123,10 @@ def _named(path: Path, where: str) -> Engine:
     if not path.exists():
         raise EngineMissing(f"{where}: {path} does not exist")
     if path.is_file():
-        if path.name not in PROGRAMS:
-            raise EngineMissing(f"{where}: {path} is not a llama.cpp program ({', '.join(PROGRAMS[:3])} …)")
+        if path.name not in ENGINE_PROGRAMS:
+            raise EngineMissing(
+                f"{where}: {path} is not a llama.cpp program ({', '.join(ENGINE_PROGRAMS[:3])} …)"
+            )
         if not os.access(path, os.X_OK):
             raise EngineMissing(f"{where}: {path} is not executable")
         path = path.parent
@@ -139,7 +141,7 @@ def _engine_in(folder: Path) -> Engine | None:
         return None
     binaries = {
         name: folder / name
-        for name in PROGRAMS
+        for name in ENGINE_PROGRAMS
         if os.access(folder / name, os.X_OK) and (folder / name).is_file()
     }
     return (
@@ -190,7 +192,7 @@ def _planner(engine: Engine) -> str:
 
 def list_devices(
     engine: Engine, rpc: Sequence[str] = (), timeout_s: float = _QUESTION_S
-) -> tuple[EngineDevice, ...]:
+) -> tuple[ListedDevice, ...]:
     """List the engine's devices in its order, workers at `rpc` ("host:port") first.
 
     Raises:
@@ -203,7 +205,7 @@ def list_devices(
         raise EngineOutputError(f"{engine.program(program)} --list-devices printed no device list")
     rows = [match.groups() for match in _DEVICE.finditer(text)]
     return tuple(
-        EngineDevice(name, description, float(total), float(free)) for name, description, total, free in rows
+        ListedDevice(name, description, float(total), float(free)) for name, description, total, free in rows
     )
 
 
@@ -221,7 +223,7 @@ def read_program_flags(engine: Engine, program: str) -> Flags:
     return flags
 
 
-def describe(engine: Engine, rpc: Sequence[str] = ()) -> EngineInfo:
+def describe_engine(engine: Engine, rpc: Sequence[str] = ()) -> EngineInfo:
     """Ask the engine for its version, devices and flags.
 
     Raises:
@@ -256,7 +258,7 @@ def _lacking(engine: Engine) -> dict[str, tuple[str, ...]]:
     return {program: missing for program, missing in lacks.items() if missing}
 
 
-def _backends(engine: Engine, devices: Sequence[EngineDevice]) -> tuple[str, ...]:
+def _backends(engine: Engine, devices: Sequence[ListedDevice]) -> tuple[str, ...]:
     names = {re.sub(r"\d+$", "", device.name) for device in devices}
     for path in engine.folder.iterdir():
         match = _BACKEND_LIBRARY.match(path.name)
@@ -265,4 +267,12 @@ def _backends(engine: Engine, devices: Sequence[EngineDevice]) -> tuple[str, ...
     return tuple(sorted(names | {"CPU"}))
 
 
-__all__ = ["Engine", "EngineDevice", "EngineError", "EngineInfo", "describe", "find_engine", "list_devices"]
+__all__ = [
+    "Engine",
+    "EngineError",
+    "EngineInfo",
+    "ListedDevice",
+    "describe_engine",
+    "find_engine",
+    "list_devices",
+]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-HOST = "Host"
+from placement.inputs.problem import HOST
 
 _DEVICE_ROW = re.compile(
     r"\|\s+- (?P<name>\S+)[^|]*\|\s*\d+ =\s*-?\d+ \+ \(\s*(?P<self>\d+) =\s*(?P<model>\d+)"

@@ -32,7 +32,7 @@ _NO_CONFIG = "/dev/null/no-config"  # below a file, so nothing can be there
 
 Process = subprocess.Popen[bytes]
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,15 +262,15 @@ class _Cancelled(EngineFailed):
 
 
 def run_many(
-    function: Callable[[Item, threading.Event], Result], items: Iterable[Item], *, n_side_by_side: int = 4
-) -> list[Result]:
+    function: Callable[[Item, threading.Event], _Result], items: Iterable[Item], *, n_side_by_side: int = 4
+) -> list[_Result]:
     """Return `function(item, cancel)` of each item in order, at most `n_side_by_side` at a time.
 
     The first exception (Ctrl-C too) sets `cancel`, which ends the runs in progress, and is raised.
     """
     cancel = threading.Event()
 
-    def guarded(item: Item) -> Result:
+    def guarded(item: Item) -> _Result:
         if cancel.is_set():
             raise _Cancelled("not started")
         try:

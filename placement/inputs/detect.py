@@ -25,7 +25,7 @@ _GB_PER_S_PER_THREAD = 3.0
 _MAX_HOST_GB_PER_S = 50.0  # two channels of DDR4; more only after calibration
 
 
-def detect_machine() -> tuple[Machine | None, str]:
+def detect_hardware() -> tuple[Machine | None, str]:
     """The machine here, or None and the reason in words (no driver, no GPU).
 
     Devices come in PCI order, the engine's own order under CUDA_DEVICE_ORDER=PCI_BUS_ID; CUDA's default puts

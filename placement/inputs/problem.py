@@ -8,7 +8,8 @@ from typing import Literal, get_args
 from placement.inputs.machine import Machine
 from placement.inputs.model import Model
 
-CPU = "CPU"
+CPU = "CPU"  # where a layer lives and a tensor lies that no card holds
+HOST = "Host"  # its memory, as the engine's breakdown names it
 # n_batch and n_ubatch of common_params (common/common.h).
 DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS = 2048, 512
 Program = Literal["llama-server", "llama-bench", "llama-fit-params"]

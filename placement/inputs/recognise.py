@@ -17,7 +17,7 @@ from placement.inputs.machine import Cpu, Device, Machine
 from placement.inputs.machine_files import machine_folders, own_machine_path, read_machine, save_machine
 
 SAME_MEMORY = 0.02  # a driver may count the same card's memory a little differently
-LEARNED = ("detected", "calibrated")
+LEARNED_SOURCES = ("detected", "calibrated")
 TOLD_CAP = 0.95  # of what is free: a file that allows less is told
 
 
@@ -68,7 +68,7 @@ def _readable(folder: Path, tell: Callable[[str], None]) -> Iterator[tuple[Path,
 
 def _dates(machine: Machine) -> list[str]:
     """When each value was learned; empty for a machine that has learned nothing."""
-    return [each.date or "" for each in machine.coefficients.values() if each.source in LEARNED]
+    return [each.date or "" for each in machine.coefficients.values() if each.source in LEARNED_SOURCES]
 
 
 def with_learned(found: Machine, tell: Callable[[str], None]) -> Machine:

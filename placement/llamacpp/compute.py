@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from placement.inputs.machine import Machine
 from placement.inputs.model import Model
-from placement.inputs.problem import CPU, Assignment
+from placement.inputs.problem import CPU, HOST, Assignment
 from placement.inputs.quants import BLOCKS
 from placement.llamacpp import coarse
 from placement.llamacpp.allocator import CPU_BUFFER, CUDA_BUFFER, Allocator, BufferType
@@ -32,7 +32,6 @@ from placement.llamacpp.graph.template import Template, model_graphs
 from placement.llamacpp.graph.tensor import GraphTensor
 from placement.llamacpp.scheduler import MAX_COPIES, Backends, Scheduler
 
-HOST = "Host"
 FLASH = "FLASH_ATTN_EXT"
 PIN_MAX_TOKENS = 32
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from placement.inputs.machine import Device, Machine
 from placement.inputs.model import Model, Tensor
-from placement.inputs.problem import CPU, Assignment, Settings
+from placement.inputs.problem import CPU, HOST, Assignment, Settings
 from placement.inputs.quants import block, row_bytes
 from placement.llamacpp.architecture.describe import describe
 from placement.llamacpp.architecture.records import Architecture, Cache, LayerFacts, PlacedTensor
@@ -24,7 +24,6 @@ from placement.llamacpp.context_rules import (
 )
 from placement.units import pad
 
-HOST = "Host"
 STATE_BYTES = 4  # states are always F32
 
 

@@ -26,7 +26,7 @@ from placement.inputs.gguf_header.facts import TensorInfo
 from placement.inputs.gguf_header.write import write_header
 from placement.inputs.machine import Machine
 from placement.inputs.model import Model
-from placement.inputs.model_files.files import load_model
+from placement.inputs.model_files.files import read_model
 from placement.inputs.problem import (
     CPU,
     DEFAULT_BATCH_TOKENS,
@@ -41,17 +41,17 @@ from placement.llamacpp.emit.arguments import emit_arguments
 from placement.measure.calibrate.applied import Change, apply_fit
 from placement.measure.calibrate.features import TimingRow, decode_row, prompt_row
 from placement.measure.calibrate.fit import Calibration
-from placement.measure.calibrate.runs import Found
+from placement.measure.calibrate.runs import FitData
 from placement.measure.calibrate.whole import fit_both
 from placement.measure.verify.times import usual_spread
 from placement.predict.check import device_use
 from placement.predict.cost import graph_counts
 
-PROGRAM = "llama-bench"
+PROBE_PROGRAM = "llama-bench"
 BUDGET_S = 120.0
 CASE_TIMEOUT_S = 60.0
 N_VOCAB = 1024
-LEAST_NOISE = 0.01
+LEAST_PROBE_NOISE = 0.01
 LEAST_UNCERTAINTY = 0.1  # of a value: zeros of one shape are not every model
 NARROW_EMBD = 256
 LEAST_DEPTH, NARROW_DEPTH, WIDE_DEPTH = 256, 2048, 4096
@@ -63,7 +63,7 @@ _LISTS = {"-ts": ("/", ","), "-dev": ("/", ","), "-ot": (";", ",")}
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ProbeShape:
     """A dense model: F is for its layers' feed-forward width."""
 
     name: str
@@ -78,11 +78,11 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Case:
+class ProbeCase:
     """One placement of one shape, and what is asked of it; `target` is where the feed-forward tensors go."""
 
     name: str
-    shape: Shape
+    shape: ProbeShape
     devices: tuple[str, ...]
     target: str | None = None
     load_mode: str = "auto"
@@ -105,46 +105,48 @@ class Probed:
     wall_s: float
 
 
-def cases(machine: Machine) -> Iterator[Case]:
+def cases(machine: Machine) -> Iterator[ProbeCase]:
     """What to run on a machine, the most telling first: a budget may cut the end."""
     for device in machine.devices:
         is_fast = device.bandwidth_gb_per_s >= FAST_GB_PER_S and not device.is_rpc
         wide, narrow = _shapes(device.usable_mib, is_fast)
         own = (device.name,)
-        yield Case(f"{device.name} wide", wide, own, n_prompt=512)
-        yield Case(f"{device.name} narrow", narrow, own, n_generate=64)
-        yield Case(f"{device.name} narrow, FFN on the CPU", narrow, own, CPU, n_generate=64)
-        yield Case(f"{device.name} wide, FFN on the CPU", wide, own, CPU, n_prompt=512)
+        yield ProbeCase(f"{device.name} wide", wide, own, n_prompt=512)
+        yield ProbeCase(f"{device.name} narrow", narrow, own, n_generate=64)
+        yield ProbeCase(f"{device.name} narrow, FFN on the CPU", narrow, own, CPU, n_generate=64)
+        yield ProbeCase(f"{device.name} wide, FFN on the CPU", wide, own, CPU, n_prompt=512)
         if device.is_cuda:
-            yield Case(f"{device.name} wide, FFN pinned", wide, own, CPU, "none", n_prompt=512)
+            yield ProbeCase(f"{device.name} wide, FFN pinned", wide, own, CPU, "none", n_prompt=512)
         yield _deep(device.name, wide if is_fast else narrow, own, device.usable_mib)
-        yield Case(
+        yield ProbeCase(
             f"{device.name} wide, small ubatch", wide, own, ubatch_tokens=64, n_prompt=512, n_generate=0
         )
     wide, narrow = _shapes(machine.cpu.usable_mib, is_fast=False)
-    yield Case("CPU wide", wide, (), n_prompt=64, is_op_offloaded=False)
-    yield Case("CPU narrow", narrow, (), n_generate=64, is_op_offloaded=False)
+    yield ProbeCase("CPU wide", wide, (), n_prompt=64, is_op_offloaded=False)
+    yield ProbeCase("CPU narrow", narrow, (), n_generate=64, is_op_offloaded=False)
     yield replace(_deep(CPU, narrow, (), machine.cpu.usable_mib), is_op_offloaded=False)
     for a, b in itertools.pairwise(device.name for device in machine.devices):
         narrow = _shapes(min(machine.device(each).usable_mib for each in (a, b)), is_fast=False)[1]
-        yield Case(f"{a}+{b} narrow", narrow, (a, b), n_generate=64)
-        yield Case(f"{a} narrow, FFN on {b}", narrow, (a, b), b, n_generate=64)
+        yield ProbeCase(f"{a}+{b} narrow", narrow, (a, b), n_generate=64)
+        yield ProbeCase(f"{a} narrow, FFN on {b}", narrow, (a, b), b, n_generate=64)
 
 
-def _deep(name: str, shape: Shape, devices: tuple[str, ...], usable_mib: float) -> Case:
+def _deep(name: str, shape: ProbeShape, devices: tuple[str, ...], usable_mib: float) -> ProbeCase:
     """A cache that takes a good part of a token's time: deep in a wide model, or most of a narrow one's bytes."""
     depth = WIDE_DEPTH if shape.kind == "wide" else NARROW_DEPTH
     while depth > LEAST_DEPTH and usable_mib / 4 < 2 * 2 * shape.n_layer * shape.n_embd * depth / 2**20:
         depth //= 2
-    return Case(f"{name} {shape.kind}, deep", shape, devices, depth=depth)
+    return ProbeCase(f"{name} {shape.kind}, deep", shape, devices, depth=depth)
 
 
-def _shapes(usable_mib: float, is_fast: bool) -> tuple[Shape, Shape]:
+def _shapes(usable_mib: float, is_fast: bool) -> tuple[ProbeShape, ProbeShape]:
     """(wide, narrow): the wide one takes at most about an eighth of the memory."""
     n_embd = 4096 if is_fast else 1024
     while n_embd > 256 and usable_mib / 8 < _wide_mib(n_embd):
         n_embd //= 2
-    return Shape(f"wide{n_embd}", 4, n_embd, 4 * n_embd), Shape("narrow", 24, NARROW_EMBD, 2 * NARROW_EMBD)
+    return ProbeShape(f"wide{n_embd}", 4, n_embd, 4 * n_embd), ProbeShape(
+        "narrow", 24, NARROW_EMBD, 2 * NARROW_EMBD
+    )
 
 
 def _wide_mib(n_embd: int) -> float:
@@ -163,7 +165,7 @@ def probe(
     Raises:
         EngineError: the engine has no llama-bench, or every case failed.
     """
-    engine.program(PROGRAM)
+    engine.program(PROBE_PROGRAM)
     began_s, rows, failed = time.monotonic(), [], []
     base = _without_detected(machine)
     with tempfile.TemporaryDirectory(prefix="place-probe-") as folder:
@@ -182,7 +184,7 @@ def probe(
             tell(f"place: {case.name}: " + ", ".join(map(_words, found)))
     if not rows:
         raise EngineFailed(f"no probe ran: {failed[0] if failed else 'the machine has no device'}")
-    fits = fit_both(base, Found(rows=tuple(rows)), with_errors=False, is_trusted=True)
+    fits = fit_both(base, FitData(rows=tuple(rows)), with_errors=False, is_trusted=True)
     changed, changes = _seeded(machine, base, fits, date)
     return Probed(changed, changes, fits, tuple(rows), tuple(failed), time.monotonic() - began_s)
 
@@ -222,7 +224,9 @@ def _seeded(
     return replace(machine, coefficients=coefficients, history=(*machine.history, *past)), tuple(kept)
 
 
-def run_case(case: Case, machine: Machine, engine: Engine, folder: Path, timeout_s: float) -> list[TimingRow]:
+def run_case(
+    case: ProbeCase, machine: Machine, engine: Engine, folder: Path, timeout_s: float
+) -> list[TimingRow]:
     """Run a case and return its token's and its prompt's time as rows.
 
     Raises:
@@ -231,15 +235,15 @@ def run_case(case: Case, machine: Machine, engine: Engine, folder: Path, timeout
     path = folder / f"{case.shape.name}.gguf"
     if not path.exists():
         write_model(case.shape, path)
-    model = load_model(path)
+    model = read_model(path)
     problem, assignment = placed(case, model, machine)
-    plan = plan_compute(model, machine, assignment, PROGRAM)
+    plan = plan_compute(model, machine, assignment, PROBE_PROGRAM)
     uses = device_use(problem, assignment, plan)
     if any(use.headroom_mib < 0 for use in uses.values()):
         raise EngineFailed("does not fit")
-    arguments = bench_arguments(emit_arguments(model, machine, assignment, PROGRAM))
+    arguments = bench_arguments(emit_arguments(model, machine, assignment, PROBE_PROGRAM))
     finished = run(
-        [engine.program(PROGRAM), "-m", path, *arguments, "-p", str(case.n_prompt), "-n", str(case.n_generate),
+        [engine.program(PROBE_PROGRAM), "-m", path, *arguments, "-p", str(case.n_prompt), "-n", str(case.n_generate),
          "-d", str(case.depth), "-r", "3", "-o", "json"],
         timeout_s=timeout_s,
     )  # fmt: skip
@@ -272,10 +276,10 @@ def middle_of(test: dict[str, Any]) -> tuple[float, float]:
     times = [float(each) * 1e-9 for each in test.get("samples_ns") or [test["avg_ns"]]]
     middle_s = statistics.median(times)
     off = usual_spread(abs(each / middle_s - 1.0) for each in times)
-    return middle_s, max(LEAST_NOISE, off / math.sqrt(len(times)))
+    return middle_s, max(LEAST_PROBE_NOISE, off / math.sqrt(len(times)))
 
 
-def placed(case: Case, model: Model, machine: Machine) -> tuple[Problem, Assignment]:
+def placed(case: ProbeCase, model: Model, machine: Machine) -> tuple[Problem, Assignment]:
     """A case as a problem and its assignment: layers in equal parts over its devices, the last one's output."""
     n_all = case.shape.n_layer + 1
     homes = tuple(case.devices[i * len(case.devices) // n_all] if case.devices else CPU for i in range(n_all))
@@ -296,7 +300,7 @@ def placed(case: Case, model: Model, machine: Machine) -> tuple[Problem, Assignm
     )
     workload = Workload(max(case.n_prompt, 1), 1, case.depth)
     assignment = Assignment(case.devices, homes, moved, settings)
-    return Problem(model, machine, settings, workload, PROGRAM), assignment
+    return Problem(model, machine, settings, workload, PROBE_PROGRAM), assignment
 
 
 def bench_arguments(arguments: list[str]) -> list[str]:
@@ -334,7 +338,7 @@ def read_bench(text: str) -> list[dict[str, Any]]:
     return list(tests)
 
 
-def write_model(shape: Shape, path: Path) -> None:
+def write_model(shape: ProbeShape, path: Path) -> None:
     """Write a dense model's header with a hole for its weights: heads of 64, as many for K and V as for Q.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 
 from placement.inputs.machine import Machine
 from placement.inputs.model import Model
-from placement.inputs.problem import Assignment, Problem, Workload
+from placement.inputs.problem import HOST, Assignment, Problem, Workload
 from placement.llamacpp.arguments import Arguments
 from placement.llamacpp.compute import ComputePlan, plan_compute
 from placement.llamacpp.emit.resolve import resolve
@@ -21,14 +21,12 @@ from placement.predict.solution import (
     PLANNED,
     DeviceUse,
     Judge,
+    PlannedPlacement,
     Solution,
-    Verdict,
     backend_notes,
     device_row,
 )
 from placement.units import mib
-
-HOST = "Host"
 
 Rival = Callable[[Problem], Solution | None]
 
@@ -85,7 +83,7 @@ def default_workload(model: Model, ctx_tokens: int, prompt: int = 2000, generate
     return Workload(prompt, max(1, min(generate, ctx_tokens - depth - prompt)), depth)
 
 
-def check(
+def check_arguments(
     model: Model,
     machine: Machine,
     arguments: Arguments,
@@ -134,7 +132,7 @@ def check(
     return found
 
 
-def _judged(found: Check, problem: Problem, verdict: Verdict) -> Check:
+def _judged(found: Check, problem: Problem, verdict: PlannedPlacement) -> Check:
     """The check with the engine's own memory, splits and nodes."""
     speed = evaluate(problem, found.assignment, graph_counts(verdict.plan))
     return replace(
@@ -151,7 +149,7 @@ def _judged(found: Check, problem: Problem, verdict: Verdict) -> Check:
 
 
 def differences(
-    estimated: dict[str, DeviceUse], splits: tuple[int, int], verdict: Verdict
+    estimated: dict[str, DeviceUse], splits: tuple[int, int], verdict: PlannedPlacement
 ) -> tuple[str, ...]:
     """Where a plan is not what was estimated, beyond its rounding: "CUDA0 compute +12 MiB"."""
     found = []

@@ -11,7 +11,7 @@ from placement.llamacpp.backend_rules import PINNED_LOAD_MODES
 from placement.predict.loads import QUANTITIES
 from placement.predict.terms import DECODE, GRAPH, PROMPT, Capacity, Kind, Phase, Place, coefficient, products
 
-Vector = tuple[float, ...]  # in the order of QUANTITIES
+RateVector = tuple[float, ...]  # in the order of QUANTITIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +21,10 @@ class Rates:
     `is_streamed`: prompts compute on a device what the host holds, which a link streams there.
     """
 
-    by_phase: Mapping[Phase, Mapping[str, Vector]]
+    by_phase: Mapping[Phase, Mapping[str, RateVector]]
     is_streamed: bool
 
-    def at(self, phase: Phase, where: str) -> Vector:
+    def at(self, phase: Phase, where: str) -> RateVector:
         """In the order of QUANTITIES."""
         return self.by_phase[phase][where]
 
@@ -39,7 +39,7 @@ def rates(machine: Machine, devices: tuple[str, ...], settings: Settings, is_off
     return Rates(by_phase, found[PROMPT][CPU].name != CPU)
 
 
-def unit_rates(machine: Machine, phase: Phase, place: Place) -> Vector:
+def unit_rates(machine: Machine, phase: Phase, place: Place) -> RateVector:
     """Seconds per unit of each quantity at a place."""
     found = dict.fromkeys(QUANTITIES, 0.0)
     for product in products(phase, place):

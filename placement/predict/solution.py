@@ -115,14 +115,14 @@ class SolutionSet:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PlannedPlacement:
     """What the engine plans for an assignment: for the search, and its own figures by device."""
 
     plan: ComputePlan
     devices: dict[str, DeviceUse]
 
 
-Judge = Callable[[Problem, list[Assignment]], list[Verdict]]
+Judge = Callable[[Problem, list[Assignment]], list[PlannedPlacement]]
 
 
 def device_row(use: DeviceUse) -> dict[str, float]:

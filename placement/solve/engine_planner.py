@@ -18,16 +18,15 @@ from placement.engine.plan import EnginePlan, measuring_program, plan_many, prog
 from placement.errors import EngineError, EngineMissing, InputError
 from placement.inputs.machine import Device, Machine
 from placement.inputs.machine_files import DEFAULT_RPC_BANDWIDTH_GB_PER_S
-from placement.inputs.problem import Assignment, Problem
+from placement.inputs.problem import HOST, Assignment, Problem
 from placement.llamacpp.compute import ComputePlan
 from placement.llamacpp.emit.arguments import emit_arguments
 from placement.llamacpp.emit.devices import engine_devices, rpc_servers
 from placement.llamacpp.memory import static_memory
 from placement.predict.check import device_use
-from placement.predict.solution import DeviceUse, Judge, Verdict
+from placement.predict.solution import DeviceUse, Judge, PlannedPlacement
 from placement.units import MIB
 
-HOST = "Host"
 DEFAULT_RPC_LINK_GB_PER_S = 1.0  # ten gigabit Ethernet
 N_SIDE_BY_SIDE = 4
 PLAN_TIMEOUT_S = 60.0
@@ -48,7 +47,7 @@ def engine_judge(engine: Engine, machine: Machine, program: str) -> Judge:
 
     threading.Thread(target=prepare, daemon=True).start()
 
-    def judge(problem: Problem, assignments: list[Assignment]) -> list[Verdict]:
+    def judge(problem: Problem, assignments: list[Assignment]) -> list[PlannedPlacement]:
         arguments = [
             emit_arguments(problem.model, problem.machine, each, problem.program) for each in assignments
         ]
@@ -61,13 +60,13 @@ def engine_judge(engine: Engine, machine: Machine, program: str) -> Judge:
     return judge
 
 
-def verdict(problem: Problem, assignment: Assignment, plan: EnginePlan) -> Verdict:
+def verdict(problem: Problem, assignment: Assignment, plan: EnginePlan) -> PlannedPlacement:
     """An engine's plan of an assignment, for the search and as printed."""
-    compute = compute_plan(problem, assignment, plan)
-    return Verdict(compute, planned_use(problem, assignment, compute, plan))
+    compute = plan_of_engine(problem, assignment, plan)
+    return PlannedPlacement(compute, planned_use(problem, assignment, compute, plan))
 
 
-def compute_plan(problem: Problem, assignment: Assignment, plan: EnginePlan) -> ComputePlan:
+def plan_of_engine(problem: Problem, assignment: Assignment, plan: EnginePlan) -> ComputePlan:
     """An engine's plan in the search's terms; the engine rounds down, so a MiB is added to every device."""
     static = static_memory(problem.model, problem.machine, assignment)
     n_bytes = {}

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from placement.solve.search.configurations import Freedom
 from placement.solve.search.search import Search
-from placement.solve.search.subproblems import Found
+from placement.solve.search.subproblems import Candidate
 
 RESERVES = (0.0, 0.05, 0.15)  # of each card's total
 FASTER = 0.8  # each step's prompt takes at most that share of the last one's
@@ -24,7 +24,7 @@ DECODE_FIRST = (1000, 1)
 Merit = tuple[float, float, float]  # decode and prompt tokens per second, MiB of headroom
 
 
-def walk(search: Search, freedom: Freedom, tell: Callable[[str], None]) -> Iterator[Found]:
+def walk(search: Search, freedom: Freedom, tell: Callable[[str], None]) -> Iterator[Candidate]:
     """Points that may stand on the front, each the fastest decode at its prompt speed and reserve, within 2 %."""
     for reserve in RESERVES:
         limited = replace(
@@ -41,13 +41,13 @@ def walk(search: Search, freedom: Freedom, tell: Callable[[str], None]) -> Itera
             limited = replace(limited, max_prompt_s=last_s * FASTER)
 
 
-def _next(search: Search, freedom: Freedom) -> Found | None:
+def _next(search: Search, freedom: Freedom) -> Candidate | None:
     return search.best(freedom, search.hopes(freedom), FRONT_GAP, work_limit=FRONT_WORK)
 
 
 def best_different(
-    search: Search, freedom: Freedom, first: Found, n: int, tell: Callable[[str], None]
-) -> list[Found]:
+    search: Search, freedom: Freedom, first: Candidate, n: int, tell: Callable[[str], None]
+) -> list[Candidate]:
     """The `n` best placements that differ in a range of layers or in two layers' groups, the first one included."""
     hopes, found = search.hopes(freedom), [first]
     while len(found) < n:

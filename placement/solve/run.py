@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,14 @@ from placement.inputs.recognise import with_learned
 from placement.llamacpp.arguments import Arguments
 from placement.llamacpp.emit.arguments import shell_command
 from placement.llamacpp.memory import startable
-from placement.predict.check import Check, check
+from placement.predict.check import Check, check_arguments
 from placement.predict.solution import Judge, Solution, SolutionSet
 from placement.solve.constraints import wishes_of
-from placement.solve.questions import Maximize, Rated, answered, compare
+from placement.solve.questions import Maximize, Rated, Tell, answered, compare
 from placement.solve.request import Request
-from placement.solve.solve import best_choice, make_problem, solve
+from placement.solve.solve import best_choice, make_problem, solve_request
 from placement.solve.store import save_solutions, solution_folder, solution_set_row
 from placement.solve.why import sensitivity
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +98,7 @@ def find_solutions(
     if answer:
         tell(f"place: {answer}")
     problem, _ = make_problem(model, machine, request)
-    found = solve(model, machine, request, judge, progress)
+    found = solve_request(model, machine, request, judge, progress)
     for warning in found.warnings:
         tell(f"place: warning: {warning}")
     return Solved(request, problem, found)
@@ -229,7 +227,7 @@ def run_check(
         EngineError: the engine that was named is missing or failed.
     """
     machine, judge = with_engine(engine, machine, request.program, warn or (lambda _text: None))
-    return check(
+    return check_arguments(
         model, machine, arguments, request.program,
         reserve_mib=request.reserve_mib, judge=judge, rival=rival if is_compared else None,
     )  # fmt: skip

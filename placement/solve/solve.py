@@ -22,9 +22,9 @@ from placement.predict.solution import (
     ESTIMATED,
     PLANNED,
     Judge,
+    PlannedPlacement,
     Solution,
     SolutionSet,
-    Verdict,
     backend_notes,
 )
 from placement.solve.constraints import Wish, granted, smallest_conflict, wishes_of
@@ -33,12 +33,12 @@ from placement.solve.request import AUTO_KV_TYPE, Objective, Request
 from placement.solve.search.configurations import UBATCHES, Freedom
 from placement.solve.search.search import Search, shortfall
 from placement.solve.search.solve_subproblem import GAP
-from placement.solve.search.subproblems import Found
+from placement.solve.search.subproblems import Candidate
 
 AGGRESSIVE, MODERATE = "aggressive", "moderate"
 MODERATE_RESERVE = 0.05  # of each card's total
 MAX_SHOWN = 12
-NOTABLE = 0.0005  # turns that differ by less are equal
+EQUAL_TURNS = 0.0005  # turns that differ by less are equal
 MAX_ROUNDS = 6  # of planning on the engine and searching anew
 WEIGHTS: dict[Objective, tuple[int, int]] = {"turn": (1, 1), "decode": DECODE_FIRST, "prompt": (1, 1000)}
 
@@ -90,7 +90,7 @@ def _at_depth(request: Request, slot_tokens: int, depth_tokens: int) -> Workload
     return Workload(request.prompt_tokens, request.generate_tokens, depth_tokens)
 
 
-def solve(
+def solve_request(
     model: Model,
     machine: Machine,
     request: Request,
@@ -168,7 +168,7 @@ def _why_not(search: Search, request: Request, wishes: Sequence[Wish]) -> str:
     return f"{shortfall(search, base)}; {_what_fits(search.problem, request)}"
 
 
-def _fastest_decode(search: Search, request: Request, wishes: Sequence[Wish]) -> Found | None:
+def _fastest_decode(search: Search, request: Request, wishes: Sequence[Wish]) -> Candidate | None:
     """The fastest decode that fits once the wished one is dropped; None where nothing does."""
     freedom = granted(_freedom(replace(request, min_decode_tps=None, objective="decode")), wishes)
     return search.best(freedom, search.hopes(freedom))
@@ -222,7 +222,7 @@ def _freedom(request: Request) -> Freedom:
 
 def _points(
     search: Search, freedom: Freedom, n_best: int, tell: Callable[[str], None]
-) -> list[tuple[str, Found]]:
+) -> list[tuple[str, Candidate]]:
     """The named placements and the others that may stand on the front; empty when nothing fits."""
     tell("aggressive")
     aggressive = search.best(freedom, search.hopes(freedom))
@@ -243,10 +243,10 @@ def _points(
     return points + [(f"best-{number}", found) for number, found in enumerate(best, 2)]
 
 
-def _shortest(aggressive: Found, others: Iterable[Found]) -> Found:
+def _shortest(aggressive: Candidate, others: Iterable[Candidate]) -> Candidate:
     """The shortest turn of all: another point may beat the fastest found by what its proof leaves open."""
     best = min((aggressive, *others), key=lambda each: each.speed.turn_s)
-    if best is aggressive or best.speed.turn_s >= aggressive.speed.turn_s * (1 - NOTABLE):
+    if best is aggressive or best.speed.turn_s >= aggressive.speed.turn_s * (1 - EQUAL_TURNS):
         return aggressive
     objective = round(aggressive.objective * best.speed.turn_s / aggressive.speed.turn_s)
     return replace(
@@ -254,7 +254,7 @@ def _shortest(aggressive: Found, others: Iterable[Found]) -> Found:
     )
 
 
-def _shown(problem: Problem, points: list[tuple[str, Found]]) -> list[Solution]:
+def _shown(problem: Problem, points: list[tuple[str, Candidate]]) -> list[Solution]:
     """The points as solutions: the named ones, then at most so many of the front that no other beats, spread out."""
     every = [as_solution(problem, found, name) for name, found in points]
     named = [each for each in every if each.name in (AGGRESSIVE, MODERATE)]
@@ -264,7 +264,7 @@ def _shown(problem: Problem, points: list[tuple[str, Found]]) -> list[Solution]:
     return kept + [each for each in every if each.name.startswith("best-") and each.args not in placed]
 
 
-def _with_verdict(problem: Problem, solution: Solution, verdict: Verdict) -> Solution:
+def _with_verdict(problem: Problem, solution: Solution, verdict: PlannedPlacement) -> Solution:
     """The solution with the engine's own memory, splits and nodes, and what was estimated differently."""
     plan = verdict.plan
     speed = evaluate(problem, solution.assignment, graph_counts(plan))
@@ -281,7 +281,7 @@ def _with_verdict(problem: Problem, solution: Solution, verdict: Verdict) -> Sol
     )
 
 
-def as_solution(problem: Problem, found: Found, name: str) -> Solution:
+def as_solution(problem: Problem, found: Candidate, name: str) -> Solution:
     """A found placement with its arguments, memory and proof."""
     args = emit_arguments(problem.model, problem.machine, found.assignment, problem.program)
     coarse = backend_notes(problem.machine, found.assignment)

@@ -14,7 +14,7 @@ from placement.solve.solve import best_choice
 from placement.units import mib
 
 MORE_MIB = 500.0
-NOTABLE = 0.001  # turn times that differ by less are equal
+NOTABLE_GAIN = 0.001  # turn times that differ by less are equal
 
 
 def next_layer_lines(problem: Problem, solution: Solution) -> Iterator[str]:
@@ -67,5 +67,5 @@ def sensitivity(problem: Problem, found: SolutionSet, request: Request) -> Itera
             continue
         gain = 1.0 - best.speed.turn_s / turn_s
         decode = best.speed.decode_tps / found.solutions[0].speed.decode_tps - 1.0
-        words = f"{gain:.1%} off a turn ({decode:+.1%} decode)" if gain > NOTABLE else "nothing"
+        words = f"{gain:.1%} off a turn ({decode:+.1%} decode)" if gain > NOTABLE_GAIN else "nothing"
         yield f"+{MORE_MIB:.0f} MiB on {device.name} would give {words}"

@@ -14,7 +14,7 @@ from typing import Any
 from placement.inputs.groups import is_expert_stack
 from placement.inputs.machine import Machine
 from placement.inputs.model import Model
-from placement.inputs.problem import CPU, Assignment
+from placement.inputs.problem import CPU, HOST, Assignment
 from placement.llamacpp.architecture.describe import describe
 from placement.llamacpp.architecture.records import LayerFacts
 from placement.llamacpp.emit.resolve import tensor_home
@@ -22,8 +22,7 @@ from placement.predict.solution import DeviceUse
 from placement.units import format_bytes
 
 LETTERS = "0123456789ABDEFGHIJKLMNOPQRSTUVWXYZ"  # no C: it would be read as c, the CPU
-CPU_LETTER, MIXED, NOTHING = "c", "*", "."
-HOST = "Host"
+CPU_LETTER, MIXED, NOTHING_LETTER = "c", "*", "."
 _TITLE_WIDTH = 10
 
 
@@ -35,7 +34,7 @@ class Segment:
     role: str = ""
 
 
-Line = tuple[Segment, ...]
+MapLine = tuple[Segment, ...]
 
 
 def explain(
@@ -45,7 +44,7 @@ def explain(
     devices: Mapping[str, DeviceUse] | None = None,
     width: int = 80,
     notes: Sequence[str] = (),
-) -> list[Line]:
+) -> list[MapLine]:
     """The map of an assignment: a line per device, then a strip per question, wrapped to `width` columns.
 
     `notes` say why the memory on the devices is not exact.
@@ -61,7 +60,7 @@ def explain(
     return lines
 
 
-def text_of(lines: Sequence[Line]) -> str:
+def text_of(lines: Sequence[MapLine]) -> str:
     """The map without colour."""
     return "\n".join("".join(segment.text for segment in line).rstrip() for line in lines)
 
@@ -115,7 +114,7 @@ def _has_memory(layer: LayerFacts) -> bool:
     return bool(layer.caches) or _has_state(layer)
 
 
-def _plain(text: str) -> Line:
+def _plain(text: str) -> MapLine:
     return (Segment(text),)
 
 
@@ -132,11 +131,11 @@ def _device_lines(
     uses: Mapping[str, DeviceUse],
     letters: Mapping[str, str],
     width: int,
-) -> list[Line]:
+) -> list[MapLine]:
     """For each device its letter, layers and experts; below, its memory where that is known."""
     facts = describe(model)
     experts = _expert_places(model, assignment)
-    lines: list[Line] = []
+    lines: list[MapLine] = []
     for name in [*assignment.devices, CPU]:
         homes = [i for i, home in enumerate(assignment.homes) if home == name and i < facts.n_layer]
         held = [i for i, places in experts.items() if name in places]
@@ -163,7 +162,7 @@ def memory_text(use: DeviceUse) -> str:
     return f"{use.used_mib:,.0f} of {use.cap_mib:,.0f} MiB{over}: {parts}{runtime}"
 
 
-def _wrapped(head: str, text: str, role: str, width: int) -> list[Line]:
+def _wrapped(head: str, text: str, role: str, width: int) -> list[MapLine]:
     pieces = textwrap.wrap(text.replace(",", ", "), width - len(head)) or [""]
     heads = [head, *[" " * len(head)] * (len(pieces) - 1)]
     return [
@@ -172,12 +171,12 @@ def _wrapped(head: str, text: str, role: str, width: int) -> list[Line]:
     ]
 
 
-def _strips(model: Model, assignment: Assignment, letters: Mapping[str, str], width: int) -> list[Line]:
+def _strips(model: Model, assignment: Assignment, letters: Mapping[str, str], width: int) -> list[MapLine]:
     """Layer numbers and, below them, homes, experts, other moved tensors, KV and state, a column a layer."""
     strips = layer_places(model, assignment)
     n_layers = len(strips["home"])
     step = max(10, (width - _TITLE_WIDTH) // 10 * 10)
-    lines: list[Line] = []
+    lines: list[MapLine] = []
     for start in range(0, n_layers, step):
         end = min(start + step, n_layers)
         lines.append(_plain("layer".ljust(_TITLE_WIDTH) + _scale(start, end)))
@@ -193,12 +192,12 @@ def _scale(start: int, end: int) -> str:
     return "".join(str(i).ljust(10) for i in range(start, end, 10))[: end - start + 2].rstrip()
 
 
-def _strip(title: str, places: Sequence[set[str]], letters: Mapping[str, str]) -> Line:
+def _strip(title: str, places: Sequence[set[str]], letters: Mapping[str, str]) -> MapLine:
     """A column a layer; neighbours with one role share a segment."""
     segments = [Segment(title.ljust(_TITLE_WIDTH))]
     for held in places:
         role = next(iter(held)) if len(held) == 1 else ""
-        letter = letters[role] if role else (MIXED if held else NOTHING)
+        letter = letters[role] if role else (MIXED if held else NOTHING_LETTER)
         if len(segments) > 1 and segments[-1].role == role:
             segments[-1] = Segment(segments[-1].text + letter, role)
         else:
@@ -212,7 +211,7 @@ def _legend(
     parts = [f"{letters[name]} = {name}" for name in [*assignment.devices, CPU]]
     places = [held for strip in strips.values() for held in strip]
     parts += [f"{MIXED} = on several"] if any(len(held) > 1 for held in places) else []
-    parts += [f"{NOTHING} = none"] if not all(places) else []
+    parts += [f"{NOTHING_LETTER} = none"] if not all(places) else []
     return ", ".join(parts)
 
 

@@ -10,18 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from placement.cli.show.explain import (
-    HOST,
-    MIXED,
-    device_letters,
-    layer_places,
-    map_title,
-    memory_text,
-)
+from placement.cli.show.explain import MIXED, device_letters, layer_places, map_title, memory_text
 from placement.files import write_atomically
 from placement.inputs.machine import Machine
 from placement.inputs.model import Model
-from placement.inputs.problem import CPU, Assignment
+from placement.inputs.problem import CPU, HOST, Assignment
 from placement.predict.solution import DeviceUse
 
 # white letters are readable on all of them, and they on white and on black

@@ -6,13 +6,12 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from placement.configs.models_conf.choice import Memory
-from placement.configs.models_conf.review import Profile, gain
+from placement.configs.models_conf.review import ProfileReview, gain
+from placement.inputs.problem import HOST
 from placement.predict.solution import label_words
 
-HOST = "Host"
 
-
-def survey_lines(profiles: Sequence[Profile], width: int = 100) -> list[str]:
+def survey_lines(profiles: Sequence[ProfileReview], width: int = 100) -> list[str]:
     """The table (memory in MiB with everything on the card included) and what to know about each profile."""
     devices = list(dict.fromkeys(name for each in profiles for name in _names(each) if name != HOST))
     head = ["profile", "", *devices, "host", "splits", "decode", "prompt", "turn", "gain"]
@@ -29,7 +28,7 @@ def survey_lines(profiles: Sequence[Profile], width: int = 100) -> list[str]:
     return lines
 
 
-def _labels(profile: Profile) -> Iterator[str]:
+def _labels(profile: ProfileReview) -> Iterator[str]:
     """How the figures of both of a profile's rows are known."""
     if profile.now is not None:
         yield label_words(profile.now.label, is_exact=profile.now.is_exact)
@@ -37,17 +36,17 @@ def _labels(profile: Profile) -> Iterator[str]:
         yield profile.best.label
 
 
-def _notes(profile: Profile) -> list[str]:
+def _notes(profile: ProfileReview) -> list[str]:
     """Why they are not exact."""
     now = profile.now.notes if profile.now is not None else ()
     return [*now, *(profile.solution or {}).get("notes", ())]
 
 
-def _names(profile: Profile) -> list[str]:
+def _names(profile: ProfileReview) -> list[str]:
     return [*(profile.now.devices if profile.now else ()), *(profile.best.memory if profile.best else ())]
 
 
-def _rows(profile: Profile, devices: Sequence[str]) -> list[list[str]]:
+def _rows(profile: ProfileReview, devices: Sequence[str]) -> list[list[str]]:
     now, best = profile.now, profile.best
     if now is None:
         return [[profile.section.name, "cannot be read"]]
@@ -77,7 +76,7 @@ def _speed(decode_tps: float | None, prompt_tps: float | None, turn_s: float | N
     return ["-" if value is None else f"{value:{form}}" for value, form in rounded]
 
 
-def _gain(profile: Profile) -> str:
+def _gain(profile: ProfileReview) -> str:
     if profile.best is not None and profile.applied == profile.best.name:
         return "as it is"
     if profile.now is not None and not profile.now.fits:
@@ -105,7 +104,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def _details(profile: Profile, width: int) -> list[str]:
+def _details(profile: ProfileReview, width: int) -> list[str]:
     lines = [f"[{profile.section.name}] line {profile.section.line}"]
     if profile.problem is not None:
         lines += _item("cannot be read", profile.problem, width)

@@ -7,8 +7,8 @@ from typing import Any
 
 from placement.llamacpp.emit.arguments import shell_command
 from placement.measure.records import log as records
-from placement.measure.verify.decide import Result
-from placement.measure.verify.run import Report
+from placement.measure.verify.decide import CandidateResult
+from placement.measure.verify.run import VerifyReport
 
 DASH = "-"
 _MEMORY_WORDS = {
@@ -19,7 +19,7 @@ _MEMORY_WORDS = {
 }
 
 
-def device_names(report: Report) -> list[str]:
+def seen_devices(report: VerifyReport) -> list[str]:
     """Return the devices that any candidate's memory was seen or promised on, in their order."""
     names: dict[str, None] = {}
     for result in report.verdict.results:
@@ -29,21 +29,21 @@ def device_names(report: Report) -> list[str]:
     return sorted(name for name in names if name != "Host")
 
 
-def header(report: Report) -> list[str]:
+def header(report: VerifyReport) -> list[str]:
     """Return the column heads; a cell "a (b)" is measured and predicted."""
-    devices = [f"{name} MiB" for name in device_names(report)]
+    devices = [f"{name} MiB" for name in seen_devices(report)]
     return ["candidate", *devices, "splits bs=1", "t/s", "at depth", "prompt t/s", "turn s", "OOM?", "notes"]
 
 
-def rows(report: Report) -> list[list[str]]:
+def rows(report: VerifyReport) -> list[list[str]]:
     """Return the cells of every candidate, the recommended one marked with a star."""
-    devices = device_names(report)
+    devices = seen_devices(report)
     return [
         _cells(result, devices, result is report.verdict.recommended) for result in report.verdict.results
     ]
 
 
-def _cells(result: Result, devices: Sequence[str], is_chosen: bool) -> list[str]:
+def _cells(result: CandidateResult, devices: Sequence[str], is_chosen: bool) -> list[str]:
     promised = result.predicted
     return [
         f"{result.name}{' *' if is_chosen else ''}",
@@ -58,13 +58,13 @@ def _cells(result: Result, devices: Sequence[str], is_chosen: bool) -> list[str]
     ]
 
 
-def _short(result: Result) -> list[str]:
+def _short(result: CandidateResult) -> list[str]:
     status = [] if result.status in _MEMORY_WORDS else [result.status]
     notes = list(dict.fromkeys(note.split("; its log is")[0] for note in result.notes))
     return [*status, *notes]
 
 
-def _memory(result: Result, name: str) -> str:
+def _memory(result: CandidateResult, name: str) -> str:
     """ "17285 70% (17101)": the card's peak, its share of the card, the engine's own as promised."""
     peak = result.devices.get(name)
     promised = result.predicted.self_mib.get(name) if result.predicted is not None else None
@@ -79,7 +79,7 @@ def _pair(measured: float | None, promised: float | None, form: str) -> str:
     return shown if promised is None else f"{shown} ({form.format(promised)})"
 
 
-def summary(report: Report) -> list[str]:
+def verify_summary(report: VerifyReport) -> list[str]:
     """Return the verdict in sentences, the noise floor and what is missing included."""
     verdict = report.verdict
     lines = [*verdict.reasons]
@@ -92,7 +92,7 @@ def summary(report: Report) -> list[str]:
     return lines
 
 
-def report_row(report: Report, model: str, machine: str, model_path: str) -> dict[str, Any]:
+def verify_row(report: VerifyReport, model: str, machine: str, model_path: str) -> dict[str, Any]:
     """Return the report as JSON, every number measured unless its key says predicted."""
     verdict = report.verdict
     chosen = verdict.recommended
@@ -111,12 +111,12 @@ def report_row(report: Report, model: str, machine: str, model_path: str) -> dic
     }
 
 
-def command(result: Result, model_path: str) -> str:
+def command(result: CandidateResult, model_path: str) -> str:
     """Return the shell line that runs a candidate's arguments."""
     return shell_command("llama-server", model_path, result.arguments)
 
 
-def _result_row(result: Result) -> dict[str, Any]:
+def _result_row(result: CandidateResult) -> dict[str, Any]:
     promised = result.predicted
     return {
         "name": result.name,

@@ -27,7 +27,7 @@ ONE: dict[str, Callable[[Launch], str]] = {
     "ik_llama": ik_llama,
     "koboldcpp": koboldcpp,
 }
-FORMATS = (*MANY, *ONE)
+WRITTEN_FORMATS = (*MANY, *ONE)
 
 
 def written(name: str, launches: Sequence[Launch]) -> str:

@@ -26,7 +26,7 @@ from placement.configs.models_conf.models_conf import (
     split_lines,
     words,
 )
-from placement.configs.models_conf.options import Part, by_option, merged
+from placement.configs.models_conf.options import OptionPart, by_option, merged
 from placement.errors import InputError
 from placement.files import write_atomically
 from placement.llamacpp.arguments import parse
@@ -123,7 +123,7 @@ def _with_layers_kept(choice: Choice, section: Section) -> Choice:
 
 
 def _rewrite(
-    conf: ModelsConf, section: Section, chosen: dict[str, Part]
+    conf: ModelsConf, section: Section, chosen: dict[str, OptionPart]
 ) -> tuple[dict[int, tuple[int, str | None]], list[str]]:
     """Last line and new text (None: gone) of each entry that changes, by first line; and the old texts."""
     counting = section.current().values()
@@ -143,7 +143,7 @@ def _rewrite(
     return texts, replaced
 
 
-def _new_value(entry: Entry, chosen: dict[str, Part], keyed: set[str]) -> str | None:
+def _new_value(entry: Entry, chosen: dict[str, OptionPart], keyed: set[str]) -> str | None:
     if entry.is_extra_args:
         old = words(entry.value)
         new = [word.raw for word in merged(old, chosen, keyed)]
@@ -157,7 +157,10 @@ def _new_value(entry: Entry, chosen: dict[str, Part], keyed: set[str]) -> str | 
 
 
 def _extra_args_added(
-    conf: ModelsConf, section: Section, texts: dict[int, tuple[int, str | None]], chosen: dict[str, Part]
+    conf: ModelsConf,
+    section: Section,
+    texts: dict[int, tuple[int, str | None]],
+    chosen: dict[str, OptionPart],
 ) -> dict[int, tuple[int, str | None]]:
     """The text of the last entry with an EXTRA_ARGS line after it, for what no key of the section says."""
     keyed = {entry.option for entry in section.entries}

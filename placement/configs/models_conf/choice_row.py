@@ -12,7 +12,7 @@ from placement.inputs.model import Model
 from placement.inputs.problem import Problem, Program
 from placement.solve.request import Request
 from placement.solve.run import commands
-from placement.solve.solve import make_problem, solve
+from placement.solve.solve import make_problem, solve_request
 from placement.solve.store import read_solutions, save_solutions, solution_folder, solution_set_row
 
 
@@ -40,7 +40,7 @@ def chosen_row(
             say(f"solutions from {path}")
             return row
     say(f"solving for {model.name}")
-    found = solve(model, machine, request)
+    found = solve_request(model, machine, request)
     if not found.solutions:
         raise PlacementError(f"{model.name} on {machine.name}: {found.message or 'nothing fits'}")
     row = solution_set_row(problem, found, commands(problem, found))
@@ -55,7 +55,7 @@ def best_arguments(model: Model, machine: Machine, program: Program = "llama-ser
     Raises:
         PlacementError: nothing fits.
     """
-    found = solve(model, machine, Request(program=program))
+    found = solve_request(model, machine, Request(program=program))
     if not found.solutions:
         raise PlacementError(f"{model.name} on {machine.name}: {found.message or 'nothing fits'}")
     return found.solutions[0].args

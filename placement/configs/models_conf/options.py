@@ -33,7 +33,7 @@ def chosen_option(word: str) -> tuple[str | None, bool]:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class OptionPart:
     """An option with its values; `option` is its canonical name, None where it is not about placement."""
 
     words: tuple[Word, ...]
@@ -45,7 +45,7 @@ class Part:
         return tuple(word.value for word in self.words)
 
 
-def parts_of(given: Sequence[Word]) -> list[Part]:
+def parts_of(given: Sequence[Word]) -> list[OptionPart]:
     """The options in a list of words, each with the values that follow it."""
     parts, at = [], 0
     while at < len(given):
@@ -58,7 +58,7 @@ def parts_of(given: Sequence[Word]) -> list[Part]:
         else:
             while end < len(given) and not is_option(given[end].value):
                 end += 1
-        parts.append(Part(tuple(given[at:end]), option))
+        parts.append(OptionPart(tuple(given[at:end]), option))
         at = end
     return parts
 
@@ -72,12 +72,12 @@ def plain_words(tokens: Iterable[str]) -> list[Word]:
     return [Word(quoted(token), token) for token in tokens]
 
 
-def by_option(tokens: Sequence[str]) -> dict[str, Part]:
+def by_option(tokens: Sequence[str]) -> dict[str, OptionPart]:
     """The options of chosen arguments by canonical name."""
     return {part.option or part.values[0]: part for part in parts_of(plain_words(tokens))}
 
 
-def merged(old: Sequence[Word], chosen: dict[str, Part], elsewhere: Iterable[str]) -> list[Word]:
+def merged(old: Sequence[Word], chosen: dict[str, OptionPart], elsewhere: Iterable[str]) -> list[Word]:
     """The old words with their placement replaced by the chosen; options in `elsewhere` are said by keys."""
     left = {option: part for option, part in chosen.items() if option not in set(elsewhere)}
     out: list[Word] = []
@@ -91,7 +91,7 @@ def merged(old: Sequence[Word], chosen: dict[str, Part], elsewhere: Iterable[str
     return out
 
 
-def _renewed(old: Part, new: Part) -> tuple[Word, ...]:
+def _renewed(old: OptionPart, new: OptionPart) -> tuple[Word, ...]:
     """The new option under its old name; the old words where they say the same."""
     if old.values[1:] == new.values[1:] and len(new.words) > 1:
         return old.words

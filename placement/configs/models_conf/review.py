@@ -19,7 +19,7 @@ from placement.llamacpp.architecture.describe import describe
 from placement.llamacpp.arguments import Arguments, parse
 from placement.llamacpp.emit.resolve import resolve
 from placement.llamacpp.memory import has_one_kv_type
-from placement.predict.check import Check, check, check_row
+from placement.predict.check import Check, check_arguments, check_row
 from placement.solve.request import Request
 from placement.solve.solve import make_problem
 
@@ -39,7 +39,7 @@ class Defaults:
 
 
 @dataclass(frozen=True)
-class Profile:
+class ProfileReview:
     """One section: `problem` says why it could not be read; `best` is None until it was solved for.
 
     `solution` is the row that `best` was made of, `applied` the name of the solution that the section already
@@ -60,7 +60,7 @@ class Profile:
     message: str = ""
 
 
-def _solved(profile: Profile, machine: Machine, root: Path | None, is_fresh: bool) -> Profile:
+def _solved(profile: ProfileReview, machine: Machine, root: Path | None, is_fresh: bool) -> ProfileReview:
     """The profile with what `place` would do instead."""
     assert profile.model is not None
     try:
@@ -73,7 +73,7 @@ def _solved(profile: Profile, machine: Machine, root: Path | None, is_fresh: boo
     return replace(profile, best=choice_of(row), solution=row["solutions"][0], applied=applied)
 
 
-def _is_applied(profile: Profile, machine: Machine, solution: dict[str, Any]) -> bool:
+def _is_applied(profile: ProfileReview, machine: Machine, solution: dict[str, Any]) -> bool:
     assert profile.model is not None and profile.now is not None
     meant = resolve(profile.model, machine, parse(solution["args"]), profile.request.program)
     return _compared(meant) == _compared(profile.now.assignment)
@@ -90,7 +90,7 @@ def read_profile(
     find: Find,
     defaults: Defaults,
     request: Request,
-) -> Profile:
+) -> ProfileReview:
     """What a section costs now; a section that cannot be read, found or run is a profile with a problem.
 
     The cache types come from the section, else from `defaults`, else from the model's own description. Of
@@ -99,7 +99,7 @@ def read_profile(
     bad = [text for text in section.problems if "last one counts" not in text]
     notes = [text for text in section.problems if text not in bad]
     if bad:
-        return Profile(section, problem="; ".join(bad), notes=tuple(notes))
+        return ProfileReview(section, problem="; ".join(bad), notes=tuple(notes))
     try:
         own = section.tokens()
         model, how = find(section, parse([*defaults.tokens, *own]).model_path)
@@ -107,11 +107,11 @@ def read_profile(
         arguments = parse(tokens)
         asked, warned = _request(model, machine, arguments, request)
         turn = make_problem(model, machine, asked)[0].workload
-        now = check(model, machine, arguments, asked.program, turn, asked.reserve_mib)
+        now = check_arguments(model, machine, arguments, asked.program, turn, asked.reserve_mib)
     except InputError as exc:
-        return Profile(section, problem=str(exc), notes=tuple(notes))
+        return ProfileReview(section, problem=str(exc), notes=tuple(notes))
     notes += [f"model {model.name}, {how}", *told, *warned]
-    return Profile(section, None, model, arguments, tuple(tokens), now, asked, tuple(notes))
+    return ProfileReview(section, None, model, arguments, tuple(tokens), now, asked, tuple(notes))
 
 
 def _with_cache_types(tokens: Sequence[str], model: Model) -> tuple[list[str], list[str]]:
@@ -162,7 +162,7 @@ def survey(
     root: Path | None = None,
     is_fresh: bool = False,
     progress: Callable[[str], None] | None = None,
-) -> Iterator[Profile]:
+) -> Iterator[ProfileReview]:
     """Each profile of `sections` (all without), solved for unless `is_solved` is False.
 
     Solutions are taken from and kept under `root`; None keeps none.
@@ -180,7 +180,7 @@ def survey(
         yield profile
 
 
-def gain(profile: Profile) -> dict[str, float | None]:
+def gain(profile: ProfileReview) -> dict[str, float | None]:
     """Predicted gain in percent (of speed) and seconds (of a turn); None where one of the two is unknown."""
     now, best = profile.now, profile.best
     if now is None or best is None:
@@ -196,7 +196,7 @@ def _percent(now: float | None, then: float | None) -> float | None:
     return round(100.0 * (then / now - 1.0), 1) if now and then is not None else None
 
 
-def profile_row(profile: Profile) -> dict[str, Any]:
+def profile_row(profile: ProfileReview) -> dict[str, Any]:
     """The profile as one JSON object."""
     return {
         "section": profile.section.name,

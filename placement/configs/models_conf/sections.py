@@ -40,7 +40,7 @@ def _model_path(section: Section) -> str | None:
     return next((tokens[i + 1] for i, token in enumerate(tokens[:-1]) if token in names_of("-m")), None)
 
 
-def request_of(
+def section_request(
     section: Section, model: Model, machine: Machine, defaults: Defaults, request: Request
 ) -> tuple[Request, tuple[str, ...]]:
     """What to solve for so that the section keeps its context, slots and cache type; and notes on it.

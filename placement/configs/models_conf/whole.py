@@ -13,7 +13,7 @@ from placement.configs.models_conf.find_model import ModelFinder
 from placement.configs.models_conf.measured import measured_of
 from placement.configs.models_conf.models_conf import ModelsConf, Section
 from placement.configs.models_conf.review import Defaults
-from placement.configs.models_conf.sections import request_of, section_of
+from placement.configs.models_conf.sections import section_of, section_request
 from placement.inputs.machine import Machine
 from placement.inputs.model import Model
 from placement.solve.request import Request
@@ -53,7 +53,7 @@ def place_in_conf(
         PlacementError: nothing fits.
     """
     section = section_of(conf, section_name, model, finder)
-    request, notes = request_of(section, model, machine, defaults, request)
+    request, notes = section_request(section, model, machine, defaults, request)
     for note in notes:
         tell(note)
     choice = choice_of(chosen_row(model, machine, request, root, is_fresh=is_fresh, tell=tell), solution_name)

@@ -45,7 +45,7 @@ class TensorInfo(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class FilePart:
     """One file of the set: where its data section starts and how long the file is, in bytes."""
 
     path: Path
@@ -65,7 +65,7 @@ class Header:
     of the files; the metadata of a split set is that of its first part.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[FilePart, ...]
     metadata: dict[str, Any]
     metadata_types: dict[str, str]
     skipped: dict[str, int]

@@ -23,8 +23,8 @@ from placement.inputs.gguf_header.facts import (
     STRING,
     VALUE_TYPES,
     VERSION,
+    FilePart,
     Header,
-    Part,
     TensorInfo,
 )
 from placement.inputs.quants import TYPE_NAMES, tensor_bytes
@@ -87,7 +87,7 @@ class _Reader:
         infos = tuple(self._tensor_info(i) for i in range(n_tensors))
         data_start = -(-self.position // alignment) * alignment if infos else self.position
         self._check_tensors(infos, alignment, data_start)
-        part = Part(self.path, version, alignment, data_start, self.n_bytes, n_tensors)
+        part = FilePart(self.path, version, alignment, data_start, self.n_bytes, n_tensors)
         return Header((part,), metadata, types, self.skipped, infos)
 
     def _preamble(self) -> tuple[int, int, int]:

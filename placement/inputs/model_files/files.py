@@ -34,18 +34,18 @@ def resolve_model(name_or_path: str | Path) -> Model:
     text = os.fspath(name_or_path)
     path = Path(text)
     if os.path.isfile(text):  # unlike Path.is_file, False for names that no file can have
-        return load_model(path)
+        return read_model(path)
     looks_like_path = isinstance(name_or_path, Path) or path.suffix in (".toml", ".gguf") or path.name != text
     if looks_like_path:
         raise InputError("MODEL", "there is no such file", value=text[:100])
     if _NAME.fullmatch(text):
         for folder in search_folders("models"):
             if (folder / f"{text}.toml").is_file():
-                return load_model(folder / f"{text}.toml")
+                return read_model(folder / f"{text}.toml")
     raise InputError("MODEL", f"there is no model of that name; {_suggestion(text)}", value=text[:100])
 
 
-def load_model(path: str | Path) -> Model:
+def read_model(path: str | Path) -> Model:
     """The model of a `.toml` description or a GGUF file (any part of a split set), named after the file.
 
     Raises:

@@ -14,11 +14,11 @@ from typing import Any
 
 from placement.errors import InputError
 from placement.inputs.gguf_header.facts import MAX_DIMS, MAX_NAME_BYTES
+from placement.inputs.gguf_header.read import MAX_TENSORS
 from placement.inputs.model import Tensor
 from placement.inputs.quants import BLOCKS, tensor_bytes
 
 MAX_LAYER = 65535
-MAX_TENSORS = 1 << 20
 _ROW_KEYS = {"name", "layers", "shape", "type", "starts_section"}
 
 _Kind = tuple[str, tuple[int, ...], str]  # name with {i}, shape, type

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from placement.inputs.model import Model
-from placement.llamacpp.architecture.header import Header
+from placement.llamacpp.architecture.header import HeaderFacts
 from placement.llamacpp.architecture.records import Architecture
 from placement.llamacpp.architecture.rules import RULES, Rule, Window
 from placement.llamacpp.architecture.tensors import (
@@ -22,7 +22,7 @@ def describe(model: Model) -> Architecture:
 
 def _describe(model: Model) -> Architecture:
     rule = RULES.get(model.architecture)
-    header = Header(model, rule or _derive(model))
+    header = HeaderFacts(model, rule or _derive(model))
     facts = tuple(header.layer(i) for i in range(header.n_layer_all))
     placed, skipped = place_tensors(model, header)
     return Architecture(

@@ -21,7 +21,7 @@ from placement.llamacpp.architecture.rules import (
 _CSA_RATIO, _HCA_RATIO = 4, 128  # DeepSeek-V4's two compression ratios
 
 
-class Header:
+class HeaderFacts:
     """The header's numbers read the way the engine reads them; `layer(i)` gives a layer's facts."""
 
     def __init__(self, model: Model, rule: Rule) -> None:

@@ -9,7 +9,7 @@ import math
 import re
 
 from placement.inputs.model import Model, Tensor
-from placement.llamacpp.architecture.header import Header
+from placement.llamacpp.architecture.header import HeaderFacts
 from placement.llamacpp.architecture.records import PlacedTensor
 from placement.llamacpp.architecture.rules import (
     CONV_TENSORS,
@@ -56,7 +56,7 @@ def _base(name: str) -> str:
     return stem if suffix in ("weight", "bias", "scale", "input_scale") else name
 
 
-def place_tensors(model: Model, header: Header) -> tuple[tuple[PlacedTensor, ...], tuple[Tensor, ...]]:
+def place_tensors(model: Model, header: HeaderFacts) -> tuple[tuple[PlacedTensor, ...], tuple[Tensor, ...]]:
     """The tensors that the engine allocates, in file order, and those that it leaves in the file."""
     placed: list[PlacedTensor] = []
     skipped: list[Tensor] = []
@@ -80,7 +80,7 @@ def place_tensors(model: Model, header: Header) -> tuple[tuple[PlacedTensor, ...
     return tuple(placed), tuple(skipped)
 
 
-def _is_skipped(tensor: Tensor, header: Header) -> bool:
+def _is_skipped(tensor: Tensor, header: HeaderFacts) -> bool:
     base = _base(tensor.name)
     layer = tensor_layer(tensor.name)
     if layer is not None and layer >= header.n_layer and not header.rule.has_router_layer:
@@ -94,7 +94,7 @@ def _is_lazy(tensor: Tensor, model: Model) -> bool:
     return is_candidate and tensor.n_bytes > LAZY_MIN_BYTES
 
 
-def _has_cuda_kernel(tensor: Tensor, header: Header) -> bool:
+def _has_cuda_kernel(tensor: Tensor, header: HeaderFacts) -> bool:
     """Whether ggml-cuda supports the operation that the engine tries the weight with."""
     name = _base(tensor.name)
     name = name.partition(".")[2].partition(".")[2] if _BLOCK.match(name) else name
@@ -109,7 +109,7 @@ def _has_cuda_kernel(tensor: Tensor, header: Header) -> bool:
     return True
 
 
-def _has_scan_kernel(tensor: Tensor, header: Header) -> bool:
+def _has_scan_kernel(tensor: Tensor, header: HeaderFacts) -> bool:
     d_inner = header.integer("ssm.inner_size")
     n_head = tensor.shape[1] if len(tensor.shape) > 1 else 1
     head_size = d_inner // max(n_head, 1)

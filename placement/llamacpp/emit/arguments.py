@@ -11,10 +11,10 @@ from placement.inputs.machine import Machine
 from placement.inputs.model import Model
 from placement.inputs.problem import CPU, Assignment, Settings
 from placement.llamacpp.context_rules import SERVER_SLOTS
-from placement.llamacpp.emit.devices import EngineDevice, engine_devices, rpc_servers
+from placement.llamacpp.emit.devices import NamedDevice, engine_devices, rpc_servers
 from placement.llamacpp.emit.regex import compile_pattern, patterns_for
 
-NOTHING = "^$"  # an override that matches no tensor
+NO_TENSOR = "^$"  # an override that matches no tensor
 
 
 def emit_arguments(
@@ -55,7 +55,7 @@ def _is_remote(machine: Machine, name: str) -> bool:
 
 
 def _layer_tokens(
-    assignment: Assignment, found: Sequence[EngineDevice], devices: Sequence[EngineDevice]
+    assignment: Assignment, found: Sequence[NamedDevice], devices: Sequence[NamedDevice]
 ) -> list[str]:
     homes = assignment.homes
     n_gpu = sum(home != CPU for home in homes)
@@ -76,7 +76,7 @@ def _layer_tokens(
     return tokens
 
 
-def _override_tokens(model: Model, assignment: Assignment, by_name: dict[str, EngineDevice]) -> list[str]:
+def _override_tokens(model: Model, assignment: Assignment, by_name: dict[str, NamedDevice]) -> list[str]:
     """One `-ot` with a few patterns for each target, the map they make equal to `moved`."""
     targets = dict.fromkeys(device for _, device in assignment.moved)
     names = [tensor.name for tensor in model.tensors]
@@ -87,7 +87,7 @@ def _override_tokens(model: Model, assignment: Assignment, by_name: dict[str, En
     ]
     _check_map(pairs, names, dict(assignment.moved))
     if not pairs and assignment.settings.has_overrides:
-        pairs = [(NOTHING, CPU)]
+        pairs = [(NO_TENSOR, CPU)]
     written = [
         f"{pattern}={CPU if target == CPU else by_name[target].buffer_name}" for pattern, target in pairs
     ]

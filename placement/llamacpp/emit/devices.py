@@ -11,7 +11,7 @@ from placement.inputs.problem import CPU
 
 
 @dataclass(frozen=True, slots=True)
-class EngineDevice:
+class NamedDevice:
     """A device of the machine as one engine run knows it.
 
     `dev_name` is what `-dev` takes: RPC devices are numbered over all servers in `--rpc` order. `buffer_name`
@@ -23,23 +23,21 @@ class EngineDevice:
     buffer_name: str
 
 
-def engine_devices(machine: Machine, rpc: Sequence[str]) -> tuple[EngineDevice, ...]:
+def engine_devices(machine: Machine, rpc: Sequence[str]) -> tuple[NamedDevice, ...]:
     """The devices that the engine finds, in its own order: those of the RPC servers, then the local ones.
 
     Raises:
         InputError: a server that the machine has no device for.
     """
-    remote: list[EngineDevice] = []
+    remote: list[NamedDevice] = []
     for server in dict.fromkeys(rpc):
         behind = [device for device in machine.devices if device.is_rpc and device.address == server]
         if not behind:
             known = ", ".join(rpc_servers(machine)) or "none"
             raise InputError("--rpc", f"must be a server of machine {machine.name} ({known})", value=server)
         for i, device in enumerate(behind):
-            remote.append(EngineDevice(device, f"RPC{len(remote)}", f"RPC{i}[{server}]"))
-    local = [
-        EngineDevice(device, device.name, device.name) for device in machine.devices if not device.is_rpc
-    ]
+            remote.append(NamedDevice(device, f"RPC{len(remote)}", f"RPC{i}[{server}]"))
+    local = [NamedDevice(device, device.name, device.name) for device in machine.devices if not device.is_rpc]
     return (*remote, *local)
 
 
@@ -50,7 +48,7 @@ def rpc_servers(machine: Machine) -> tuple[str, ...]:
     )
 
 
-def selected_devices(found: Sequence[EngineDevice], names: Sequence[str] | None) -> tuple[EngineDevice, ...]:
+def selected_devices(found: Sequence[NamedDevice], names: Sequence[str] | None) -> tuple[NamedDevice, ...]:
     """The devices of `-dev`, in its order and whatever their case; all that were found where it is not given.
 
     Raises:
@@ -59,7 +57,7 @@ def selected_devices(found: Sequence[EngineDevice], names: Sequence[str] | None)
     if names is None:
         return tuple(found)
     by_name = {each.dev_name.lower(): each for each in found}
-    chosen: list[EngineDevice] = []
+    chosen: list[NamedDevice] = []
     for name in names:
         each = by_name.get(name.lower())
         if each is None:
@@ -71,7 +69,7 @@ def selected_devices(found: Sequence[EngineDevice], names: Sequence[str] | None)
     return tuple(chosen)
 
 
-def buffer_target(found: Sequence[EngineDevice], target: str) -> str:
+def buffer_target(found: Sequence[NamedDevice], target: str) -> str:
     """The machine's name of the device that an `-ot` target means, or "CPU".
 
     Raises:

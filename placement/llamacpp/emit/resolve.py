@@ -16,7 +16,7 @@ from placement.llamacpp.architecture.describe import describe
 from placement.llamacpp.architecture.tensors import INPUT, OUTPUT, tensor_class, tensor_layer
 from placement.llamacpp.arguments import Arguments
 from placement.llamacpp.context_rules import SERVER_SLOTS
-from placement.llamacpp.emit.devices import EngineDevice, buffer_target, engine_devices, selected_devices
+from placement.llamacpp.emit.devices import NamedDevice, buffer_target, engine_devices, selected_devices
 from placement.llamacpp.emit.regex import compile_pattern
 
 
@@ -56,7 +56,7 @@ def tensor_home(model: Model, name: str, homes: Sequence[str]) -> str:
 
 
 def layer_homes(
-    n_layers: int, n_gpu_layers: int | None, shares: Sequence[float], devices: Sequence[EngineDevice]
+    n_layers: int, n_gpu_layers: int | None, shares: Sequence[float], devices: Sequence[NamedDevice]
 ) -> tuple[str, ...]:
     """The device of each layer and of the output, in the engine's float32 arithmetic."""
     n_all = n_layers + 1
@@ -75,7 +75,7 @@ def _float32(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
-def model_devices(found: Sequence[EngineDevice], arguments: Arguments) -> tuple[EngineDevice, ...]:
+def model_devices(found: Sequence[NamedDevice], arguments: Arguments) -> tuple[NamedDevice, ...]:
     """The devices given to the model, after `-dev`, `-sm none` and `-mg` (llama_prepare_model_devices)."""
     if arguments.split_mode == "tensor":
         raise InputError("-sm", "must not be tensor here: it has no placement by device", value="tensor")
@@ -88,7 +88,7 @@ def model_devices(found: Sequence[EngineDevice], arguments: Arguments) -> tuple[
     return () if index < 0 else (devices[index],)
 
 
-def _shares(devices: Sequence[EngineDevice], arguments: Arguments) -> tuple[float, ...]:
+def _shares(devices: Sequence[NamedDevice], arguments: Arguments) -> tuple[float, ...]:
     """`-ts` over the devices, zeros added; usable memory where none of them is above zero."""
     given = (*(arguments.tensor_split or ()), *[0.0] * len(devices))[: len(devices)]
     return given if any(given) else tuple(each.device.usable_mib for each in devices)
@@ -98,8 +98,8 @@ def _moved(
     model: Model,
     homes: Sequence[str],
     arguments: Arguments,
-    found: Sequence[EngineDevice],
-    devices: Sequence[EngineDevice],
+    found: Sequence[NamedDevice],
+    devices: Sequence[NamedDevice],
 ) -> tuple[tuple[str, str], ...]:
     """The tensors that overrides put elsewhere than home; the first pattern that matches wins."""
     usable = {CPU, *(each.device.name for each in devices)}

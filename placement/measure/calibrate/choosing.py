@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.measure.calibrate.design import Array
+from placement.measure.calibrate.design import FloatArray
 from placement.measure.calibrate.features import TimingRow
 from placement.measure.calibrate.fit import Calibration
 from placement.measure.calibrate.fit_problem import MODEL_NOISE
@@ -42,18 +42,18 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class TurnForecast:
     """The predicted turn of each proposal, in seconds, its standard deviation as a share, and its gradients."""
 
-    turns_s: Array
-    spreads: Array
-    decode_s: Array
-    prompt_s: Array
-    slopes: Array  # of the turn's logarithm, by all parameters of both fits
-    covariance: Array
+    turns_s: FloatArray
+    spreads: FloatArray
+    decode_s: FloatArray
+    prompt_s: FloatArray
+    slopes: FloatArray  # of the turn's logarithm, by all parameters of both fits
+    covariance: FloatArray
 
 
-def outlook(fits: tuple[Calibration, Calibration], proposals: Sequence[Proposal]) -> Outlook:
+def forecast_turns(fits: tuple[Calibration, Calibration], proposals: Sequence[Proposal]) -> TurnForecast:
     """What the fits say of the proposals' turns."""
     decode_fit, prompt_fit = fits
     decode_s, _ = decode_fit.predict([each.decode for each in proposals])
@@ -70,7 +70,7 @@ def outlook(fits: tuple[Calibration, Calibration], proposals: Sequence[Proposal]
     covariance = np.zeros((slopes.shape[1], slopes.shape[1]))
     covariance[:n, :n], covariance[n:, n:] = decode_fit.covariance, prompt_fit.covariance
     spreads = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", slopes, covariance, slopes), 0.0))
-    return Outlook(turns_s, spreads, decode_s, prompt_s, slopes, covariance)
+    return TurnForecast(turns_s, spreads, decode_s, prompt_s, slopes, covariance)
 
 
 def choose_runs(
@@ -80,7 +80,7 @@ def choose_runs(
     n: int = 2,
 ) -> list[Proposal]:
     """At most `n` proposals not measured yet: the one predicted best first, then those that tell most."""
-    found = outlook(fits, proposals)
+    found = forecast_turns(fits, proposals)
     open_ = [i for i, each in enumerate(proposals) if each.key not in measured]
     if not open_:
         return []
@@ -100,9 +100,9 @@ def choose_runs(
 
 def _gain(
     fits: tuple[Calibration, Calibration],
-    found: Outlook,
+    found: TurnForecast,
     i: int,
-    covariance: Array,
+    covariance: FloatArray,
     proposals: Sequence[Proposal],
 ) -> float:
     """How much a run of proposal i lowers the variance of the turns that matter."""
@@ -114,11 +114,11 @@ def _gain(
 
 def _after(
     fits: tuple[Calibration, Calibration],
-    found: Outlook,
+    found: TurnForecast,
     i: int,
-    covariance: Array,
+    covariance: FloatArray,
     proposals: Sequence[Proposal],
-) -> Array:
+) -> FloatArray:
     """The covariance once proposal i is run: its token's and its prompt's time are both measured."""
     n = len(fits[0].parameters)
     rows = np.zeros((2, covariance.shape[0]))
@@ -144,7 +144,7 @@ def is_settled(
     open_ = [i for i, each in enumerate(proposals) if each.key not in measured]
     if len(measured) < LEAST_RUNS or not open_:
         return bool(measured) and not open_
-    found = outlook(fits, proposals)
+    found = forecast_turns(fits, proposals)
     hoped_s = min(
         float(found.turns_s[i]) * (1.0 - math.hypot(float(found.spreads[i]), MODEL_NOISE[DECODE]))
         for i in open_
@@ -180,7 +180,7 @@ def surprising(
     known = [each for each in proposals if math.isfinite(turns_s.get(each.key, math.inf))]
     if not known:
         return []
-    found = outlook(fits, known)
+    found = forecast_turns(fits, known)
     slower = [math.log(turns_s[each.key] / float(found.turns_s[i])) for i, each in enumerate(known)]
     spreads = [math.hypot(float(spread), MODEL_NOISE[DECODE]) for spread in found.spreads]
     return [each for i, each in enumerate(known) if slower[i] > max(SURPRISE, SURPRISE_Z * spreads[i])]

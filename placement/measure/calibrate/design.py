@@ -13,7 +13,7 @@ from placement.measure.calibrate.features import TimingRow
 from placement.measure.calibrate.parameters import ALIKE, Parameter
 from placement.predict.terms import GRAPH, OVERLAP, Powers
 
-Array = Any  # numpy.ndarray of floats
+FloatArray = Any  # numpy.ndarray of floats
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,15 @@ class Design:
     is a product of parameters."""
 
     parameters: tuple[Parameter, ...]
-    log_powers: Array  # (products, parameters), of those with is_log
-    linear: Array  # (products,): the parameter that a product is linear in, or -1
-    fixed: Array
-    stages: Array
-    row_of_stage: Array
-    n_ubatches: Array
-    is_pipelined: Array
+    log_powers: FloatArray  # (products, parameters), of those with is_log
+    linear: FloatArray  # (products,): the parameter that a product is linear in, or -1
+    fixed: FloatArray
+    stages: FloatArray
+    row_of_stage: FloatArray
+    n_ubatches: FloatArray
+    is_pipelined: FloatArray
 
-    def seconds(self, x: Array) -> tuple[Array, Array]:
+    def seconds(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
         """(seconds, their derivatives by x); x holds logarithms where a parameter is_log."""
         value, slope = self._products(x)
         total, total_slope = self.fixed @ value, self.fixed @ slope
@@ -45,7 +45,7 @@ class Design:
             total_slope[:, at] += more * np.exp(x[at])
         return total, total_slope
 
-    def _products(self, x: Array) -> tuple[Array, Array]:
+    def _products(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
         is_linear = self.linear >= 0
         at = np.where(is_linear, self.linear, 0)
         rest = np.exp(self.log_powers @ x)
@@ -54,7 +54,7 @@ class Design:
         slope[is_linear, at[is_linear]] += rest[is_linear]
         return value, slope
 
-    def _weights(self, x: Array, stage: Array) -> tuple[Array, Array]:
+    def _weights(self, x: FloatArray, stage: FloatArray) -> tuple[FloatArray, FloatArray]:
         """What of each stage counts (cost.pipelined_s), and the change of each row with the overlap."""
         n_rows = len(self.n_ubatches)
         longest = np.full(n_rows, -np.inf)
@@ -125,7 +125,7 @@ def _reduced(
 
 def _powers(
     products: Mapping[Powers, int], parameters: tuple[Parameter, ...], index: Mapping[str, int]
-) -> tuple[Array, Array]:
+) -> tuple[FloatArray, FloatArray]:
     log_powers = np.zeros((len(products), len(parameters)))
     linear = np.full(len(products), -1)
     for powers, k in products.items():
@@ -138,19 +138,19 @@ def _powers(
     return log_powers, linear
 
 
-def _filled(shape: tuple[int, int], entries: Sequence[tuple[int, int, float]]) -> Array:
+def _filled(shape: tuple[int, int], entries: Sequence[tuple[int, int, float]]) -> FloatArray:
     matrix = np.zeros(shape)
     for i, k, amount in entries:
         matrix[i, k] += amount
     return matrix
 
 
-def prior_start(parameters: Sequence[Parameter]) -> Array:
+def prior_start(parameters: Sequence[Parameter]) -> FloatArray:
     """The priors as x: logarithms where a parameter is_log."""
     return np.array([np.log(each.prior) if each.is_log else each.prior for each in parameters])
 
 
-def prior_precision(parameters: Sequence[Parameter]) -> Array:
+def prior_precision(parameters: Sequence[Parameter]) -> FloatArray:
     """The inverse of the priors' covariance; the same coefficient of several devices is believed alike, but not
     what another serves for: how the host reads a cache tells nothing of cards."""
     spread = np.array([each.spread for each in parameters])

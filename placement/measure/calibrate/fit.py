@@ -14,7 +14,7 @@ import numpy as np
 
 from placement.inputs.coefficients import DEFAULTS
 from placement.inputs.machine import Coefficient, Machine
-from placement.measure.calibrate.design import Array, make_design
+from placement.measure.calibrate.design import FloatArray, make_design
 from placement.measure.calibrate.features import TimingRow
 from placement.measure.calibrate.fit_problem import UNIDENTIFIED, FitProblem
 from placement.measure.calibrate.outliers import Outlier, scale_of, without_doubtful
@@ -45,8 +45,8 @@ class Calibration:
     kind: Phase
     parameters: tuple[Parameter, ...]
     known: dict[str, float]
-    x: Array
-    covariance: Array
+    x: FloatArray
+    covariance: FloatArray
     left: dict[str, float]
     n_samples: dict[str, int]
     errors: tuple[RunError, ...]
@@ -78,14 +78,14 @@ class Calibration:
         """Names of the coefficients that keep their priors."""
         return tuple(name for name, left in self.left.items() if left > UNIDENTIFIED)
 
-    def predict(self, rows: Sequence[TimingRow]) -> tuple[Array, Array]:
+    def predict(self, rows: Sequence[TimingRow]) -> tuple[FloatArray, FloatArray]:
         """(seconds, standard deviation as a share) of placements, run or not."""
         design = make_design(rows, self.parameters, self.known)
         seconds, slope = design.seconds(self.x)
         share = slope / seconds[:, None]
         return seconds, np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", share, self.covariance, share), 0.0))
 
-    def gradients(self, rows: Sequence[TimingRow]) -> Array:
+    def gradients(self, rows: Sequence[TimingRow]) -> FloatArray:
         """How the logarithm of each row's time changes with each parameter."""
         seconds, slope = make_design(rows, self.parameters, self.known).seconds(self.x)
         return slope / seconds[:, None]
@@ -161,14 +161,14 @@ def _samples(rows: Sequence[TimingRow], unknowns: Sequence[Parameter]) -> dict[s
 
 
 def _errors(
-    problem: FitProblem, rows: Sequence[TimingRow], kept: Sequence[TimingRow], x: Array
+    problem: FitProblem, rows: Sequence[TimingRow], kept: Sequence[TimingRow], x: FloatArray
 ) -> list[RunError]:
     """Each row's error with the priors, and with what all other runs teach."""
     if not rows:
         return []
     before, _ = problem.design(rows).seconds(problem.start)
     counted = set(map(id, kept))
-    after: dict[str, Array] = {}
+    after: dict[str, FloatArray] = {}
     for run in dict.fromkeys(row.run for row in rows):
         others = [row for row in kept if row.run != run]
         if others:
@@ -181,7 +181,7 @@ def _errors(
 
 
 def _error(
-    problem: FitProblem, row: TimingRow, before_s: float, others: Array | None, is_counted: bool
+    problem: FitProblem, row: TimingRow, before_s: float, others: FloatArray | None, is_counted: bool
 ) -> RunError:
     measured = row.measured_s or 1.0
     after = None if others is None else float(problem.design([row]).seconds(others)[0][0]) / measured - 1.0

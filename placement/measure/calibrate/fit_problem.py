@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from placement.measure.calibrate.design import Array, Design, make_design, prior_precision, prior_start
+from placement.measure.calibrate.design import Design, FloatArray, make_design, prior_precision, prior_start
 from placement.measure.calibrate.features import TimingRow
 from placement.measure.calibrate.parameters import Parameter
 from placement.predict.terms import OVERLAP, Phase
@@ -47,11 +47,13 @@ class FitProblem:
         """The rows' terms as matrices."""
         return make_design(rows, self.parameters, self.known)
 
-    def sigma(self, rows: Sequence[TimingRow]) -> Array:
+    def sigma(self, rows: Sequence[TimingRow]) -> FloatArray:
         """What each row's time is off by, as a share."""
         return self.scale * np.array([math.hypot(MODEL_NOISE[self.kind], row.noise) for row in rows])
 
-    def solve(self, rows: Sequence[TimingRow], free: Array, start: Array | None = None) -> Array:
+    def solve(
+        self, rows: Sequence[TimingRow], free: FloatArray, start: FloatArray | None = None
+    ) -> FloatArray:
         """The best parameters, those not `free` at their priors."""
         x = np.where(free, self.start if start is None else start, self.start)
         if not rows or not free.any():
@@ -64,25 +66,31 @@ class FitProblem:
         return x
 
     def _minimised(
-        self, design: Design, measured: Array, sigma: Array, free: Array, x: Array, scale: float
-    ) -> Array:
+        self,
+        design: Design,
+        measured: FloatArray,
+        sigma: FloatArray,
+        free: FloatArray,
+        x: FloatArray,
+        scale: float,
+    ) -> FloatArray:
         from scipy.optimize import least_squares
 
         root = np.linalg.cholesky(self.precision).T
         at = np.flatnonzero(free)
 
-        def full(part: Array) -> Array:
+        def full(part: FloatArray) -> FloatArray:
             whole = self.start.copy()
             whole[at] = part
             return whole
 
-        def residuals(part: Array) -> Array:
+        def residuals(part: FloatArray) -> FloatArray:
             whole = full(part)
             seconds, _ = design.seconds(whole)
             off = (np.log(seconds) - measured) / sigma
             return np.concatenate([tamed(off, scale)[0], root @ (whole - self.start)])
 
-        def jacobian(part: Array) -> Array:
+        def jacobian(part: FloatArray) -> FloatArray:
             seconds, slope = design.seconds(full(part))
             off = (np.log(seconds) - measured) / sigma
             rows = slope / seconds[:, None] / sigma[:, None] * tamed(off, scale)[1][:, None]
@@ -95,7 +103,7 @@ class FitProblem:
         )
         return full(found.x)
 
-    def information(self, rows: Sequence[TimingRow], x: Array) -> Array:
+    def information(self, rows: Sequence[TimingRow], x: FloatArray) -> FloatArray:
         """What the rows add to the precision, doubtful ones less."""
         if not rows:
             return np.zeros_like(self.precision)
@@ -107,7 +115,7 @@ class FitProblem:
         share = slope / seconds[:, None]
         return np.asarray(share.T @ (weight[:, None] * share))
 
-    def solve_identified(self, rows: Sequence[TimingRow]) -> tuple[Array, Array, Array]:
+    def solve_identified(self, rows: Sequence[TimingRow]) -> tuple[FloatArray, FloatArray, FloatArray]:
         """(parameters, covariance, share of each prior's spread left), what stays unknown at its prior."""
         free = np.ones(len(self.parameters), dtype=bool)
         x = self.solve(rows, free)
@@ -119,13 +127,13 @@ class FitProblem:
             x = self.solve(rows, known, x)
         return x, covariance, left
 
-    def n_directions(self, rows: Sequence[TimingRow], x: Array) -> int:
+    def n_directions(self, rows: Sequence[TimingRow], x: FloatArray) -> int:
         """Combinations of the parameters that the rows tell better than the priors do."""
         root = np.linalg.cholesky(np.linalg.inv(self.precision))
         values = np.linalg.svd(root.T @ self.information(rows, x) @ root, compute_uv=False)
         return int((values > 1.0).sum())
 
-    def cost(self, rows: Sequence[TimingRow], x: Array) -> float:
+    def cost(self, rows: Sequence[TimingRow], x: FloatArray) -> float:
         """How badly the parameters fit rows and priors together, doubtful rows counting less."""
         off = x - self.start
         found = float(off @ self.precision @ off)
@@ -136,7 +144,7 @@ class FitProblem:
         return found + float((tamed(gaps, ROBUST_SCALES[-1])[0] ** 2).sum())
 
 
-def tamed(off: Array, scale: float) -> tuple[Array, Array]:
+def tamed(off: FloatArray, scale: float) -> tuple[FloatArray, FloatArray]:
     """Residuals whose squares grow like logarithms beyond `scale` (Cauchy), and their slopes."""
     ratio = (off / scale) ** 2
     size = scale * np.sqrt(np.log1p(ratio))

@@ -20,8 +20,8 @@ from placement.measure.calibrate.fit_problem import MODEL_NOISE, UNIDENTIFIED
 from placement.predict.check import device_use
 from placement.predict.cost import GraphCounts, graph_counts
 from placement.predict.solution import DeviceUse
+from placement.solve.search.configurations import MAX_ORDERED_DEVICES
 
-MAX_ORDERED_DEVICES = 3
 LEAST_SHARE = 0.03  # of a coefficient's variance: below, no placement tells anything
 
 

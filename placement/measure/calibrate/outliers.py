@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.measure.calibrate.design import Array
+from placement.measure.calibrate.design import FloatArray
 from placement.measure.calibrate.features import TimingRow
 from placement.measure.calibrate.fit_problem import ROBUST_SCALES, FitProblem
 from placement.measure.verify.times import usual_spread
@@ -123,7 +123,9 @@ def _gaps(problem: FitProblem, rows: Sequence[TimingRow]) -> list[_Gap]:
     return found
 
 
-def _stepped(problem: FitProblem, x: Array, mine: Sequence[TimingRow], rest: Sequence[TimingRow]) -> Array:
+def _stepped(
+    problem: FitProblem, x: FloatArray, mine: Sequence[TimingRow], rest: Sequence[TimingRow]
+) -> FloatArray:
     """What the rest says, by one Gauss-Newton step from what all say: many runs move little by one."""
     seconds, slope = problem.design(mine).seconds(x)
     share, sigma = slope / seconds[:, None], problem.sigma(mine)

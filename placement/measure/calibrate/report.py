@@ -11,15 +11,15 @@ from placement.measure.calibrate.applied import Change
 from placement.measure.calibrate.fit import Calibration, RunError
 from placement.measure.calibrate.information import Telling
 from placement.measure.calibrate.memory import MemoryFit
-from placement.measure.calibrate.runs import Found
+from placement.measure.calibrate.runs import FitData
 
 
 @dataclass(frozen=True)
-class Report:
+class CalibrationReport:
     """All that `place calibrate` has to say. `told` names the placement that would identify a coefficient."""
 
     machine: str
-    found: Found
+    found: FitData
     fits: tuple[Calibration, ...]
     memory: tuple[MemoryFit, ...]
     changes: tuple[Change, ...]
@@ -37,7 +37,7 @@ def median_error(errors: Iterable[RunError], is_after: bool) -> float | None:
     return statistics.median(sizes) if sizes else None
 
 
-def report_row(report: Report) -> dict[str, Any]:
+def calibration_row(report: CalibrationReport) -> dict[str, Any]:
     """The report as JSON: shares are fractions, times seconds."""
     found = report.found
     return {
@@ -132,7 +132,7 @@ def _change_row(change: Change) -> dict[str, Any]:
     }
 
 
-def summary(report: Report) -> list[str]:
+def calibration_summary(report: CalibrationReport) -> list[str]:
     """What the report comes to, a sentence a line."""
     lines = [f"{n} records left out: {words}" for words, n in report.found.left_out]
     lines += [f"skipped: {words}" for words in report.found.skipped]

@@ -33,7 +33,7 @@ from placement.predict.cost import graph_counts
 if TYPE_CHECKING:
     from placement.measure.records.schema import Key, Record
 
-PROGRAM = "llama-server"
+RUN_PROGRAM = "llama-server"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class MemorySample:
 
 
 @dataclass(frozen=True)
-class Found:
+class FitData:
     """What there is to fit. `left_out` counts records of other conditions, `skipped` says what could not be used."""
 
     rows: tuple[TimingRow, ...] = ()
@@ -82,7 +82,7 @@ def conditions_of(key: Key) -> Conditions:
 
 def find_runs(
     root: Path, machine: Machine, is_mixed: bool = False, conditions: Conditions | None = None
-) -> Found:
+) -> FitData:
     """Read every `runs.jsonl` below a solutions folder: those under `conditions`, or the newest that timed anything.
 
     `is_mixed` takes all builds and drivers together. A line that is no record is told, and the others count.
@@ -131,7 +131,7 @@ def _is_timed(record: Record) -> bool:
     return record.timing is not None and record.outcome == OK
 
 
-def _found(root: Path, pairs: Sequence[tuple[Path, Record]], machine: Machine) -> Found:
+def _found(root: Path, pairs: Sequence[tuple[Path, Record]], machine: Machine) -> FitData:
     """Rows and memory samples of records that belong together, by run."""
     runs: dict[str, list[tuple[Path, Record]]] = {}
     for folder, record in pairs:
@@ -140,7 +140,7 @@ def _found(root: Path, pairs: Sequence[tuple[Path, Record]], machine: Machine) -
     for name, mine in runs.items():
         noises[name] = timing_noise([record for _, record in mine])
     usual = statistics.median([each for each in noises.values() if each is not None] or [0.0])
-    found, skipped = Found(), dict[str, None]()
+    found, skipped = FitData(), dict[str, None]()
     for name, mine in runs.items():
         folder, records = mine[0][0], [record for _, record in mine]
         words = f"{folder.name}/{records[0].candidate}"
@@ -181,13 +181,13 @@ def _run(id_: str, name: str, records: Sequence[Record], model: Model, machine: 
         if last.fit_arguments is None:
             raise InputError("runs.jsonl", "what --fit chose was not recorded")
         arguments = (*without_placement(arguments), *last.fit_arguments)
-    assignment = resolve(model, machine, parse(list(arguments)), PROGRAM)
-    counts = graph_counts(plan_compute(model, machine, assignment, PROGRAM))
+    assignment = resolve(model, machine, parse(list(arguments)), RUN_PROGRAM)
+    counts = graph_counts(plan_compute(model, machine, assignment, RUN_PROGRAM))
     started = next((r for r in reversed(records) if r.splits_decode is not None), None)
     if started is not None:
         prompt = started.splits_prompt if started.splits_prompt is not None else counts.splits_prompt
         counts = replace(counts, splits_decode=started.splits_decode or 0, splits_prompt=prompt)
-    problem = Problem(model, machine, assignment.settings, Workload(), PROGRAM)
+    problem = Problem(model, machine, assignment.settings, Workload(), RUN_PROGRAM)
     return Run(id_, name, problem, assignment, counts)
 
 

@@ -21,7 +21,7 @@ from placement.predict.cost import GraphCounts
 if TYPE_CHECKING:
     from placement.measure.records.schema import Record, Timing
 
-LEAST_NOISE = 0.005
+LEAST_TIMING_NOISE = 0.005
 SHORT_PROMPT_NOISE = 0.15  # a prompt of one small ubatch measures start-up as much as work
 SLOW_ROUND = 0.08  # slower than the run's others by so much: disturbed
 NOISE_OF_SLOW = 3.0  # unless the run's timings differ by a third of it anyway
@@ -48,7 +48,7 @@ class _Value:
     n_tokens: int
     seconds: float
     doubt: str
-    noise: float = LEAST_NOISE
+    noise: float = LEAST_TIMING_NOISE
 
 
 def timing_noise(records: Sequence[Record]) -> float | None:
@@ -69,7 +69,7 @@ def timing_noise(records: Sequence[Record]) -> float | None:
 
 def run_rows(run: Run, records: Sequence[Record], noise: float) -> Iterator[TimingRow]:
     """The rows of a run; `noise` is what one of its timings is off by, as a share."""
-    noise = max(noise, LEAST_NOISE)
+    noise = max(noise, LEAST_TIMING_NOISE)
     for phase in (SHORT, CANARY):
         values = [
             _Value(
@@ -151,7 +151,7 @@ def _of_round(values: Sequence[_Value]) -> _Value:
 def _spread(seconds: Sequence[float]) -> float:
     """Standard error of the middle of some times, as a share."""
     if len(seconds) < 2:
-        return LEAST_NOISE
+        return LEAST_TIMING_NOISE
     return float(statistics.stdev(seconds) / statistics.median(seconds) / len(seconds) ** 0.5)
 
 

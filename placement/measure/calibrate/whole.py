@@ -11,15 +11,15 @@ from placement.measure.calibrate.applied import apply_fit
 from placement.measure.calibrate.fit import Calibration, calibrate
 from placement.measure.calibrate.information import Telling, trials, what_would_tell
 from placement.measure.calibrate.memory import CHANCE, fit_memory
-from placement.measure.calibrate.report import Report
-from placement.measure.calibrate.runs import Found, find_runs
+from placement.measure.calibrate.report import CalibrationReport
+from placement.measure.calibrate.runs import FitData, find_runs
 from placement.predict.terms import DECODE, PROMPT
 
 MOST_PROBLEMS = 3  # of those run, whose simple placements are weighed
 
 
 def fit_both(
-    machine: Machine, found: Found, with_errors: bool = True, is_trusted: bool = False
+    machine: Machine, found: FitData, with_errors: bool = True, is_trusted: bool = False
 ) -> tuple[Calibration, Calibration]:
     """The decode fit, and the prompt fit with what the decode fit taught."""
     decode = calibrate(machine, found.rows, DECODE, None, with_errors, is_trusted)
@@ -34,7 +34,7 @@ def calibrate_machine(
     is_mixed: bool = False,
     chance: float = CHANCE,
     with_advice: bool = True,
-) -> tuple[Machine, Report]:
+) -> tuple[Machine, CalibrationReport]:
     """The machine refitted from all matching records below a solutions folder; `date` is ISO 8601.
 
     Raises:
@@ -54,4 +54,4 @@ def calibrate_machine(
         ]
         for fit in fits:
             told |= what_would_tell(fit, candidates)
-    return changed, Report(machine.name, found, fits, memory, changes, told, date)
+    return changed, CalibrationReport(machine.name, found, fits, memory, changes, told, date)

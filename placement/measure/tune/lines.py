@@ -10,13 +10,13 @@ from placement.measure.calibrate.applied import Change
 from placement.measure.calibrate.fit import Calibration
 
 if TYPE_CHECKING:
-    from placement.measure.verify.run import Report
+    from placement.measure.verify.run import VerifyReport
 
-LEARNED = 0.03  # a smaller change of a coefficient is not told
+LEAST_LEARNED = 0.03  # a smaller change of a coefficient is not told
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class TuneLine:
     """One run of one step: predicted before it, measured, and what its step taught."""
 
     step: int
@@ -49,10 +49,10 @@ class Tuned:
     `error`: the median error of decode speeds, each run predicted from all others; None where too few were run.
     """
 
-    report: Report | None
+    report: VerifyReport | None
     machine: Machine
     changes: tuple[Change, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[TuneLine, ...]
     is_settled: bool
     why: str
     error: float | None = None
@@ -67,7 +67,7 @@ def what_was_learned(
         spreads = new.uncertainties
         for each in new.parameters:
             a, b = old.values[each.name], new.values[each.name]
-            is_moved = abs(b - a) > LEARNED * max(abs(a), 1e-9)
+            is_moved = abs(b - a) > LEAST_LEARNED * max(abs(a), 1e-9)
             fall = old.left[each.name] - new.left[each.name]
             if is_moved and each.name not in new.unidentified:
                 found.append((fall, f"{each.name} {a:.3g} → {b:.3g} ± {spreads[each.name]:.2g} {each.unit}"))

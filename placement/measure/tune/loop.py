@@ -23,8 +23,8 @@ from placement.measure.calibrate.choosing import (
     MORE_ROUNDS,
     Proposal,
     choose_runs,
+    forecast_turns,
     is_settled,
-    outlook,
     rounds_to_tell,
     surprising,
     worth_again,
@@ -32,19 +32,19 @@ from placement.measure.calibrate.choosing import (
 from placement.measure.calibrate.fit import Calibration
 from placement.measure.calibrate.memory import fit_memory
 from placement.measure.calibrate.report import median_error
-from placement.measure.calibrate.runs import Found, conditions_of, find_runs
+from placement.measure.calibrate.runs import FitData, conditions_of, find_runs
 from placement.measure.calibrate.whole import fit_both
-from placement.measure.tune.lines import Line, Tuned, what_was_learned
+from placement.measure.tune.lines import Tuned, TuneLine, what_was_learned
 from placement.measure.tune.proposals import Proposals, Proposed
 from placement.measure.tune.start import current_key, probed
 from placement.measure.verify.candidates import FIT
-from placement.measure.verify.decide import LEAST_NOISE, Result
+from placement.measure.verify.decide import LEAST_NOISE, CandidateResult
 from placement.predict.solution import Solution, SolutionSet
 from placement.solve.request import Request
 
 if TYPE_CHECKING:
     from placement.engine.find import Engine
-    from placement.measure.verify.run import Listener, Options, Report
+    from placement.measure.verify.run import Listener, Options, VerifyReport
     from placement.solve.run import EngineChoice, Outcome
 
 PER_STEP = 2
@@ -73,9 +73,9 @@ class Tuning:
         self._known = Proposals(self.base)
         self._solved: tuple[Machine, Outcome] | None = None
         self.is_told_old = False
-        self.lines: list[Line] = []
+        self.lines: list[TuneLine] = []
         self.n_steps = 0
-        self.report: Report | None = None
+        self.report: VerifyReport | None = None
         self.machine = self.base
         self.changes: tuple[Change, ...] = ()
         self.error: float | None = None  # the median of decode speeds, each run predicted from all others
@@ -133,7 +133,7 @@ class Tuning:
         chosen = None if self.report is None else self.report.verdict.recommended
         return chosen is not None and chosen.role == FIT
 
-    def _all_results(self) -> tuple[Result, ...]:
+    def _all_results(self) -> tuple[CandidateResult, ...]:
         """What is known of everything that ran, llama.cpp's own `--fit` included."""
         return () if self.report is None else self.report.verdict.results
 
@@ -183,7 +183,7 @@ class Tuning:
         self._apply(found, fits)
         return fits
 
-    def _apply(self, found: Found, fits: tuple[Calibration, Calibration]) -> None:
+    def _apply(self, found: FitData, fits: tuple[Calibration, Calibration]) -> None:
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.machine, self.changes = apply_fit(self.base, fits, fit_memory(self.base, found.memory), date)
 
@@ -197,14 +197,14 @@ class Tuning:
             for result in self._results(outcome)
         }
 
-    def _results(self, outcome: Outcome) -> tuple[Result, ...]:
+    def _results(self, outcome: Outcome) -> tuple[CandidateResult, ...]:
         """What the newest campaign measured of solutions; all that ran or failed for good."""
-        from placement.measure.verify.run import asked_of, show
+        from placement.measure.verify.run import asked_of, decide_again
 
         asked = self.options.asked or asked_of(outcome.problem, self.options.is_full_depth)
         key = self.key.model_copy(update={"plan": asked.text()})
         try:
-            self.report = show(self._folder(outcome), outcome.problem.workload, key)
+            self.report = decide_again(self._folder(outcome), outcome.problem.workload, key)
         except InputError:
             return ()  # nothing was run yet
         over = ("not run", "not finished")
@@ -252,10 +252,10 @@ class Tuning:
         chosen: list[Proposal],
     ) -> None:
         results = {" ".join(_placing(r, outcome.found)): r for r in self._results(outcome)}
-        found, learned = outlook(before, chosen), what_was_learned(before, after)
+        found, learned = forecast_turns(before, chosen), what_was_learned(before, after)
         for i, each in enumerate(chosen):
             result = results.get(each.key)
-            line = Line(
+            line = TuneLine(
                 step=step,
                 candidate=result.name if result is not None else each.decode.run,
                 predicted_tps=1.0 / float(found.decode_s[i]),
@@ -268,7 +268,7 @@ class Tuning:
             self.lines.append(line)
             self.tell(f"place: {line.words()}")
 
-    def _tps(self, result: Result | None, problem: Problem) -> float | None:
+    def _tps(self, result: CandidateResult | None, problem: Problem) -> float | None:
         """Measured decode speed at the turn's depth."""
         if result is None or result.turn_s is None or result.prompt_tps is None:
             return None
@@ -322,12 +322,12 @@ class Tuning:
             return []
         offered = self._proposals(outcome)
         mine = {key: offered.get(key) or self._again(outcome, each) for key, each in known.items()}
-        turns_s = outlook(fits, [each.proposal for each in mine.values()]).turns_s
+        turns_s = forecast_turns(fits, [each.proposal for each in mine.values()]).turns_s
         predicted = dict(zip(mine, map(float, turns_s), strict=True))
         rounds_s = {key: each.turns_s for key, each in known.items()}
         return [mine[key].solution for key in worth_again(rounds_s, predicted, self._round_noise())]
 
-    def _again(self, outcome: Outcome, result: Result) -> Proposed:
+    def _again(self, outcome: Outcome, result: CandidateResult) -> Proposed:
         """A measured placement that may not be proposed any more, to run it once more."""
         from placement.llamacpp.arguments import parse
         from placement.llamacpp.emit.resolve import resolve
@@ -338,7 +338,7 @@ class Tuning:
         return self._known.again(problem, first, result.name, arguments, assignment)
 
 
-def _placing(result: Result, found: SolutionSet) -> tuple[str, ...]:
+def _placing(result: CandidateResult, found: SolutionSet) -> tuple[str, ...]:
     """The arguments of a result without those of the profile."""
     n_extra = len(found.extra_args)
     return result.arguments[:-n_extra] if n_extra else result.arguments

@@ -24,12 +24,12 @@ def current_key(engine: Engine, machine: Machine, model_file: Path) -> Key:
         InputError: the model file cannot be read.
         EngineError: the engine does not answer.
     """
-    from placement.inputs.model_files.files import load_model
+    from placement.inputs.model_files.files import read_model
     from placement.measure.verify.keys import make_key
     from placement.measure.verify.prompts import Asked
     from placement.measure.verify.watch import load_nvml
 
-    return make_key(engine, machine, load_model(model_file), Asked(), load_nvml())
+    return make_key(engine, machine, read_model(model_file), Asked(), load_nvml())
 
 
 def probed(machine: Machine, engine: Engine, budget_s: float | None, tell: Callable[[str], None]) -> Machine:

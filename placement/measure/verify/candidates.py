@@ -17,7 +17,7 @@ from placement.predict.solution import Solution
 from placement.solve.solve import AGGRESSIVE, MODERATE, MODERATE_RESERVE
 
 if TYPE_CHECKING:
-    from placement.engine.find import EngineDevice
+    from placement.engine.find import ListedDevice
     from placement.measure.records.schema import Predicted
 
 SOLUTION, FIT = "solution", "fit"
@@ -28,7 +28,7 @@ _N_VALUES = {name: int(option.has_value) for option in _FOR_FIT for name in opti
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class VerifyCandidate:
     """Engine arguments to run. `caps_mib` is what the engine may take of each GPU, the runtime apart."""
 
     name: str
@@ -44,7 +44,7 @@ class Candidate:
         caps = sorted(self.caps_mib.items()) if self.role == FIT else []
         return hashlib.sha256(json.dumps([self.arguments, caps]).encode()).hexdigest()[:12]
 
-    def arguments_on(self, devices: Sequence[EngineDevice]) -> tuple[str, ...]:
+    def arguments_on(self, devices: Sequence[ListedDevice]) -> tuple[str, ...]:
         """Return the arguments to run now: `--fit` is told what to leave free of what is free."""
         if self.role != FIT or not devices:
             return self.arguments
@@ -83,7 +83,7 @@ def choose(solutions: Sequence[Solution], top: int) -> list[Solution]:
 
 def make_candidates(
     solutions: Sequence[Solution], machine: Machine, extra_args: Sequence[str], reserve_mib: float = 0.0
-) -> list[Candidate]:
+) -> list[VerifyCandidate]:
     """Return the solutions, named ones first with `--fit` at their memory, then the others with theirs.
 
     A `--fit` that would be the same run as an earlier one is left out.
@@ -92,11 +92,13 @@ def make_candidates(
     for solution in solutions:
         caps = caps_mib(solution, machine, reserve_mib)
         arguments = (*solution.args, *extra_args)
-        tried.append(Candidate(solution.name, SOLUTION, arguments, caps, solution.n_host_layers(), solution))
-    fits: dict[str, Candidate] = {}
+        tried.append(
+            VerifyCandidate(solution.name, SOLUTION, arguments, caps, solution.n_host_layers(), solution)
+        )
+    fits: dict[str, VerifyCandidate] = {}
     for each in tried:
         arguments = (*with_workers(without_placement(each.arguments), machine), "-fit", "on")
-        fit = Candidate(f"fit:{each.name}", FIT, arguments, each.caps_mib)
+        fit = VerifyCandidate(f"fit:{each.name}", FIT, arguments, each.caps_mib)
         fits.setdefault(fit.run_id, fit)
     named = {MODERATE, AGGRESSIVE}
     pairs = [
@@ -124,7 +126,7 @@ def caps_mib(solution: Solution, machine: Machine, reserve_mib: float) -> dict[s
     }
 
 
-def fit_targets_mib(caps: dict[str, float], devices: Sequence[EngineDevice]) -> list[int]:
+def fit_targets_mib(caps: dict[str, float], devices: Sequence[ListedDevice]) -> list[int]:
     """Return what `--fit` shall leave free on each of the engine's devices: free less cap, rounded up.
 
     A device that the machine does not name is left entirely free.

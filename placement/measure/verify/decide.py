@@ -44,7 +44,7 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class CandidateResult:
     """What is known of one candidate. Speeds are those of its good rounds, in tokens per second.
 
     `depth_tps` is the decode speed at the canary's depth. None where nothing was measured.
@@ -84,9 +84,9 @@ class Result:
 class Verdict:
     """Every candidate's result, the noise floor (a share), the choice (None: nothing is stable) and why."""
 
-    results: tuple[Result, ...]
+    results: tuple[CandidateResult, ...]
     noise: float | None
-    recommended: Result | None
+    recommended: CandidateResult | None
     reasons: tuple[str, ...]
     ties: tuple[str, ...] = field(default=())
 
@@ -165,7 +165,7 @@ def turn_seconds(found: Round, workload: Workload) -> float | None:
     return workload.prompt_tokens * prompt_s + workload.generate_tokens * token_s
 
 
-def result_of(run: Sequence[Record], workload: Workload) -> Result:
+def result_of(run: Sequence[Record], workload: Workload) -> CandidateResult:
     """Return the result of one candidate's records."""
     rounds = rounds_of(run)
     good = [each for each in rounds.values() if each.status == records.OK]
@@ -173,7 +173,7 @@ def result_of(run: Sequence[Record], workload: Workload) -> Result:
     starts = [record for record in run if record.phase == "start" and record.outcome == records.OK]
     plans = [record for record in run if record.phase == PLAN and record.outcome == records.OK]
     last = (plans or run)[-1]
-    return Result(
+    return CandidateResult(
         name=run[-1].candidate,
         role=run[-1].role,
         run_id=run[-1].run_id,
@@ -222,7 +222,7 @@ def _notes(run: Sequence[Record], rounds: dict[int, Round]) -> tuple[str, ...]:
     return (*notes, f"the host swapped {swapped:.0f} MiB out") if swapped >= 1 else tuple(notes)
 
 
-def noise_floor(results: Iterable[Result]) -> float | None:
+def noise_floor(results: Iterable[CandidateResult]) -> float | None:
     """Return the share below which turns are equal: twice the spread of rounds about their medians.
 
     The spread is that of the usual round: a few that were disturbed do not make the others unsure. None where no
@@ -256,11 +256,13 @@ def decide(run: Sequence[Record], workload: Workload) -> Verdict:
     return Verdict(tuple(results), noise, chosen, tuple(reasons), ties)
 
 
-def _turn(result: Result) -> float:
+def _turn(result: CandidateResult) -> float:
     return result.turn_s if result.turn_s is not None else math.inf
 
 
-def _choose(results: Sequence[Result], noise: float) -> tuple[Result | None, list[str], tuple[str, ...]]:
+def _choose(
+    results: Sequence[CandidateResult], noise: float
+) -> tuple[CandidateResult | None, list[str], tuple[str, ...]]:
     stable = [each for each in results if each.role == SOLUTION and each.is_stable]
     fits = [each for each in results if each.role == FIT and each.is_stable]
     fit = min(fits, key=_turn, default=None)
@@ -285,13 +287,13 @@ def _choose(results: Sequence[Result], noise: float) -> tuple[Result | None, lis
     return _pick(results, eligible, noise, reasons)
 
 
-def _is_out(result: Result) -> bool:
+def _is_out(result: CandidateResult) -> bool:
     return result.status not in (records.OK, PARTIAL, NOT_RUN)
 
 
 def _pick(
-    results: Sequence[Result], eligible: Sequence[Result], noise: float, reasons: list[str]
-) -> tuple[Result, list[str], tuple[str, ...]]:
+    results: Sequence[CandidateResult], eligible: Sequence[CandidateResult], noise: float, reasons: list[str]
+) -> tuple[CandidateResult, list[str], tuple[str, ...]]:
     """Of what no `--fit` beats: moderate if aggressive is unsure, else the fastest, aggressive if equal."""
     named = {each.name: each for each in eligible}
     statuses = {each.name: each.status for each in results}
@@ -312,11 +314,11 @@ def _pick(
     return chosen, reasons, names
 
 
-def _telling(noise: float, one: Result, other: Result) -> float:
+def _telling(noise: float, one: CandidateResult, other: CandidateResult) -> float:
     """What two turns must differ by to be told apart: the more rounds they had, the less."""
     rounds = (max(len(each.turns_s), 1) for each in (one, other))
     return max(LEAST_NOISE, noise * math.sqrt(sum(1 / n for n in rounds) / 2))
 
 
-def _host_layers(result: Result) -> int:
+def _host_layers(result: CandidateResult) -> int:
     return result.n_host_layers if result.n_host_layers is not None else 1 << 30

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from placement.engine.find import Engine, describe
+from placement.engine.find import Engine, describe_engine
 from placement.inputs.machine import Machine
 from placement.inputs.model import Model
 from placement.measure.verify.prompts import Asked
@@ -28,7 +28,7 @@ def make_key(engine: Engine, machine: Machine, model: Model, asked: Asked, nvml:
     from placement.measure.records.schema import Key
 
     return Key(
-        engine_build=describe(engine).version,
+        engine_build=describe_engine(engine).version,
         engine_fingerprint=engine.fingerprint(),
         model_digest=model.digest,
         machine=machine_key(machine),

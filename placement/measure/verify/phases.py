@@ -22,13 +22,13 @@ from placement.engine.serve import Server, ServerFailed, serve
 from placement.errors import EngineError, EngineFailed, InputError
 from placement.inputs.machine import Machine
 from placement.measure.records import log as records
-from placement.measure.verify.candidates import FIT, Candidate
+from placement.measure.verify.candidates import FIT, VerifyCandidate
 from placement.measure.verify.outcomes import oom_kills, outcome_of, tail
 from placement.measure.verify.prompts import Asked, prompt_tokens, slot_tokens
 from placement.measure.verify.watch import MemoryWatch, Sample
 
 if TYPE_CHECKING:
-    from placement.engine.find import EngineDevice
+    from placement.engine.find import ListedDevice
     from placement.measure.records.schema import Key, Predicted, Record, Timing
 
 PLAN, START, WARM_UP, SHORT, LONG, CANARY, STOP = (
@@ -39,7 +39,7 @@ MOST_REPEATS = 24
 PATIENCE = 3.0  # times the seconds asked for: as long as the fastest repeats do not agree
 AGREEMENT = 0.02
 
-Measured = Mapping[str, "Sequence[Timing]"]  # of each measured phase, by repeat
+PhaseTimings = Mapping[str, "Sequence[Timing]"]  # of each measured phase, by repeat
 
 _GREW = re.compile(r"compute buffer size of .* does not match expectation of .*")
 
@@ -79,7 +79,7 @@ class Bench:
     nvml: Any | None
     write: Callable[[Record], None]
     solved_digest: str | None = None  # of the model that was solved for, where it is laid out as the file is
-    tell: Callable[[Candidate, int, str, int], None] = lambda *_: None
+    tell: Callable[[VerifyCandidate, int, str, int], None] = lambda *_: None
     on_server: Callable[[int], None] | None = None
     on_sample: Callable[[Sample], None] | None = None
     deadline_s: float | None = None  # by time.monotonic()
@@ -90,7 +90,7 @@ class Visit:
     """One candidate in one round."""
 
     bench: Bench
-    candidate: Candidate
+    candidate: VerifyCandidate
     round: int
     _watch: MemoryWatch | None = None
     _arguments: tuple[str, ...] = ()
@@ -99,7 +99,7 @@ class Visit:
     _tokens: list[int] = field(default_factory=list)
     _facts: dict[str, Any] = field(default_factory=dict)
 
-    def is_measured(self, known: Measured) -> bool:
+    def is_measured(self, known: PhaseTimings) -> bool:
         """Whether every measured phase was repeated often enough."""
         return all(self._is_enough(phase, known.get(phase, ())) for phase in MEASURED_PHASES)
 
@@ -112,7 +112,7 @@ class Visit:
             return True
         return seconds >= asked.least_s and _do_fastest_agree(phase, found)
 
-    def run(self, known: Measured) -> None:
+    def run(self, known: PhaseTimings) -> None:
         """Run what was not measured yet, writing a record of each phase; a failure ends the visit, not the run.
 
         Raises:
@@ -133,7 +133,7 @@ class Visit:
             with exclusive(endpoints, self.bench.limits.plan_s), watch as self._watch:
                 self._serve(known)
 
-    def _serve(self, known: Measured) -> None:
+    def _serve(self, known: PhaseTimings) -> None:
         bench = self.bench
         self._log = self._new_log()
         context = serve(
@@ -221,10 +221,10 @@ class Visit:
             timeout_s=bench.limits.plan_s,
         )
         self._facts["predicted"] = planned(candidate.predicted(), found)
-        over = over_cap(found, candidate.caps_mib)
+        over = over_cap_words(found, candidate.caps_mib)
         self._facts["detail"] = f"planned over the cap: {over}" if over else ""
 
-    def _refuse_missing(self, devices: tuple[EngineDevice, ...]) -> None:
+    def _refuse_missing(self, devices: tuple[ListedDevice, ...]) -> None:
         has = {device.name for device in devices}
         missing = [each.name for each in self.bench.machine.devices if each.name not in has]
         if missing and (self.candidate.role == FIT or self._needs(missing)):
@@ -335,7 +335,7 @@ def planned(predicted: Predicted | None, found: EnginePlan) -> Predicted | None:
     )
 
 
-def over_cap(found: EnginePlan, caps_mib: dict[str, float]) -> str:
+def over_cap_words(found: EnginePlan, caps_mib: dict[str, float]) -> str:
     """Say which devices a plan fills beyond their caps, by how much; "" if none."""
     rows = [
         f"{name} by {memory.total_mib - caps_mib[name]:.0f} MiB"

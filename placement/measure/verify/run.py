@@ -1,7 +1,7 @@
 """Verifies solutions on the hardware: interleaved rounds, each phase recorded, resumed after any end.
 
 What holds afterwards: no server of ours runs, the machine's lock is free, and `runs.jsonl` has every phase
-that finished. `show` decides again from the records alone.
+that finished. `decide_again` decides again from the records alone.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from placement.engine.find import Engine
 from placement.errors import InputError
 from placement.inputs.model import Model
-from placement.inputs.model_files.files import load_model
+from placement.inputs.model_files.files import read_model
 from placement.inputs.problem import Problem, Workload
 from placement.measure.records import log as records
 from placement.measure.records.log import RunLog, latest_campaign, of_campaign
-from placement.measure.verify.candidates import FIT, Candidate, choose, make_candidates
+from placement.measure.verify.candidates import FIT, VerifyCandidate, choose, make_candidates
 from placement.measure.verify.decide import Round, Verdict, decide, rounds_of
 from placement.measure.verify.keys import make_key
 from placement.measure.verify.lock import machine_lock
@@ -88,7 +88,7 @@ class Listener(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class VerifyReport:
     """The verdict on a campaign; `is_complete` is False where the budget ended before the rounds did."""
 
     verdict: Verdict
@@ -156,7 +156,7 @@ def verify(
     folder: Path,
     options: Options,
     listener: Listener,
-) -> Report:
+) -> VerifyReport:
     """Run the top solutions and `--fit` beside them, or what is left of it, and decide.
 
     Raises:
@@ -173,7 +173,7 @@ def verify(
         work = _prepare(problem, found, model_file, engine, folder, options, listener)
         work.bench = replace(work.bench, on_server=lock.note_server)
         is_complete = work.run()
-        return Report(
+        return VerifyReport(
             decide(work.records, problem.workload),
             work.bench.campaign,
             problem.workload,
@@ -182,7 +182,7 @@ def verify(
         )
 
 
-def show(folder: Path, workload: Workload, key: Key | None = None) -> Report:
+def decide_again(folder: Path, workload: Workload, key: Key | None = None) -> VerifyReport:
     """Decide again from the records of the newest campaign that measured anything, running nothing.
 
     `key`: only what was measured under it counts.
@@ -197,7 +197,7 @@ def show(folder: Path, workload: Workload, key: Key | None = None) -> Report:
     if campaign is None:
         raise InputError(log.path, "has no records: run place verify first")
     run = of_campaign(known, campaign)
-    return Report(decide(run, workload), campaign, workload, True, len(run))
+    return VerifyReport(decide(run, workload), campaign, workload, True, len(run))
 
 
 def _prepare(
@@ -212,7 +212,7 @@ def _prepare(
     log = RunLog(folder)
     if (said := log.mend()) is not None:
         listener.say(said)
-    actual = load_model(model_file)
+    actual = read_model(model_file)
     asked = options.asked or asked_of(problem, options.is_full_depth)
     nvml = load_nvml()
     key = make_key(engine, problem.machine, actual, asked, nvml)
@@ -260,7 +260,7 @@ class _Work:
     """The visits of one call: every candidate in every round."""
 
     bench: Bench
-    candidates: list[Candidate]
+    candidates: list[VerifyCandidate]
     n_rounds: int
     records: list[Record]
     listener: Listener
@@ -292,10 +292,10 @@ class _Work:
 
         return keep
 
-    def _rounds(self, candidate: Candidate) -> dict[int, Round]:
+    def _rounds(self, candidate: VerifyCandidate) -> dict[int, Round]:
         return rounds_of([record for record in self.records if record.run_id == candidate.run_id])
 
-    def _is_over(self, candidate: Candidate, number: int) -> bool:
+    def _is_over(self, candidate: VerifyCandidate, number: int) -> bool:
         """Whether a round has nothing left to run: all is measured, or the candidate has lost already."""
         rounds = self._rounds(candidate)
         known = rounds.get(number)
@@ -305,7 +305,7 @@ class _Work:
             return False
         return known.status != records.OK or Visit(self.bench, candidate, number).is_measured(known.timings)
 
-    def _visit(self, candidate: Candidate, number: int) -> None:
+    def _visit(self, candidate: VerifyCandidate, number: int) -> None:
         known = self._rounds(candidate).get(number)
         self._n_done += 1
         if self._is_over(candidate, number):
@@ -319,7 +319,7 @@ class _Work:
         if after.status != records.OK:
             self.listener.say(f"{candidate.name}, round {number}: {after.status}: {after.detail}")
 
-    def _tell(self, candidate: Candidate, number: int, phase: str, repeat: int) -> None:
+    def _tell(self, candidate: VerifyCandidate, number: int, phase: str, repeat: int) -> None:
         shorts = [
             record.timing.n_generated / record.timing.generate_s
             for record in self.records

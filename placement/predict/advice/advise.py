@@ -16,7 +16,7 @@ _RULES = (
     running.removed_options,
     context.quantised_v_without_flash,
     context.kv_type_and_head_size,
-    running.over_cap,
+    running.devices_over_cap,
     running.layers_left_on_cpu,
     overrides.kv_left_behind,
     overrides.attention_output_matched,

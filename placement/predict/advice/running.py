@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from placement.inputs.problem import CPU
+from placement.inputs.problem import CPU, HOST
 from placement.llamacpp.backend_rules import PINNED_LOAD_MODES
-from placement.llamacpp.memory import HOST
 from placement.predict.advice.case import Advice, Case, count
 from placement.predict.rates import link_place, stream_s_per_byte
 from placement.units import MIB, format_bytes
@@ -134,7 +133,7 @@ def pipeline(case: Case) -> Iterator[Advice]:
             )
 
 
-def over_cap(case: Case) -> Iterator[Advice]:
+def devices_over_cap(case: Case) -> Iterator[Advice]:
     """Devices, or the host, that are asked for more than they may give."""
     need, cap = _needs(case), _caps(case)
     for name, n_bytes in need.items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class GroupChoice:
     """Where a layer's movable groups go, given its home; costs and KiB are the whole layer's.
 
     `kib` holds (position, KiB) pairs; `is_host` says that weights of a GPU-homed layer stay in host memory, and
@@ -37,7 +37,7 @@ class LayerTable:
 
     kind: int
     moves: int
-    choices: tuple[tuple[Choice, ...], ...]
+    choices: tuple[tuple[GroupChoice, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-INFINITE = float("inf")
-
 Taken = dict[tuple[int, int], int]  # (moves, choice index): how many layers
 
 
@@ -29,7 +27,7 @@ class Knapsack:
     def __init__(self, moves: list[Move], slack: float) -> None:
         self.moves, self.slack = moves, slack
         self.left = {move.moves: move.n_layers for move in moves}
-        self.best: float = INFINITE
+        self.best: float = math.inf
         self.best_taken: Taken | None = None
         self.n_nodes = 0
 
@@ -46,7 +44,7 @@ class Knapsack:
             if freed >= need:
                 return cost + need * move.cost / move.freed_kib
             cost, need = cost + self.left[move.moves] * move.cost, need - freed
-        return INFINITE
+        return math.inf
 
     def _descend(self, at: int, need: int, cost: float, taken: Taken) -> None:
         if need <= 0:

@@ -11,14 +11,14 @@ import itertools
 from collections.abc import Callable
 from typing import Protocol
 
-from placement.solve.cpsat.frame import Answer, Choice, Frame, LayerTable
-from placement.solve.cpsat.program import Program, Terms
+from placement.solve.cpsat.frame import Answer, Frame, GroupChoice, LayerTable
+from placement.solve.cpsat.program import CpsatProgram, LinearTerms
 
 
 class _Number(Protocol):
     """A number of a choice."""
 
-    def __call__(self, choice: Choice) -> int: ...
+    def __call__(self, choice: GroupChoice) -> int: ...
 
 
 class Placing:
@@ -39,7 +39,7 @@ class Placing:
 
         `homes` says where each layer may live, where more than the tables is known; no set may be empty."""
         self.frame, self.has_symmetry = frame, has_symmetry
-        self.program = Program()
+        self.program = CpsatProgram()
         self.n_positions = len(frame.positions)
         self.n_layers = len(frame.layers)
         self.zero, self.one = self.program.integer(0, 0), self.program.integer(1, 1)
@@ -53,7 +53,7 @@ class Placing:
         for i, table in enumerate(frame.layers):
             self.members.setdefault(table.moves, []).append(i)
         # one layer's choices stand for all of its moves
-        self.rows: dict[int, list[tuple[Choice, ...]]] = {
+        self.rows: dict[int, list[tuple[GroupChoice, ...]]] = {
             moves: [
                 max((frame.layers[i].choices[p] for i in members), key=len) for p in range(self.n_positions)
             ]
@@ -89,7 +89,7 @@ class Placing:
                 for c in range(1, len(row)):
                     self.counts[p, moves, c] = self.program.integer(0, most) if most else self.zero
 
-    def at_home(self, layer: int, position: int, factor: int = 1) -> Terms:
+    def at_home(self, layer: int, position: int, factor: int = 1) -> LinearTerms:
         """Terms that sum to `factor` when the layer's home is that position, else to 0."""
         if not self.lows[layer] <= position <= self.highs[layer]:
             return []
@@ -151,9 +151,9 @@ class Placing:
                     home = [term for i in self.members[moves] for term in self.at_home(i, p, -1)]
                     self.program.at_most([*moved, *home], 0)
 
-    def _sum(self, number: _Number, only_position: int | None = None) -> Terms:
+    def _sum(self, number: _Number, only_position: int | None = None) -> LinearTerms:
         """Terms of Σ number(choice) over the layers' actual choices (homes at `only_position`, or all)."""
-        terms: Terms = []
+        terms: LinearTerms = []
         positions = range(self.n_positions) if only_position is None else (only_position,)
         for p in positions:
             for i, table in enumerate(self.frame.layers):
@@ -164,7 +164,7 @@ class Placing:
                     terms.append((self.counts[p, moves, c], number(rows[p][c]) - number(rows[p][0])))
         return terms
 
-    def _taking(self, moves: int, position: int, is_meant: Callable[[Choice], bool]) -> Terms:
+    def _taking(self, moves: int, position: int, is_meant: Callable[[GroupChoice], bool]) -> LinearTerms:
         """Terms that count the layers of these moves at that home whose choice is meant (none: no such choice).
 
         Pinned groups may make even the first choice one of those.
@@ -261,7 +261,7 @@ class Placing:
     def exclude(self, answer: Answer) -> None:
         """Require an answer that is not alike (`frame.is_alike`): other ranges, or two layers' groups elsewhere."""
         has_other_ranges = self.program.boolean()
-        flips: Terms = [(has_other_ranges, 1)]
+        flips: LinearTerms = [(has_other_ranges, 1)]
         n_set = 0
         for row, home in zip(self.before, answer.homes, strict=True):
             for p, variable in enumerate(row):
@@ -269,18 +269,18 @@ class Placing:
                 n_set += is_set
                 flips.append((variable, 1 if is_set else -1))
         self.program.at_most(flips, n_set)
-        unlike: Terms = [(has_other_ranges, 2)]
+        unlike: LinearTerms = [(has_other_ranges, 2)]
         for moves, rows in self.rows.items():
             for p, choices in enumerate(rows):
                 unlike += self._more_of_some_choice(moves, p, len(choices), answer)
         self.program.at_least(unlike, 2)
 
-    def _more_of_some_choice(self, moves: int, p: int, n_choices: int, answer: Answer) -> Terms:
+    def _more_of_some_choice(self, moves: int, p: int, n_choices: int, answer: Answer) -> LinearTerms:
         """Booleans of which so many may be 1 as layers take a choice that fewer take in the answer, two a choice."""
         members = self.members[moves]
         taken = [answer.picks[i] for i in members if answer.homes[i] == p]
         most = sum(self.lows[i] <= p <= self.highs[i] for i in members)
-        found: Terms = []
+        found: LinearTerms = []
         counts = [self.counts[p, moves, c] for c in range(1, n_choices)]
         for more in (1, 2) if counts else ():
             for c, variable in enumerate(counts, 1):
@@ -328,12 +328,12 @@ class Placing:
 def _is_alike_on(table: LayerTable, p: int, q: int) -> bool:
     """Whether a layer's choices are the same at two positions, the positions' own numbers aside."""
 
-    def as_at_p(choice: Choice) -> tuple[object, ...]:
+    def as_at_p(choice: GroupChoice) -> tuple[object, ...]:
         kib = sorted((p if at == q else at, n) for at, n in choice.kib)
         groups = tuple(p if at == q else at for at in choice.groups)
         return groups, choice.decode_us, choice.prompt_us, kib, choice.is_host, choice.hides_boundary
 
-    def is_own(choice: Choice, home: int) -> bool:
+    def is_own(choice: GroupChoice, home: int) -> bool:
         return all(at in (0, home) for at, _ in choice.kib)
 
     rows = table.choices[p], table.choices[q]
@@ -342,7 +342,7 @@ def _is_alike_on(table: LayerTable, p: int, q: int) -> bool:
     return [as_at_p(choice) for choice in rows[0]] == [as_at_p(choice) for choice in rows[1]]
 
 
-def _lateness(row: tuple[Choice, ...], c: int) -> tuple[bool, bool, bool, bool]:
+def _lateness(row: tuple[GroupChoice, ...], c: int) -> tuple[bool, bool, bool, bool]:
     choice = row[c]
     return choice.hides_boundary, choice.is_host, c > 0, len(set(choice.groups)) == 1
 

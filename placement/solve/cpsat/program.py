@@ -12,7 +12,7 @@ from typing import Any
 _INT64_MIN = -(2**63)
 _INT64_MAX = 2**63 - 1
 
-Terms = list[tuple[int, int]]  # (variable, coefficient)
+LinearTerms = list[tuple[int, int]]  # (variable, coefficient)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class ProgramResult:
     wall_s: float
 
 
-class Program:
+class CpsatProgram:
     """Collects variables and constraints; `solve` may be called again after constraints were added."""
 
     def __init__(self) -> None:
@@ -56,15 +56,15 @@ class Program:
         self._variables.append(f"variables{{domain:[{least},{most}]}}")
         return len(self._variables) - 1
 
-    def at_most(self, terms: Terms, most: int) -> None:
+    def at_most(self, terms: LinearTerms, most: int) -> None:
         """Require Σ coefficient·variable ≤ most."""
         self._linear(terms, _INT64_MIN, most)
 
-    def at_least(self, terms: Terms, least: int) -> None:
+    def at_least(self, terms: LinearTerms, least: int) -> None:
         """Require Σ coefficient·variable ≥ least."""
         self._linear(terms, least, _INT64_MAX)
 
-    def _linear(self, terms: Terms, least: int, most: int) -> None:
+    def _linear(self, terms: LinearTerms, least: int, most: int) -> None:
         merged: dict[int, int] = {}
         for variable, coefficient in terms:
             merged[variable] = merged.get(variable, 0) + coefficient
@@ -75,7 +75,7 @@ class Program:
             f"constraints{{linear{{vars:[{names}] coeffs:[{factors}] domain:[{least},{most}]}}}}"
         )
 
-    def minimise(self, terms: Terms, offset: int = 0) -> None:
+    def minimise(self, terms: LinearTerms, offset: int = 0) -> None:
         """Set the objective Σ coefficient·variable + offset."""
         self._objective, self._offset = {}, offset
         for variable, coefficient in terms:

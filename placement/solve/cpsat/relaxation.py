@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
 from placement.solve.cpsat.frame import Answer, Frame, is_valid, times_us, used_kib
-from placement.solve.cpsat.segments import INFINITE, Segments, Terms, forward, marginal, path
+from placement.solve.cpsat.segments import BoundTerms, Segments, forward, marginal, path
 
 MOST_PATHS = 150
 HOST_PRICES = 12
@@ -73,7 +74,7 @@ class Relaxation:
 
     def segments(self, prices: tuple[float, ...]) -> Segments:
         """The frame's segments at those prices, extras not charged."""
-        terms = Terms(self.weights[0], self.weights[1] * self.overlap, prices)
+        terms = BoundTerms(self.weights[0], self.weights[1] * self.overlap, prices)
         return Segments(self.frame, terms, self.frame.cap_kib)
 
     def bound(self, prices: Sequence[float] | None = None) -> Relaxed:
@@ -85,7 +86,7 @@ class Relaxation:
         prices = tuple(prices)
         self.priced = self.segments(prices)
         value = self.priced.bound()
-        if value == INFINITE:
+        if value == inf:
             return Relaxed(None, ())
         paid = prices[0] * self.frame.cap_kib[0]
         return Relaxed(value + self.constant - paid, prices)
@@ -93,7 +94,7 @@ class Relaxation:
     def _marginals(self) -> tuple[float, ...]:
         """What each position's last KiB is worth on the best relaxed cuts without moves between GPUs."""
         plain = self._plain(self.frame.cap_kib, frozenset(), 0.0)
-        if plain.bound() == INFINITE or (cuts := plain.cuts()) is None:
+        if plain.bound() == inf or (cuts := plain.cuts()) is None:
             return (0.0,) * self.n_positions
         edges = (0, *cuts, len(self.frame.layers))
         found = [0.0] + [marginal(plain, p, edges[p], edges[p + 1]) for p in range(1, self.n_positions)]
@@ -108,7 +109,7 @@ class Relaxation:
         self, caps: tuple[int, ...], left_out: frozenset[tuple[int, int, int]], host_price: float
     ) -> Segments:
         """Segments in which nothing moves to another GPU."""
-        terms = Terms(
+        terms = BoundTerms(
             self.weights[0], self.weights[1] * self.overlap, (host_price, *[0.0] * (self.n_positions - 1))
         )
         crossing = {
@@ -124,20 +125,20 @@ class Relaxation:
         tables = [table for table in self.frame.layers if table.moves == moves]
         return [max((table.choices[p] for table in tables), key=len) for p in range(self.n_positions)]
 
-    def answer(self, gap: float = 0.0005, limit: float = INFINITE) -> Answer | None:
+    def answer(self, gap: float = 0.0005, limit: float = inf) -> Answer | None:
         """The best answer without moves between GPUs, within the gap; None where there is none below the limit."""
         return self.settled(gap, limit)[0]
 
-    def settled(self, gap: float, limit: float = INFINITE) -> tuple[Answer | None, float]:
+    def settled(self, gap: float, limit: float = inf) -> tuple[Answer | None, float]:
         """That answer, and a bound on every answer: what the search for it has shown, or that there is none."""
         if self.is_hopeless or self.n_positions - 1 > len(self.frame.layers):
-            return None, INFINITE
+            return None, inf
         taken = frozenset().union(*(extra.choices for extra in self.frame.extras))
         cases = (
             [(self.frame.cap_kib, taken), (self.charged, frozenset())] if taken else [(self.charged, taken)]
         )
         best: Answer | None = None
-        bound = INFINITE
+        bound = inf
         for caps, left_out in cases:
             found, low, lacks_host = self._best_cuts(self._plain(caps, left_out, 0.0), gap, limit)
             bound = min(bound, low)
@@ -147,7 +148,7 @@ class Relaxation:
                 best = found
                 limit = min(limit, self.objective(best))
         if self.has_crossing:
-            return best, -INFINITE
+            return best, -inf
         if len(self.frame.extras) > 1:  # an answer may pay some of them and not others
             bound = self._best_cuts(self._plain(self.frame.cap_kib, frozenset(), 0.0), gap, limit)[1]
         return best, bound
@@ -159,7 +160,7 @@ class Relaxation:
         low, high, best = 0.0, 16.0, None
         for _ in range(HOST_PRICES):
             middle = (low + high) / 2
-            found, _, lacks_host = self._best_cuts(self._plain(caps, left_out, middle), gap, INFINITE)
+            found, _, lacks_host = self._best_cuts(self._plain(caps, left_out, middle), gap, inf)
             if found is None and lacks_host:
                 low = middle
             else:
@@ -204,7 +205,7 @@ class Relaxation:
         homes: list[set[int]] = [set() for _ in self.frame.layers]
         for p, rows in enumerate(kept):
             for a, row in enumerate(rows):
-                ends = np.flatnonzero(row < INFINITE)
+                ends = np.flatnonzero(row < inf)
                 for i in range(a, int(ends[-1]) if len(ends) else a):
                     homes[i].add(p)
         return homes
@@ -222,7 +223,7 @@ class Paths:
         edges, is_new = (0, *cuts, self.segments.n_layers), False
         for p in range(1, self.segments.n_positions):
             a, b = edges[p], edges[p + 1]
-            if self.costs[p][a, b] == INFINITE:
+            if self.costs[p][a, b] == inf:
                 continue
             if (bound := self.segments.settle(p, a, b, slack).bound) > self.costs[p][a, b] + 1e-6:
                 self.costs[p][a, b], is_new = bound, True

@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
 
-from placement.solve.cpsat.frame import Answer, Choice, Frame
+from placement.solve.cpsat.frame import Answer, Frame, GroupChoice
 from placement.solve.cpsat.knapsack import Knapsack, Move, Taken
 
-INFINITE = float("inf")
 MOST_RATIOS = 24  # of a position's knapsacks; any subset gives a bound, so many gives a close one
 
 Vector = NDArray[np.float64]
@@ -31,7 +31,7 @@ _Facts = tuple[float, int, int, "tuple[Step, ...]", bool, bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class BoundTerms:
     """What a bound is taken under: weights of decode and prompt, and microseconds per KiB at each position."""
 
     decode_weight: float
@@ -72,7 +72,7 @@ class Segments:
     def __init__(
         self,
         frame: Frame,
-        terms: Terms,
+        terms: BoundTerms,
         caps: tuple[int, ...],
         left_out: frozenset[tuple[int, int, int]] = frozenset(),
     ) -> None:
@@ -92,7 +92,7 @@ class Segments:
                 cards[key] = self._card(p, facts)
             self.cards.append(cards[key])
 
-    def _facts(self, moves: int, row: tuple[Choice, ...], p: int) -> _Facts | None:
+    def _facts(self, moves: int, row: tuple[GroupChoice, ...], p: int) -> _Facts | None:
         """What a layer is like with its home in p."""
         points = [
             (self._cost(choice, p), _kib_at(choice, p), index)
@@ -107,7 +107,7 @@ class Segments:
         pays = any(each - cost < self.hidden for each in hiding)
         return cost, kib, index, _hull(cost, kib, points), pays, bool(hiding)
 
-    def _cost(self, choice: Choice, p: int) -> float:
+    def _cost(self, choice: GroupChoice, p: int) -> float:
         """Weighted time, and what the choice takes elsewhere at the prices there."""
         cost = self.terms.decode_weight * choice.decode_us + self.terms.prompt_weight * choice.prompt_us
         prices = self.terms.prices
@@ -155,15 +155,15 @@ class Segments:
         """Per position, the segments' bounds; infinite where no path of at most `most` leads through."""
         most += 1e-9 * abs(most)  # sums in another order
         kept = []
-        after = np.full(self.n_layers + 1, INFINITE)
+        after = np.full(self.n_layers + 1, inf)
         after[self.n_layers] = 0.0
         for p in range(self.n_positions - 1, 0, -1):
             rows = self.relaxed(p)
             through = self.forward[p - 1][:, None] + rows + after[None, :]
-            kept.append(np.where(through <= most, rows, INFINITE))
+            kept.append(np.where(through <= most, rows, inf))
             after = (rows + after[None, :]).min(axis=1)
-        first = np.full_like(self.relaxed(0), INFINITE)
-        first[0] = np.where(self.forward[0] + after <= most, self.forward[0], INFINITE)
+        first = np.full_like(self.relaxed(0), inf)
+        first[0] = np.where(self.forward[0] + after <= most, self.forward[0], inf)
         return [first, *reversed(kept)]
 
     def cuts(self) -> tuple[int, ...] | None:
@@ -209,7 +209,7 @@ class Segments:
         picks = [self.cards[home].cheapest[row] for home, row in zip(homes, self._rows.tolist(), strict=True)]
         for p in range(1, self.n_positions):
             a, b = edges[p], edges[p + 1]
-            if self.relaxed(p)[a, b] == INFINITE or (taken := self.settle(p, a, b, slack).taken) is None:
+            if self.relaxed(p)[a, b] == inf or (taken := self.settle(p, a, b, slack).taken) is None:
                 return None
             for i, pick in self._spread(p, a, b, taken):
                 picks[i] = pick
@@ -238,7 +238,7 @@ def forward(costs: list[Matrix]) -> list[Vector]:
 def path(costs: list[Matrix], reached: list[Vector]) -> tuple[int, ...] | None:
     """The cuts of the shortest path to the last layer; None where there is none."""
     end, found = costs[0].shape[0] - 1, []
-    if reached[-1][end] == INFINITE:
+    if reached[-1][end] == inf:
         return None
     for p in range(len(costs) - 1, 0, -1):
         end = int(np.argmin(reached[p - 1] + costs[p][:, end]))
@@ -246,7 +246,7 @@ def path(costs: list[Matrix], reached: list[Vector]) -> tuple[int, ...] | None:
     return tuple(reversed(found))
 
 
-def _kib_at(choice: Choice, p: int) -> int:
+def _kib_at(choice: GroupChoice, p: int) -> int:
     return sum(kib for at, kib in choice.kib if at == p)
 
 
@@ -270,7 +270,7 @@ def _relax(card: _Card, rows: NDArray[np.int64]) -> Matrix:
     n = len(rows) + 1
     ratios, kib = _step_arrays(card, rows)
     need = (card.kib[None, :] - card.kib[:, None] - card.cap_kib).astype(np.float64)
-    more = np.full((n, n), -INFINITE)
+    more = np.full((n, n), -inf)
     for ratio in _some_ratios(ratios, kib, card.price):
         gain = np.concatenate([[0.0], np.cumsum((np.maximum(ratio - ratios, 0.0) * kib).sum(axis=1))])
         np.maximum(more, ratio * need - (gain[None, :] - gain[:, None]), out=more)
@@ -281,7 +281,7 @@ def _relax(card: _Card, rows: NDArray[np.int64]) -> Matrix:
         found -= card.hidden * (is_moved | card.is_always_hidden)
     freed = np.concatenate([[0.0], np.cumsum(kib.sum(axis=1))])
     is_out = (freed[None, :] - freed[:, None] < need) | (card.forbidden[None, :] > card.forbidden[:, None])
-    found[is_out | np.tri(n, dtype=bool)] = INFINITE
+    found[is_out | np.tri(n, dtype=bool)] = inf
     return found
 
 
@@ -289,7 +289,7 @@ def _step_arrays(card: _Card, rows: NDArray[np.int64]) -> tuple[Matrix, Matrix]:
     """Ratio and KiB of each layer's steps, padded with steps of nothing."""
     example: dict[int, tuple[Step, ...]] = dict(zip(rows.tolist(), card.steps, strict=True))
     width = max((len(steps) for steps in example.values()), default=0)
-    ratios, kib = np.full((len(example), width), INFINITE), np.zeros((len(example), width))
+    ratios, kib = np.full((len(example), width), inf), np.zeros((len(example), width))
     for row, steps in example.items():
         for at, step in enumerate(steps):
             ratios[row, at], kib[row, at] = step[0], step[2]

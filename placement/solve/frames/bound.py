@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,26 +16,25 @@ from numpy.typing import NDArray
 from placement.solve.frames.tables import TableBuilder
 from placement.units import KIB
 
-INFINITE = float("inf")
 MOST_PRICES = 6
 ROUNDING_US = 4.0  # a choice's two times and its difference's, each rounded by itself
 
 Array = NDArray[np.float64]
 
 
-def outlook(
+def kinds_lower_bound(
     builder: TableBuilder, fixed_us: tuple[int, int], cap_kib: tuple[int, ...], weights: tuple[int, int]
 ) -> float:
     """The least objective in microseconds that the way could have; infinite where some layer has no home."""
     n_of_kind = builder.pieces.n_of_kind
     times, kib = _homes(builder, weights)
     room = sum(cap_kib[1:])
-    needed = np.where(np.isinf(times), INFINITE, kib).min(axis=1)
+    needed = np.where(np.isinf(times), inf, kib).min(axis=1)
     if np.isinf(needed).any() or (not builder.way.uses_host and n_of_kind @ needed > room):
-        return INFINITE
+        return inf
     options = [(times, kib), *_host_moves(builder, weights, times, kib)]
     elsewhere = times - _gain_elsewhere(builder, weights), kib
-    best = -INFINITE
+    best = -inf
     for price in _prices(options):
         priced = np.minimum.reduce([each + price * size for each, size in (*options, elsewhere)])
         best = max(best, float(n_of_kind @ priced.min(axis=1)) - price * room)
@@ -64,7 +64,7 @@ def _homes(builder: TableBuilder, weights: tuple[int, int]) -> tuple[Array, Arra
     for kind in builder.pieces.example:
         for home in range(n_positions):
             if not builder.is_allowed(kind, home):
-                times[kind, home] = INFINITE
+                times[kind, home] = inf
     context = builder.loads.context_bytes[:, None] * np.array([at > 0 for at in kv_at])
     kib = (builder.n_bytes.sum(axis=1) * (np.arange(n_positions) > 0) + context) / KIB
     return times, kib
@@ -88,7 +88,7 @@ def _host_moves(
             freed = builder.n_bytes[:, list(chosen)].sum(axis=1) / KIB
             is_real = (freed > 0) & is_gpu
             moved = times + more[:, list(chosen)].sum(axis=1) + split_us
-            yield np.where(is_real, moved, INFINITE), np.where(is_real, kib - freed, 0.0)
+            yield np.where(is_real, moved, inf), np.where(is_real, kib - freed, 0.0)
 
 
 def _gain_elsewhere(builder: TableBuilder, weights: tuple[int, int]) -> Array:

@@ -15,7 +15,7 @@ from placement.inputs.problem import CPU, Assignment, Settings
 from placement.llamacpp.memory import weight_bytes
 from placement.predict.cost import CostModel, GraphCounts
 from placement.predict.terms import DECODE, PROMPT, Phase
-from placement.solve.cpsat.frame import Answer, Choice, Extra, Frame, LayerTable
+from placement.solve.cpsat.frame import Answer, Extra, Frame, GroupChoice, LayerTable
 from placement.solve.frames.pieces import Pieces
 from placement.units import KIB, MIB
 
@@ -207,7 +207,7 @@ class TableBuilder:
             prompt_s += seconds[1]
         return self._turn_us(decode_s, 0.0)[0], round(prompt_s * 1e6)
 
-    def _choices(self, kind: int) -> tuple[tuple[Choice, ...], ...]:
+    def _choices(self, kind: int) -> tuple[tuple[GroupChoice, ...], ...]:
         n_groups = len(self.pieces.parts[kind]) - 1
         return tuple(
             tuple(self._choice(kind, home, targets) for targets in self._targets(kind, home, n_groups))
@@ -256,7 +256,7 @@ class TableBuilder:
             return tuple(range(n_gpus + 1))
         return (0,) if self.way.uses_host else tuple(p for p in (home - 1, home + 1) if 1 <= p <= n_gpus)
 
-    def _choice(self, kind: int, home: int, targets: tuple[int, ...]) -> Choice:
+    def _choice(self, kind: int, home: int, targets: tuple[int, ...]) -> GroupChoice:
         """A choice as the layer all at home plus the difference, each rounded by itself: layers whose groups are
         alike then have equal differences, whatever else they are made of."""
         decode_us, prompt_us, kib = self._at_home[home][kind]
@@ -265,7 +265,7 @@ class TableBuilder:
         taken[kv_at] = taken.get(kv_at, 0) + self._context_kib[kind]
         away = [(part, at) for part, at in enumerate(targets, 1) if at != home]
         if not away:
-            return Choice(targets, decode_us, prompt_us, tuple(sorted(taken.items())))
+            return GroupChoice(targets, decode_us, prompt_us, tuple(sorted(taken.items())))
         if (home, targets) not in self._moved:
             self._moved[home, targets] = self._moving(home, targets)
         more_decode_us, more_prompt_us, freed_kib = self._moved[home, targets][kind]
@@ -274,7 +274,7 @@ class TableBuilder:
             taken[at] = taken.get(at, 0) + -(-int(self.n_bytes[kind, part, at]) // KIB)
         is_host = home > 0 and any(at == 0 for _, at in away)
         hides = is_host and targets[-1] == 0 and not self.pieces.ends_at_home(self.pieces.example[kind])
-        return Choice(
+        return GroupChoice(
             targets,
             decode_us + more_decode_us,
             prompt_us + more_prompt_us,

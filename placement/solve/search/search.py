@@ -15,7 +15,7 @@ from placement.solve.frames.pieces import Pieces
 from placement.solve.frames.tables import TableBuilder, Way
 from placement.solve.search.configurations import Freedom, ways
 from placement.solve.search.solve_subproblem import GAP, WORK_LIMIT, Settling
-from placement.solve.search.subproblems import Found, Hope, Lead, Leads
+from placement.solve.search.subproblems import Candidate, Hope, Lead, Leads
 from placement.units import KIB
 
 
@@ -82,9 +82,9 @@ class Search:
         freedom: Freedom,
         hopes: list[Hope],
         gap: float = GAP,
-        taken: Sequence[Found] = (),
+        taken: Sequence[Candidate] = (),
         work_limit: float = WORK_LIMIT,
-    ) -> Found | None:
+    ) -> Candidate | None:
         """The best placement over the ways that is like none of the `taken`, its bound that of all ways together.
 
         A way is looked at more closely (its buffers, its frame, CP-SAT) only while nothing found is within the gap
@@ -92,7 +92,7 @@ class Search:
         """
         deadline_s = time.monotonic() + self.time_limit_s
         settling = Settling(self.leads, freedom, gap, taken, self.seed, deadline_s, work_limit)
-        best: Found | None = None
+        best: Candidate | None = None
         open_bound, is_proven = float("inf"), True
         queue: list[tuple[tuple[float, int, float], int, Hope, Lead | None]] = [
             (hope.rank, number, hope, None) for number, hope in enumerate(hopes)

@@ -19,7 +19,7 @@ from placement.solve.frames.buffers import compute_table
 from placement.solve.frames.pieces import N_EARLY_LAYERS
 from placement.solve.frames.tables import ComputeTable, Table, host_pattern
 from placement.solve.search.configurations import Freedom
-from placement.solve.search.subproblems import Found, Lead, Leads
+from placement.solve.search.subproblems import Candidate, Lead, Leads
 from placement.units import KIB, MIB
 
 GAP = 0.002  # of a turn: what is proven unless less is asked
@@ -38,18 +38,18 @@ class Settling:
     leads: Leads
     freedom: Freedom
     gap: float
-    taken: Sequence[Found]
+    taken: Sequence[Candidate]
     seed: int
     deadline_s: float  # by time.monotonic
     work_limit: float  # CP-SAT's deterministic time for one proof
 
-    def settle(self, lead: Lead, limit: float) -> tuple[Found | None, float, bool]:
+    def settle(self, lead: Lead, limit: float) -> tuple[Candidate | None, float, bool]:
         """Solve one way below a limit: a placement that fits or None, the way's bound, whether it is proven.
 
         What is shown of buffers that one placement lacked holds for no other: the bound then stays as it was.
         """
         floor = float("inf")
-        best: tuple[Found | None, float, bool] = None, float("inf"), True
+        best: tuple[Candidate | None, float, bool] = None, float("inf"), True
         is_tightened = False
         again: Lead | None = lead
         for n_before in range(MAX_CORRECTIONS):
@@ -70,7 +70,11 @@ class Settling:
             speed = evaluate(self.leads.problem, assignment, graph_counts(plan))
             objective = lead.relaxation.objective(answer)
             if best[0] is None or objective < best[0].objective:
-                best = Found(assignment, answer, plan, speed, objective, bound, is_proven), bound, is_proven
+                best = (
+                    Candidate(assignment, answer, plan, speed, objective, bound, is_proven),
+                    bound,
+                    is_proven,
+                )
             if is_tightened or not self._wastes(lead, answer, real):
                 return best
             is_tightened = True
@@ -219,7 +223,7 @@ def _first_answer(
     return min(left, key=relaxation.objective, default=None), low
 
 
-def _excluded(lead: Lead, taken: Sequence[Found]) -> list[Answer]:
+def _excluded(lead: Lead, taken: Sequence[Candidate]) -> list[Answer]:
     """The taken placements as answers of this way's frame, where they are on its devices."""
     return [
         Answer(each.answer.homes, tuple(_picks(lead.table, each)))
@@ -228,7 +232,7 @@ def _excluded(lead: Lead, taken: Sequence[Found]) -> list[Answer]:
     ]
 
 
-def _picks(table: Table, found: Found) -> Iterator[int]:
+def _picks(table: Table, found: Candidate) -> Iterator[int]:
     """The choices that place a found placement's groups where they are; the first where the frame has none."""
     moved = dict(found.assignment.moved)
     number = {name: p for p, name in enumerate(table.frame.positions)}

@@ -10,7 +10,7 @@ from placement.llamacpp.compute import ComputePlan, plan_compute
 from placement.predict.cost import Speed
 from placement.solve.cpsat.frame import Answer
 from placement.solve.cpsat.relaxation import Relaxation, Relaxed
-from placement.solve.frames.bound import outlook
+from placement.solve.frames.bound import kinds_lower_bound
 from placement.solve.frames.buffers import Buffers, Planner
 from placement.solve.frames.pieces import Pieces, Pins
 from placement.solve.frames.tables import ComputeTable, Table, TableBuilder, Way
@@ -18,7 +18,7 @@ from placement.solve.search.configurations import Freedom
 
 
 @dataclass(frozen=True)
-class Found:
+class Candidate:
     """A placement of one way: objective and bound in microseconds as the frame counts them."""
 
     assignment: Assignment
@@ -90,7 +90,7 @@ class Leads:
         def promised(weights: tuple[int, int]) -> float:
             key = freedom.pins, hope.way, fixed_us, caps, weights
             if key not in self._outlooks:
-                self._outlooks[key] = outlook(builder, fixed_us, caps, weights)
+                self._outlooks[key] = kinds_lower_bound(builder, fixed_us, caps, weights)
             return self._outlooks[key]
 
         for limit_us, alone in zip(self._limits_us(freedom), ((1, 0), (0, 1)), strict=True):
