@@ -36,6 +36,7 @@ def _rotation_size(builder: Builder, which: str, group: str) -> int:
 
 
 def rotate(builder: Builder, cur: GraphTensor, matrix: GraphTensor) -> GraphTensor:
+    """A tensor times the matrix of `cache_rotation`, as many elements of a row at once as it has rows."""
     n = matrix.ne[0]
     rows = cur.n_elements // n
     flat = builder.reshape(cur, n, rows) if cur.is_contiguous else builder.cont(cur, n, rows)
@@ -82,6 +83,7 @@ def attention(
 def through_cache(
     builder: Builder, il: int, k: GraphTensor | None, v: GraphTensor | None
 ) -> tuple[GraphTensor, GraphTensor]:
+    """Write K and V into the layer's caches, as far as it has its own, and read both back."""
     owner = builder.layer(il).cache_layer
     facts = builder.layer(il if owner is None else owner)
     cache = facts.caches[0]

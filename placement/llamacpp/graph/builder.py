@@ -23,7 +23,7 @@ class UnknownGraph(Exception):
 
 
 @dataclass(slots=True)
-class Shared:
+class SharedTensors:
     """What a block leaves for later blocks of the same graph; those without a default are set before any is read."""
 
     skip: GraphTensor = field(init=False)  # the embeddings
@@ -50,7 +50,7 @@ class Builder(Graph):
         self.n_tokens = batch.n_tokens
         self.weights: dict[str, GraphTensor] = {}
         self.inputs: dict[str, GraphTensor] = {}
-        self.shared = Shared()
+        self.shared = SharedTensors()
         self.fused_nodes: list[tuple[str, GraphTensor, int]] = []  # operation, node, layer: what is probed
         self.homes: Sequence[int] = ()  # of layers, as far as leafs are shared between them
         self.rotation_sizes: dict[tuple[str, str], int] = {}  # of quantised caches, see `cache_rotation`

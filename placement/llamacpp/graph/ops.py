@@ -6,7 +6,7 @@ order in which the engine plans them.
 
 from __future__ import annotations
 
-from placement.llamacpp.graph.tensor import GraphTensor, Shape, contiguous_strides, row_size
+from placement.llamacpp.graph.tensor import GraphTensor, TensorShape, contiguous_strides
 
 
 class Graph:
@@ -35,7 +35,7 @@ class Graph:
 
     def new(self, type: str, *ne: int) -> GraphTensor:
         """A leaf without data; missing dimensions are 1."""
-        shape: Shape = (*ne, *(1,) * (4 - len(ne)))  # type: ignore[assignment]
+        shape: TensorShape = (*ne, *(1,) * (4 - len(ne)))  # type: ignore[assignment]
         return GraphTensor("NONE", type, shape, contiguous_strides(type, shape), [])
 
     def input(self, type: str, *ne: int) -> GraphTensor:
@@ -46,7 +46,7 @@ class Graph:
 
     # --- new memory
 
-    def op(self, op: str, type: str, ne: Shape, *src: GraphTensor | None) -> GraphTensor:
+    def op(self, op: str, type: str, ne: TensorShape, *src: GraphTensor | None) -> GraphTensor:
         """A node with memory of its own, contiguous."""
         return GraphTensor(op, type, ne, contiguous_strides(type, ne), [s for s in src if s is not None])
 
@@ -132,7 +132,7 @@ class Graph:
         return self.op("CONCAT", a.type, (ne[0], ne[1], ne[2], ne[3]), a, b)
 
     def repeat(self, a: GraphTensor, *ne: int) -> GraphTensor:
-        shape: Shape = (*ne, *(1,) * (4 - len(ne)))  # type: ignore[assignment]
+        shape: TensorShape = (*ne, *(1,) * (4 - len(ne)))  # type: ignore[assignment]
         return self.op("REPEAT", a.type, shape, a)
 
     def pad(self, a: GraphTensor, *extra: int) -> GraphTensor:
@@ -142,7 +142,7 @@ class Graph:
 
     def cont(self, a: GraphTensor, *ne: int) -> GraphTensor:
         """A contiguous copy, in another shape of as many elements if one is given."""
-        shape: Shape = (*ne, *(1,) * (4 - len(ne))) if ne else a.ne  # type: ignore[assignment]
+        shape: TensorShape = (*ne, *(1,) * (4 - len(ne))) if ne else a.ne  # type: ignore[assignment]
         return self.op("CONT", a.type, shape, a)
 
     def cast(self, a: GraphTensor, type: str) -> GraphTensor:
@@ -161,7 +161,7 @@ class Graph:
     # --- the same memory
 
     def view(
-        self, a: GraphTensor, ne: Shape, nb: tuple[int, int, int], offset: int = 0, op: str = "VIEW"
+        self, a: GraphTensor, ne: TensorShape, nb: tuple[int, int, int], offset: int = 0, op: str = "VIEW"
     ) -> GraphTensor:
         """A view with strides of dimensions 1 to 3 and an offset in bytes (ggml_view_4d)."""
         node = GraphTensor(op, a.type, ne, (a.nb[0], *nb), [a])
@@ -182,7 +182,7 @@ class Graph:
         return self.view(a, (ne0, ne1, ne2, 1), (nb1, nb2, nb2 * ne2), offset)
 
     def reshape(self, a: GraphTensor, *ne: int) -> GraphTensor:
-        shape: Shape = (*ne, *(1,) * (4 - len(ne)))  # type: ignore[assignment]
+        shape: TensorShape = (*ne, *(1,) * (4 - len(ne)))  # type: ignore[assignment]
         return self.view(a, shape, contiguous_strides(a.type, shape)[1:], op="RESHAPE")
 
     def permute(self, a: GraphTensor, *axes: int) -> GraphTensor:
@@ -210,6 +210,3 @@ class Graph:
 
     def cpy(self, a: GraphTensor, target: GraphTensor) -> GraphTensor:
         return self.in_place("CPY", target, a, target)
-
-
-__all__ = ["Graph", "row_size"]

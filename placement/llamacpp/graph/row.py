@@ -16,6 +16,7 @@ Switch = Literal["meta", "always"]  # where the metadata key of that name is set
 EmbeddingScale = Literal[
     "graph", "meta", "always", "rows"
 ]  # a scale node; rows: an input, one scale per token
+# in the last layer; before the last norm, with what they are taken of as an output or not; after it; elsewhere
 RowsAt = Literal["last_layer", "end", "end_plain", "end_normed", "never"]
 NormKind = Literal["rms", "layer"]
 Attention = Literal[
@@ -32,6 +33,7 @@ Attention = Literal[
     "gated_q",
     "gated_q_views",
 ]
+# swa: layers with a window; step: all but each fourth; by_size: a layer count; pattern, finetuned: keys say it
 Rope = Literal[
     "all",
     "none",
@@ -44,6 +46,7 @@ Rope = Literal[
     "pattern",
     "finetuned",
 ]
+# the order of the sums; neox and stablelm: beside attention only where the file says so
 Parallel = Literal[
     "attention_feed_residual", "feed_attention_residual", "feed_residual_attention", "neox", "stablelm"
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from placement.inputs.quants import BLOCKS
 
-Shape = tuple[int, int, int, int]  # ggml `ne` order: row length first
+TensorShape = tuple[int, int, int, int]  # ggml `ne` order: row length first
 
 
 def row_size(type: str, n_elements: int) -> int:
@@ -13,7 +13,7 @@ def row_size(type: str, n_elements: int) -> int:
     return n_elements // block_elements * block_bytes
 
 
-def contiguous_strides(type: str, ne: Shape) -> Shape:
+def contiguous_strides(type: str, ne: TensorShape) -> TensorShape:
     """Byte strides of a contiguous tensor; the first is the bytes of one block, as in ggml."""
     block_elements, block_bytes = BLOCKS[type]
     nb1 = ne[0] // block_elements * block_bytes
@@ -47,7 +47,7 @@ class GraphTensor:
         "weight",
     )
 
-    def __init__(self, op: str, type: str, ne: Shape, nb: Shape, src: list[GraphTensor]) -> None:
+    def __init__(self, op: str, type: str, ne: TensorShape, nb: TensorShape, src: list[GraphTensor]) -> None:
         self.op = op
         self.type = type
         self.ne = ne
