@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from placement.graph import cuda
 from placement.graph.tensor import Tensor
-from placement.scheduler import Scheduler
+from placement.scheduler import Scheduler, Steps
 
 ENDLESS = 1 << 62
 _IN_PLACE = """FILL SCALE DIAG_MASK_ZERO DIAG_MASK_INF ADD ADD_ID ADD1 SUB MUL DIV SQR SQRT LOG UNARY ROPE ROPE_BACK
@@ -121,7 +121,7 @@ class Allocator:
                 self._release(source)
         return [pool.max_bytes for pool in self.pools]
 
-    def _count(self, steps: Sequence[tuple[int, int, tuple[int, ...]]]) -> None:
+    def _count(self, steps: Steps) -> None:
         """Children and views of every tensor; inputs are allocated at their first mention."""
         flat, src = self.flat, self.scheduler.src
         n_children, n_views, root = self.n_children, self.n_views, self.root
