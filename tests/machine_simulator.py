@@ -35,12 +35,12 @@ from placement.compute import plan_compute
 from placement.cost import GraphCounts
 from placement.emit import emit_arguments
 from placement.groups import movable_groups
+from placement.identity import machine_identity
 from placement.machine import Coefficient, Cpu, Device, Machine
 from placement.model import Model, Tensor
 from placement.model_files import resolve_model
 from placement.problem import CPU, Assignment, Problem, Settings, Workload
 from placement.verify.decide import LEAST_NOISE
-from placement.verify.keys import machine_key
 from placement.verify.records import RunLog
 from placement.verify.schema import DevicePeak, Key, Record, Timing
 from placement.verify.times import middle
@@ -251,7 +251,8 @@ class Simulated:
         planned = {device: use.self_mib for device, use in uses.items()}
         common = {
             "campaign": campaign, "at": f"2026-01-01T00:00:{round_:02d}+00:00", "round": round_, "role": role,
-            "key": Key(**{**KEY, "machine": machine_key(problem.machine), "model_digest": problem.model.digest, **key}),
+            "key": Key(**{**KEY, "machine": machine_identity(problem.machine),
+                         "model_digest": problem.model.digest, **key}),
             "candidate": name, "run_id": name, "arguments": tuple(arguments), "outcome": "ok", "wall_s": 1.0,
         }  # fmt: skip
 

@@ -33,12 +33,12 @@ from placement.calibrate.fit import calibrate
 from placement.calibrate.parameters import prior_of
 from placement.cli.tune import Duration
 from placement.engine import Engine
+from placement.identity import machine_identity
 from placement.machine import Coefficient, Machine
 from placement.tune import Tuned, loop, tune
 from placement.verify.candidates import FIT, make_candidates
-from placement.verify.keys import machine_key
 from placement.verify.records import RunLog
-from placement.verify.run import Options, asked_of, show
+from placement.verify.run import Options, asked_of, read_runs, show
 from placement.verify.schema import Key
 
 NAME = "qwen3-30b-a3b-q4"
@@ -187,7 +187,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         named = [self._with_own_name(each) for each in solutions]
         calls.append([each.name for each in named])
         candidates = make_candidates(named, self.base, outcome.found.extra_args)
-        known = {(r.run_id, r.round) for r in log.read()}
+        known = {(r.run_id, r.round) for r in read_runs(folder, problem)}
         for round_ in range(1, rounds + 1):
             for each in candidates:
                 if (each.role == FIT and not has_fit) or (each.run_id, round_) in known:
@@ -203,11 +203,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                         "fit_arguments": named[0].args if each.role == FIT else None,
                     }
                     log.append(record.model_copy(update=more))
-        self.report = show(folder, outcome.problem.workload)
+        self.report = show(folder, outcome.problem)
         return True
 
     monkeypatch.setattr(loop.Tuning, "_verify", measure)
-    now = {"machine": machine_key(bare_machine()), "model_digest": model(NAME).digest, "plan": ""}
+    now = {"machine": machine_identity(bare_machine()), "model_digest": model(NAME).digest, "plan": ""}
     monkeypatch.setattr(loop, "current_key", lambda *_: Key(**{**KEY, **now, **build}))
 
     def go(
@@ -245,6 +245,14 @@ def test_a_second_tuning_runs_nothing_new(run: Any, tmp_path: Path) -> None:
     again, *_ = run()
     assert [path.read_text() for path in sorted(tmp_path.glob("solutions/*/runs.jsonl"))] == kept
     assert again.lines == ()
+    assert again.report.verdict.recommended.arguments == first.report.verdict.recommended.arguments
+
+
+def test_a_tuning_under_another_name_of_the_machine_runs_nothing_new(run: Any, tmp_path: Path) -> None:
+    """Who renames the machine file keeps what was measured, though it lies in folders of the old name."""
+    first, *_ = run()
+    again, *_ = run(replace(bare_machine(), name="rig"))
+    assert again.lines == () and len(list(tmp_path.glob("solutions/*/runs.jsonl"))) == 1
     assert again.report.verdict.recommended.arguments == first.report.verdict.recommended.arguments
 
 

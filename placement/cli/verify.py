@@ -91,7 +91,7 @@ def _show(model: Model, machine: Any, asked: dict[str, Any]) -> Report:
 
     request = make_request(asked, model)
     problem, _ = make_problem(model, machine, request)
-    return show(kept_folder(asked["out_folder"], problem, request), problem.workload)
+    return show(kept_folder(asked["out_folder"], problem, request), problem)
 
 
 def _verify(model: Model, machine: Any, path: Path, asked: dict[str, Any], is_json: bool) -> Report:

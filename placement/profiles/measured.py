@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from placement.arguments import parse
+from placement.identity import is_same_machine, machine_identity
 from placement.machine import Machine
 from placement.model import Model
 from placement.profiles.choice import Choice, Measured
@@ -35,12 +36,18 @@ def measured_of(
         InputError: the run records cannot be read.
     """
     from placement.verify.decide import result_of
-    from placement.verify.records import RunLog
+    from placement.verify.records import RunLog, is_same_key
 
     problem, _ = make_problem(model, machine, request)
-    everything = [each for folder in solution_folders(root, problem) for each in RunLog(folder).read()]
-    runs = sorted((r for r in everything if _is_of(r, model.digest, choice)), key=lambda record: record.at)
-    newest = [each for each in runs if each.run_id == runs[-1].run_id and each.key == runs[-1].key]
+    mine = machine_identity(machine)
+    here = [
+        each
+        for folder in solution_folders(root, problem)
+        for each in RunLog(folder).read()
+        if is_same_machine(each.key.machine, mine)
+    ]
+    runs = sorted((r for r in here if _is_of(r, model.digest, choice)), key=lambda record: record.at)
+    newest = [each for each in runs if each.run_id == runs[-1].run_id and is_same_key(each.key, runs[-1].key)]
     result = result_of(newest, problem.workload) if newest else None
     if result is None or not result.n_good:
         return None
