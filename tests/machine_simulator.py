@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from placement.inputs.groups import movable_groups
+from placement.inputs.identity import machine_identity
 from placement.inputs.machine import Coefficient, Cpu, Device, Machine
 from placement.inputs.model import Model, Tensor
 from placement.inputs.model_files.files import resolve_model
@@ -39,7 +40,6 @@ from placement.measure.calibrate.parameters import parameters
 from placement.measure.records.log import RunLog
 from placement.measure.records.schema import DevicePeak, Key, Record, Timing
 from placement.measure.verify.decide import LEAST_NOISE
-from placement.measure.verify.keys import machine_key
 from placement.measure.verify.times import middle
 from placement.predict.check import device_use
 from placement.predict.cost import GraphCounts, graph_counts
@@ -251,7 +251,8 @@ class Simulated:
         planned = {device: use.self_mib for device, use in uses.items()}
         common = {
             "campaign": campaign, "at": f"2026-01-01T00:00:{round_:02d}+00:00", "round": round_, "role": role,
-            "key": Key(**{**KEY, "machine": machine_key(problem.machine), "model_digest": problem.model.digest, **key}),
+            "key": Key(**{**KEY, "machine": machine_identity(problem.machine),
+                         "model_digest": problem.model.digest, **key}),
             "candidate": name, "run_id": name, "arguments": tuple(arguments), "outcome": "ok", "wall_s": 1.0,
         }  # fmt: skip
 

@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from placement.configs.models_conf.choice import Measured
 from placement.configs.models_conf.measured import measured_of
 from placement.configs.models_conf.models_conf import parse_models_conf, read_models_conf
 from placement.errors import InputError
+from placement.inputs.identity import machine_identity
+from placement.inputs.machine import Machine
 from placement.inputs.machine_files import resolve_machine
 from placement.inputs.model_files.files import resolve_model
 from placement.llamacpp.arguments import parse
@@ -264,13 +268,16 @@ def test_any_section_takes_the_choice(entries: list[str], newline: str, is_ended
     assert again.after.to_bytes() == applied.after.to_bytes()
 
 
-def test_measurements_come_from_the_run_records(tmp_path: Path) -> None:
-    """Of all runs, those of exactly this placement count, with the newest one's date and build."""
-    machine, model = resolve_machine("rtx4090-rtx5070ti"), resolve_model("glm-flash")
-    request = Request()
-    folder = solution_folder(tmp_path, make_problem(model, machine, request)[0])
+@pytest.fixture
+def measured(tmp_path: Path) -> Callable[[Machine], Measured | None]:
+    """What a machine's runs say, where another of the shipped name has run the choice and one thing more."""
+    ran, model, request = resolve_machine("rtx4090-rtx5070ti"), resolve_model("glm-flash"), Request()
+    folder = solution_folder(tmp_path, make_problem(model, ran, request)[0])
     mine = choice("glm-flash")
-    key = Key(engine_build="b11434", engine_fingerprint="x", model_digest=model.digest, machine="m", plan="p")
+    key = Key(
+        engine_build="b11434", engine_fingerprint="x", model_digest=model.digest, machine=machine_identity(ran),
+        plan="p",
+    )  # fmt: skip
     other = (*mine.args, "-ub", "64")
     for arguments, peak, phase in (
         (mine.args, 23001.0, "start"),
@@ -293,9 +300,24 @@ def test_measurements_come_from_the_run_records(tmp_path: Path) -> None:
             splits_decode=3,
         )
         RunLog(folder).append(record)
-    found = measured_of(mine, model, machine, request, tmp_path)
+    return lambda machine: measured_of(mine, model, machine, request, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rtx4090-rtx5070ti", "renamed"])
+def test_measurements_come_from_the_run_records(
+    measured: Callable[[Machine], Measured | None], name: str
+) -> None:
+    """Of all runs on this machine, whatever its name, those of exactly this placement count, with the newest
+    one's date and build."""
+    found = measured(replace(resolve_machine("rtx4090-rtx5070ti"), name=name))
     assert found is not None and found.memory_mib == {"CUDA0": 23001.0}
     assert (found.engine_build, found.date, found.splits_decode) == ("b11434", "2026-11-23", 3)
+
+
+def test_measurements_of_a_namesake_do_not_count(measured: Callable[[Machine], Measured | None]) -> None:
+    """Other hardware under the same name has measured nothing here."""
+    machine = resolve_machine("rtx4090-rtx5070ti")
+    assert measured(replace(machine, devices=machine.devices[::-1])) is None
 
 
 def test_without_runs_nothing_is_measured(tmp_path: Path) -> None:

@@ -81,11 +81,35 @@ def test_all_conditions_are_fitted_together_when_asked(folder: Path) -> None:
 
 
 def test_records_of_another_machine_are_left_out(folder: Path) -> None:
-    """A machine with other cards has its own records."""
-    Simulated(1).keep(folder, placements()[0], machine=Simulated(1).machine)
-    other = bare_machine().__class__("other", bare_machine().devices, bare_machine().cpu)
+    """A machine with other cards has its own records, though it has the same name."""
+    Simulated(1).keep(folder, placements()[0])
+    cards = bare_machine().devices
+    other = replace(bare_machine(), devices=(replace(cards[0], description="another"), cards[1]))
     found = find_runs(folder.parent, other)
-    assert (found.rows, [n for _, n in found.left_out]) == ((), [6])
+    assert (found.rows, found.left_out) == ((), (("another machine (CUDA0 + CUDA1)", 6),))
+
+
+def test_records_of_a_renamed_machine_count(folder: Path) -> None:
+    """What was measured before the machine file got another name is fitted."""
+    Simulated(1).keep(folder, placements()[0])
+    renamed = find_runs(folder.parent, replace(bare_machine(), name="rig"))
+    assert [row.measured_s for row in renamed.rows] == [
+        row.measured_s for row in find_runs(folder.parent, bare_machine()).rows
+    ]
+    assert len(renamed.rows) == 5
+
+
+@pytest.mark.parametrize(("digest", "n_rows"), [("8949d5ed", 5), ("00000000", 0)])
+def test_old_records_count_by_the_digest_of_their_machine(folder: Path, digest: str, n_rows: int) -> None:
+    """Records that have "NAME/DIGEST" instead of the machine's parts are read, whatever the name."""
+    log = RunLog(folder)
+    Simulated(1).keep(folder, placements()[0])
+    records = log.read()
+    log.path.unlink()
+    for each in records:
+        key = each.key.model_copy(update={"machine": f"old-name/{digest}"})
+        log.append(each.model_copy(update={"key": key}))
+    assert len(find_runs(folder.parent, bare_machine()).rows) == n_rows
 
 
 def test_a_round_that_is_much_slower_is_doubted(folder: Path) -> None:

@@ -231,7 +231,7 @@ def test_side_by_side_is_bounded() -> None:
 
 CLIENT = """
 import sys
-from placement.engine import run
+from placement.engine.run import run
 run(["/bin/sh", "-c", "echo $$ > {pid}; exec sleep 1000"], timeout_s=100)
 """
 

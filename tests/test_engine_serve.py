@@ -182,7 +182,8 @@ def test_stopped_by_the_user(engine: Engine, dense: Path, tmp_path: Path) -> Non
 
 CLIENT = """
 from pathlib import Path
-from placement.engine import find_engine, serve
+from placement.engine.find import find_engine
+from placement.engine.serve import serve
 with serve(find_engine({folder!r}), {model!r}, {arguments!r}, log=Path({log!r})) as server:
     Path({pid!r}).write_text(str(server.pid))
     server.completion([5, 6], 1_000_000)

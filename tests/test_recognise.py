@@ -8,28 +8,17 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from machine_simulator import Simulated, bare_machine, model, placements, solution_file
+from machine_simulator import Simulated, model, placements, solution_file
+from test_identity import OTHERS, changed, here
 
 import placement.inputs.detect
 from placement.cli import cli
 from placement.errors import InputError
-from placement.inputs.machine import Coefficient, Cpu, Device, Machine
+from placement.inputs.machine import Coefficient, Machine
 from placement.inputs.machine_files import read_machine, save_machine
-from placement.inputs.recognise import is_same, learned_path, save_learned, with_learned
+from placement.inputs.recognise import learned_path, save_learned, with_learned
 
 SPLIT = Coefficient(61.0, "us", "calibrated", "2026-01-02", 5, 3.0)
-
-
-def here(**more: object) -> Machine:
-    """A host with two cards, as a driver describes it."""
-    cards = tuple(
-        replace(each, description=f"card {i}", uuid=f"GPU-{i}")
-        for i, each in enumerate(bare_machine().devices)
-    )
-    return replace(
-        Machine("host", cards, Cpu(64000, 48, 16, "a processor")),
-        **more,  # type: ignore[arg-type]
-    )
 
 
 def knowing(machine: Machine) -> Machine:
@@ -43,57 +32,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     return tmp_path / "config" / "place" / "machines"
-
-
-def changed(index: int, **fields: object) -> Callable[[Machine], Machine]:
-    """A change of one device."""
-
-    def change(machine: Machine) -> Machine:
-        devices = list(machine.devices)
-        devices[index] = replace(devices[index], **fields)  # type: ignore[arg-type]
-        return replace(machine, devices=tuple(devices))
-
-    return change
-
-
-OTHERS = [
-    changed(1, uuid="GPU-9"),
-    changed(0, uuid=None, description="another card"),
-    changed(0, uuid=None, total_mib=16000.0, usable_mib=15000.0),
-    changed(0, name="CUDA7"),
-    lambda machine: replace(machine, devices=machine.devices[:1]),
-    lambda machine: replace(machine, devices=machine.devices[::-1]),
-    lambda machine: replace(machine, cpu=replace(machine.cpu, description="another processor")),
-]
-
-
-@pytest.mark.parametrize("change", OTHERS)
-def test_a_machine_with_other_parts_is_another(change: Callable[[Machine], Machine]) -> None:
-    """Another card, order, number of cards or processor is another machine, whatever its name."""
-    assert not is_same(change(here()), here())
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda machine: replace(machine, name="other"),
-        changed(0, uuid=None),
-        changed(0, uuid=None, total_mib=24400.0),
-        changed(0, usable_mib=9000.0, bandwidth_gb_per_s=900.0),
-    ],
-)
-def test_a_machine_with_the_same_parts_is_the_same(change: Callable[[Machine], Machine]) -> None:
-    """Its name, caps and speeds do not matter, nor a UUID that the file does not have."""
-    assert is_same(change(here()), here())
-
-
-def test_workers_are_known_by_address_and_memory() -> None:
-    """Another worker behind the same name is another machine."""
-    worker = Device("RPC0", 8000, 8000, 0, 50, 1, address="10.0.0.2:50052")
-    known = Machine("a", (worker,), Cpu(1000, 20, 4, "p"))
-    assert is_same(replace(known, name="rpc"), known)
-    for other in (replace(worker, address="10.0.0.3:50052"), replace(worker, total_mib=24000)):
-        assert not is_same(replace(known, devices=(other,)), known)
 
 
 def test_the_file_that_has_learned_of_this_machine_is_used_and_named(folder: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from placement import __version__
 from placement.errors import InputError
 from placement.inputs.problem import Problem
 from placement.predict.solution import SolutionSet
-from placement.solve.store import read_solutions, save_solutions, slug, solution_folder, solution_set_row
+from placement.solve.store import (
+    folders_of_other_names,
+    read_solutions,
+    save_solutions,
+    slug,
+    solution_folder,
+    solution_set_row,
+)
 
 PROBLEM = problem(expert_model(2), one_card(4000))
 ROW: dict[str, Any] = {
@@ -63,6 +71,34 @@ def test_row_names_both_cache_types(asked: Problem, kv_type: str) -> None:
     """The workload of a set says V's type where it is not K's."""
     found = SolutionSet("m", "digest", "n", asked.workload, "INFEASIBLE", ())
     assert solution_set_row(asked, found, {})["workload"]["kv_type"] == kv_type
+
+
+def test_folders_of_other_names_differ_in_the_machine_alone(tmp_path: Path) -> None:
+    """Another model, workload or variant is another question; what a file is called there is no folder."""
+    mine = solution_folder(tmp_path, PROBLEM)
+    other = tmp_path / mine.name.replace("one-card", "rig--2")
+    strange = [
+        mine.name.replace("one-card", "rig").replace(*each) for each in (("4096", "8192"), ("tiny", "my"))
+    ]
+    for folder in (mine, other, *(tmp_path / name for name in strange), Path(f"{other}--0a1b2c3d")):
+        folder.mkdir()
+    (tmp_path / mine.name.replace("one-card", "file")).touch()
+    assert folders_of_other_names(mine, PROBLEM) == [other]
+
+
+def test_a_variants_other_names_are_of_the_same_variant(tmp_path: Path) -> None:
+    """What was asked under wishes is not mixed with what was asked without."""
+    mine = solution_folder(tmp_path, PROBLEM, "0a1b2c3d")
+    other = tmp_path / mine.name.replace("one-card", "rig")
+    for folder in (mine, other, solution_folder(tmp_path, replace(PROBLEM, machine=one_card(4000)))):
+        folder.mkdir()
+    assert folders_of_other_names(mine, PROBLEM) == [other]
+
+
+def test_a_folder_of_any_name_has_no_others(tmp_path: Path) -> None:
+    """Records that a user keeps elsewhere are those of that folder."""
+    solution_folder(tmp_path, PROBLEM).mkdir()
+    assert folders_of_other_names(tmp_path / "runs", PROBLEM) == []
 
 
 def save(path: Path, row: dict[str, Any] = ROW, asked: Problem = PROBLEM) -> bool:

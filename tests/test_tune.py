@@ -22,6 +22,7 @@ from verify_support import Lines
 
 from placement.cli.tune import Duration
 from placement.engine.find import Engine
+from placement.inputs.identity import machine_identity
 from placement.inputs.machine import Coefficient, Machine
 from placement.measure.calibrate.choosing import (
     Proposal,
@@ -40,8 +41,7 @@ from placement.measure.tune import loop
 from placement.measure.tune.lines import Tuned
 from placement.measure.tune.loop import tune
 from placement.measure.verify.candidates import FIT, make_candidates
-from placement.measure.verify.keys import machine_key
-from placement.measure.verify.run import Options, asked_of, decide_again
+from placement.measure.verify.run import Options, asked_of, decide_again, read_runs
 from placement.solve.request import Request
 from placement.solve.run import NO_ENGINE
 
@@ -191,7 +191,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         named = [self._with_own_name(each) for each in solutions]
         calls.append([each.name for each in named])
         candidates = make_candidates(named, self.base, outcome.found.extra_args)
-        known = {(r.run_id, r.round) for r in log.read()}
+        known = {(r.run_id, r.round) for r in read_runs(folder, problem)}
         for round_ in range(1, rounds + 1):
             for each in candidates:
                 if (each.role == FIT and not has_fit) or (each.run_id, round_) in known:
@@ -207,11 +207,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                         "fit_arguments": named[0].args if each.role == FIT else None,
                     }
                     log.append(record.model_copy(update=more))
-        self.report = decide_again(folder, outcome.problem.workload)
+        self.report = decide_again(folder, outcome.problem)
         return True
 
     monkeypatch.setattr(loop.Tuning, "_verify", measure)
-    now = {"machine": machine_key(bare_machine()), "model_digest": model(NAME).digest, "plan": ""}
+    now = {"machine": machine_identity(bare_machine()), "model_digest": model(NAME).digest, "plan": ""}
     monkeypatch.setattr(loop, "current_key", lambda *_: Key(**{**KEY, **now, **build}))
 
     def go(
@@ -249,6 +249,14 @@ def test_a_second_tuning_runs_nothing_new(run: Any, tmp_path: Path) -> None:
     again, *_ = run()
     assert [path.read_text() for path in sorted(tmp_path.glob("solutions/*/runs.jsonl"))] == kept
     assert again.lines == ()
+    assert again.report.verdict.recommended.arguments == first.report.verdict.recommended.arguments
+
+
+def test_a_tuning_under_another_name_of_the_machine_runs_nothing_new(run: Any, tmp_path: Path) -> None:
+    """Who renames the machine file keeps what was measured, though it lies in folders of the old name."""
+    first, *_ = run()
+    again, *_ = run(replace(bare_machine(), name="rig"))
+    assert again.lines == () and len(list(tmp_path.glob("solutions/*/runs.jsonl"))) == 1
     assert again.report.verdict.recommended.arguments == first.report.verdict.recommended.arguments
 
 

@@ -271,7 +271,7 @@ from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
 from test_verify_engine import run_on_cpu
 from verify_support import Lines
-from placement.engine import find_engine
+from placement.engine.find import find_engine
 folder = Path(sys.argv[3])
 listener = Lines(lambda p: print(p.candidate, p.round, p.phase, flush=True))
 report = run_on_cpu(find_engine(sys.argv[4]), Path(sys.argv[5]), folder, listener, rounds=2)

@@ -21,10 +21,12 @@ from verify_support import (
 )
 
 from placement.errors import InputError
+from placement.inputs.machine import Cpu, Machine
 from placement.inputs.model_files.files import read_model
 from placement.measure.records.log import RunLog
 from placement.measure.verify.lock import MachineBusy, machine_lock
 from placement.measure.verify.run import VerifyReport, decide_again, verify
+from placement.solve.store import solution_folder
 
 HASTY = replace(QUICK, start_s=1.5, prompt_s=1.0, canary_s=1.0, stop_s=0.3)
 
@@ -54,6 +56,20 @@ def run(tmp_path: Path, model_file: Path) -> Any:
             options or quick(tmp_path),
             listener or Lines(),
         )
+
+    return go
+
+
+@pytest.fixture
+def run_on(tmp_path: Path, model_file: Path) -> Any:
+    """Verifies one solution on a machine, in the folder that is named after it; all lie below one root."""
+
+    def go(machine: Machine, listener: Lines) -> VerifyReport:
+        problem = problem_of(read_model(model_file), machine)
+        found = set_of(problem, solution("aggressive", "-ngl", "aggressive"))
+        engine = fake_engine(tmp_path / "engine", aggressive="ok")
+        folder = solution_folder(tmp_path / "solutions", problem)
+        return verify(problem, found, model_file, engine, folder, quick(tmp_path), listener)
 
     return go
 
@@ -226,7 +242,7 @@ def test_show_prefers_what_was_measured(run: Any, tmp_path: Path, model_file: Pa
     other = write_model(tmp_path / "other.gguf", n_layer=2, n_embd=64)
     engine = fake_engine(tmp_path / "engine", aggressive="ok")
     verify(problem, found, other, engine, tmp_path / "runs", quick(tmp_path), Lines())
-    assert decide_again(tmp_path / "runs", report.workload).verdict == report.verdict
+    assert decide_again(tmp_path / "runs", problem).verdict == report.verdict
 
 
 def test_other_name_in_the_header_is_the_same_model(run: Any, tmp_path: Path, model_file: Path) -> None:
@@ -257,15 +273,37 @@ def test_torn_record_is_said_and_survived(run: Any, tmp_path: Path) -> None:
     assert statuses(report)["fit:aggressive"] == "ok"
 
 
-def test_show_decides_from_the_records(run: Any, tmp_path: Path) -> None:
+def test_show_decides_from_the_records(run: Any, tmp_path: Path, model_file: Path) -> None:
     """--show gives the verdict again without an engine."""
     report = run(aggressive="ok")
-    assert decide_again(tmp_path / "runs", report.workload).verdict == report.verdict
+    problem = problem_of(read_model(model_file), cpu_machine())
+    assert decide_again(tmp_path / "runs", problem).verdict == report.verdict
+
+
+def test_a_renamed_machine_goes_on_where_it_stopped(run_on: Any, tmp_path: Path, model_file: Path) -> None:
+    """What ran under the machine's old name, in the folder of that name, is not run again, and is shown."""
+    first, before = run_on(cpu_machine(), Lines()), starts(tmp_path)
+    renamed, listener = replace(cpu_machine(), name="rig"), Lines()
+    again = run_on(renamed, listener)
+    assert starts(tmp_path) == before
+    assert any("resuming campaign" in line for line in listener.said)
+    problem = problem_of(read_model(model_file), renamed)
+    shown = decide_again(solution_folder(tmp_path / "solutions", problem), problem)
+    assert again.verdict == first.verdict == shown.verdict
+
+
+def test_records_of_a_namesake_are_not_used(run_on: Any, tmp_path: Path, model_file: Path) -> None:
+    """Other hardware under the same name is measured anew, and the table does not show what ran elsewhere."""
+    run_on(cpu_machine(), Lines())
+    before, namesake = starts(tmp_path), replace(cpu_machine(), cpu=Cpu(8000, 20, 64))
+    problem = problem_of(read_model(model_file), namesake)
+    with pytest.raises(InputError, match="no records of this machine"):
+        decide_again(solution_folder(tmp_path / "solutions", problem), problem)
+    run_on(namesake, Lines())
+    assert len(starts(tmp_path)) == 2 * len(before)
 
 
 def test_show_without_records_says_what_to_do(tmp_path: Path) -> None:
     """--show before any run is an input error."""
     with pytest.raises(InputError, match="run place verify first"):
-        decide_again(
-            tmp_path, problem_of(read_model(write_model(tmp_path / "m.gguf")), cpu_machine()).workload
-        )
+        decide_again(tmp_path, problem_of(read_model(write_model(tmp_path / "m.gguf")), cpu_machine()))

@@ -92,7 +92,7 @@ def _show(model: Model, machine: Machine, given: dict[str, Any]) -> VerifyReport
 
     request = options.request_of(given)
     problem, _ = make_problem(model, machine, request)
-    return decide_again(kept_folder(given["out_folder"], problem, request), problem.workload)
+    return decide_again(kept_folder(given["out_folder"], problem, request), problem)
 
 
 def _verify(model: Model, machine: Machine, path: Path, given: dict[str, Any], is_json: bool) -> VerifyReport:

@@ -1,8 +1,8 @@
 """The machine found here → what a file of the same machine has learned; and what was learned → that file.
 
-A machine is known by its devices in order (UUID, else description, memory and address) and by its processor,
-never by its name. What holds afterwards: speeds, runtimes and coefficients are the file's, for they belong
-together; no device may be filled beyond what the file allows, or beyond what is free now.
+A machine is known by what `identity` compares, never by its name. What holds afterwards: speeds, runtimes and
+coefficients are the file's, for they belong together; no device may be filled beyond what the file allows, or
+beyond what is free now.
 """
 
 from __future__ import annotations
@@ -13,35 +13,12 @@ from pathlib import Path
 
 from placement.errors import InputError
 from placement.files import PACKAGE_DATA
-from placement.inputs.machine import Cpu, Device, Machine
+from placement.inputs.identity import is_same_machine, machine_identity
+from placement.inputs.machine import Machine
 from placement.inputs.machine_files import machine_folders, own_machine_path, read_machine, save_machine
 
-SAME_MEMORY = 0.02  # a driver may count the same card's memory a little differently
 LEARNED_SOURCES = ("detected", "calibrated")
 TOLD_CAP = 0.95  # of what is free: a file that allows less is told
-
-
-def is_same(known: Machine, found: Machine) -> bool:
-    """Whether both describe one machine: every device in order, and the processor."""
-    return (
-        len(known.devices) == len(found.devices)
-        and all(map(_is_same_device, known.devices, found.devices))
-        and _is_same_cpu(known.cpu, found.cpu)
-    )
-
-
-def _is_same_device(a: Device, b: Device) -> bool:
-    if (a.name, a.address) != (b.name, b.address):
-        return False
-    if a.uuid and b.uuid:
-        return a.uuid == b.uuid
-    memory_mib = max(a.total_mib, b.total_mib)
-    is_alike = abs(a.total_mib - b.total_mib) <= SAME_MEMORY * memory_mib
-    return is_alike and a.description == b.description
-
-
-def _is_same_cpu(a: Cpu, b: Cpu) -> bool:
-    return a.description == b.description if a.description and b.description else a.threads == b.threads
 
 
 def learned_file(found: Machine, tell: Callable[[str], None]) -> tuple[Path, Machine] | None:
@@ -52,10 +29,14 @@ def learned_file(found: Machine, tell: Callable[[str], None]) -> tuple[Path, Mac
     for folder in machine_folders():
         if folder == PACKAGE_DATA / "machines":
             continue
-        known = [each for each in _readable(folder, tell) if is_same(each[1], found) and _dates(each[1])]
+        known = [each for each in _readable(folder, tell) if _is_same(each[1], found) and _dates(each[1])]
         if known:
             return max(known, key=lambda each: max(_dates(each[1])))
     return None
+
+
+def _is_same(known: Machine, found: Machine) -> bool:
+    return is_same_machine(machine_identity(known), machine_identity(found))
 
 
 def _readable(folder: Path, tell: Callable[[str], None]) -> Iterator[tuple[Path, Machine]]:
@@ -106,7 +87,7 @@ def learned_path(name: str | None, machine: Machine) -> Path:
 def _free_path(path: Path, machine: Machine) -> Path:
     """The path, or the next of its kind that no other machine's file has."""
     number, tried = 2, path
-    while tried.is_file() and not is_same(read_machine(tried), machine):
+    while tried.is_file() and not _is_same(read_machine(tried), machine):
         number, tried = number + 1, path.with_name(f"{path.stem}-{number}{path.suffix}")
     return tried
 

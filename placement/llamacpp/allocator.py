@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from placement.llamacpp.backend_rules import CPU_ALIGNMENT_BYTES, CUDA_ALIGNMENT_BYTES
 from placement.llamacpp.graph import cuda
 from placement.llamacpp.graph.tensor import GraphTensor
-from placement.llamacpp.scheduler import Scheduler
+from placement.llamacpp.scheduler import Scheduler, Steps
 
 ENDLESS = 1 << 62
 _IN_PLACE = """FILL SCALE DIAG_MASK_ZERO DIAG_MASK_INF ADD ADD_ID ADD1 SUB MUL DIV SQR SQRT LOG UNARY ROPE ROPE_BACK
@@ -122,7 +122,7 @@ class Allocator:
                 self._release(source)
         return [pool.max_bytes for pool in self.pools]
 
-    def _count(self, steps: Sequence[tuple[int, int, tuple[int, ...]]]) -> None:
+    def _count(self, steps: Steps) -> None:
         """Children and views of every tensor; inputs are allocated at their first mention."""
         flat, src = self.flat, self.scheduler.src
         n_children, n_views, root = self.n_children, self.n_views, self.root

@@ -7,7 +7,6 @@ Mirrors llama_context::sched_reserve: the graphs of a prompt batch and of a deco
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -58,13 +57,7 @@ def plan_compute(model: Model, machine: Machine, assignment: Assignment, program
 
     `program` decides how many logits are sized: llama-server's for its slots, the others' for a whole ubatch.
     """
-    has_collector = gc.isenabled()
-    gc.disable()  # graphs are many small objects without cycles to collect: passes over them double the time
-    try:
-        return _Planner(model, machine, assignment, program).plan()
-    finally:
-        if has_collector:
-            gc.enable()
+    return _Planner(model, machine, assignment, program).plan()
 
 
 @dataclass(frozen=True, slots=True)

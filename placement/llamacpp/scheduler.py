@@ -7,7 +7,7 @@ allocated, in order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from placement.llamacpp.backend_rules import MIN_OFFLOAD_TOKENS
@@ -45,6 +45,27 @@ class Split:
     inputs: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The nodes that are allocated, as parallel lists: a tensor, its backend, and what must live until then.
+
+    Tensor -1 is a dependency: it only keeps the tensors of `kept` alive; those of a node are its sources.
+    """
+
+    tensors: list[int] = field(default_factory=list)
+    backends: list[int] = field(default_factory=list)
+    kept: list[Sequence[int]] = field(default_factory=list)
+
+    def add(self, tensor: int, backend: int, kept: Sequence[int] = ()) -> None:
+        """Put a node, or a dependency, at the end."""
+        self.tensors.append(tensor)
+        self.backends.append(backend)
+        self.kept.append(kept)
+
+    def __iter__(self) -> Iterator[tuple[int, int, Sequence[int]]]:
+        return zip(self.tensors, self.backends, self.kept, strict=True)
+
+
 class Scheduler:
     """One scheduling run; `pins` maps a tensor to the backend that the engine's callback chose for it."""
 
@@ -55,7 +76,7 @@ class Scheduler:
         self.assigned = [-1] * flat.n_tensors
         for index, backend in pins.items():
             self.assigned[index] = backend
-        self.src = [list(sources) for sources in flat.src]
+        self.src = list(flat.src)  # a node's row is the graph's own until a copy stands in it
         self.splits: list[Split] = []
         self.copies: dict[tuple[int, int], list[int]] = {}
         self.copy_of: list[int] = []  # of the tensors after flat.n_tensors: what they copy
@@ -207,7 +228,9 @@ class Scheduler:
                 if place == current or (place == NO_BUFFER and assigned[source] == current):
                     continue
                 if assigned[source] != current and not self._is_readable(source, current):
-                    sources[j] = self._copy(source, current, split)
+                    if src[i] is sources:
+                        src[i] = list(sources)
+                    src[i][j] = self._copy(source, current, split)
         split.end = flat.n_tensors
 
     def _needs_new_split(self, i: int, current: int) -> bool:
@@ -256,23 +279,20 @@ class Scheduler:
                     out += [(copy, split.backend) for copy in self.copies[i, split.backend]]
         return out + [(i, self.assigned[i]) for i in range(flat.n_leafs)]
 
-    def steps(self) -> list[tuple[int, int, tuple[int, ...]]]:
-        """(tensor, backend, kept) of the graph copy's nodes.
-
-        Tensor -1 is a dependency: it only keeps the tensors in the third field alive until then.
-        """
-        out: list[tuple[int, int, tuple[int, ...]]] = []
+    def steps(self) -> Steps:
+        """The graph copy's nodes in order."""
+        steps = Steps()
         assigned = self.assigned
         for split in self.splits:
             for i in split.inputs:
-                out.append((-1, split.backend, (i,)))
-                out.append((self.copies[i, split.backend][0], split.backend, ()))
+                steps.add(-1, split.backend, (i,))
+                steps.add(self.copies[i, split.backend][0], split.backend)
             order: Sequence[int] = range(split.start, split.end)
             kept: Dependencies = {}
             if self.backends.is_cuda[split.backend]:
                 order, kept = keep_for_fusion(self.flat, self.src, split.start, split.end)
             for i in order:
-                out.append((i, assigned[i], ()))
+                steps.add(i, assigned[i])
                 for group in kept.get(i, ()):
-                    out.append((-1, split.backend, group))
-        return out
+                    steps.add(-1, split.backend, group)
+        return steps

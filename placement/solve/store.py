@@ -38,9 +38,22 @@ def solution_folder(root: Path, problem: Problem, variant: str = "") -> Path:
 
 
 def solution_folders(root: Path, problem: Problem) -> list[Path]:
-    """The folders there are of a problem, those of its variants too."""
-    plain = solution_folder(root, problem)
-    return [each for each in (plain, *sorted(root.glob(f"{plain.name}--*"))) if each.is_dir()]
+    """The folders there are of a model and workload, those of variants and under other machines' names too.
+
+    Their run records say which machine ran.
+    """
+    names = f"{slug(problem.model.name)}--*--{workload_slug(problem)}"
+    return sorted(each for each in (*root.glob(names), *root.glob(f"{names}--*")) if each.is_dir())
+
+
+def folders_of_other_names(folder: Path, problem: Problem) -> list[Path]:
+    """The folders beside a problem's own that differ in the machine's name alone: it may have been renamed."""
+    model, machine = slug(problem.model.name), slug(problem.machine.name)
+    rest = folder.name.removeprefix(f"{model}--{machine}--")
+    if rest == folder.name:
+        return []
+    found = folder.parent.glob(f"{model}--*--{rest}")
+    return sorted(each for each in found if each != folder and each.is_dir())
 
 
 def solution_set_row(problem: Problem, found: SolutionSet, commands: dict[str, str]) -> dict[str, Any]:

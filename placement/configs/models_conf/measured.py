@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from placement.configs.models_conf.choice import Choice, Measured
 from placement.inputs.engine_options import OPTIONS
+from placement.inputs.identity import is_same_machine, machine_identity
 from placement.inputs.machine import Machine
 from placement.inputs.model import Model
 from placement.llamacpp.arguments import parse
@@ -34,13 +35,19 @@ def measured_of(
     Raises:
         InputError: the run records cannot be read.
     """
-    from placement.measure.records.log import RunLog
+    from placement.measure.records.log import RunLog, is_same_key
     from placement.measure.verify.decide import result_of
 
     problem, _ = make_problem(model, machine, request)
-    everything = [each for folder in solution_folders(root, problem) for each in RunLog(folder).read()]
-    runs = sorted((r for r in everything if _is_of(r, model.digest, choice)), key=lambda record: record.at)
-    newest = [each for each in runs if each.run_id == runs[-1].run_id and each.key == runs[-1].key]
+    mine = machine_identity(machine)
+    here = [
+        each
+        for folder in solution_folders(root, problem)
+        for each in RunLog(folder).read()
+        if is_same_machine(each.key.machine, mine)
+    ]
+    runs = sorted((r for r in here if _is_of(r, model.digest, choice)), key=lambda record: record.at)
+    newest = [each for each in runs if each.run_id == runs[-1].run_id and is_same_key(each.key, runs[-1].key)]
     result = result_of(newest, problem.workload) if newest else None
     if result is None or not result.n_good:
         return None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from placement.errors import InputError
+from placement.inputs.identity import Known, is_same_machine, machine_identity
 from placement.inputs.machine import Machine
 from placement.inputs.model import Model
 from placement.inputs.problem import Problem, Workload
@@ -24,9 +25,8 @@ from placement.llamacpp.emit.resolve import resolve
 from placement.measure.calibrate.features import TimingRow
 from placement.measure.calibrate.models import Models
 from placement.measure.calibrate.timings import Run, run_rows, timing_noise
-from placement.measure.records.log import OK, RUNS, RunLog
+from placement.measure.records.log import OK, RUNS, RunLog, each_once
 from placement.measure.verify.candidates import FIT, without_placement
-from placement.measure.verify.keys import machine_key
 from placement.measure.verify.phases import PLAN, START
 from placement.predict.cost import graph_counts
 
@@ -92,14 +92,15 @@ def find_runs(
     """
     kept, skipped = _read_all(root)
     everything = [record for _, record in kept]
-    mine = [record for record in everything if record.key.machine == machine_key(machine)]
+    is_mine = _recognised(everything, machine)
+    mine = [record for record in everything if is_mine[record.key.machine]]
     if conditions is None:
         newest = max(filter(_is_timed, mine), key=lambda record: record.at, default=None)
         conditions = None if newest is None else conditions_of(newest.key)
     left_out = Counter(
-        f"another machine ({record.key.machine})"
+        f"another machine ({_words(record.key.machine)})"
         for record in everything
-        if record.key.machine != machine_key(machine)
+        if not is_mine[record.key.machine]
     )
     usable = [record for record in mine if is_mixed or conditions_of(record.key) == conditions]
     if not is_mixed:
@@ -114,17 +115,27 @@ def find_runs(
     )
 
 
+def _recognised(records: Iterable[Record], machine: Machine) -> dict[Known, bool]:
+    """Of every machine that has records, whether it is this one."""
+    mine = machine_identity(machine)
+    return {each: is_same_machine(each, mine) for each in {record.key.machine for record in records}}
+
+
+def _words(known: Known) -> str:
+    return known if isinstance(known, str) else known.words()
+
+
 def _read_all(root: Path) -> tuple[list[tuple[Path, Record]], list[str]]:
     """(folder and record, each record once; what was skipped, and why)."""
-    kept: dict[tuple[object, ...], tuple[Path, Record]] = {}
+    folders: dict[int, Path] = {}
+    everything: list[Record] = []
     skipped: list[str] = []
     for path in sorted(root.glob(f"*/{RUNS}")):
         records, broken = RunLog(path.parent).read_whole_lines()
         skipped += broken
-        for each in records:
-            key = (each.campaign, each.at, each.run_id, each.round, each.phase, each.repeat, each.timing)
-            kept.setdefault(key, (path.parent, each))
-    return list(kept.values()), skipped
+        everything += records
+        folders.update(dict.fromkeys(map(id, records), path.parent))
+    return [(folders[id(each)], each) for each in each_once(everything)], skipped
 
 
 def _is_timed(record: Record) -> bool:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from placement.errors import InputError
+from placement.inputs.identity import is_same_machine
 
 if TYPE_CHECKING:
-    from placement.measure.records.schema import Record
+    from placement.measure.records.schema import Key, Record
 
 FORMAT = 1
 RUNS = "runs.jsonl"
@@ -167,11 +168,28 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def latest_campaign(records: Iterable[Record], key: Any = None) -> str | None:
+def is_same_key(a: Key, b: Key) -> bool:
+    """Whether what was measured under both may be mixed: all alike, on the same machine whatever its name."""
+    others = (name for name in type(a).model_fields if name != "machine")
+    is_alike = all(getattr(a, name) == getattr(b, name) for name in others)
+    return is_alike and is_same_machine(a.machine, b.machine)
+
+
+def each_once(records: Iterable[Record]) -> list[Record]:
+    """Return the records without those that say what an earlier one said: copied folders, doubled lines."""
+    kept: dict[tuple[object, ...], Record] = {}
+    for each in records:
+        kept.setdefault(
+            (each.campaign, each.at, each.run_id, each.round, each.phase, each.repeat, each.timing), each
+        )
+    return list(kept.values())
+
+
+def latest_campaign(records: Iterable[Record], key: Key | None = None) -> str | None:
     """Return the campaign of the newest record (made under `key`, if one is given); None if there is none."""
     campaign = None
     for record in records:
-        if key is None or record.key == key:
+        if key is None or is_same_key(record.key, key):
             campaign = record.campaign
     return campaign
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from placement.inputs.identity import MachineIdentity
+
 
 class _Base(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -15,7 +17,7 @@ class Key(_Base):
     engine_build: str
     engine_fingerprint: str
     model_digest: str
-    machine: str  # name and a digest of its devices
+    machine: MachineIdentity | str  # "NAME/DIGEST" in old records
     driver: str | None = None  # the NVIDIA driver's version; None without one
     memory_clock: str | None = None  # "CUDA0 10501 MHz": what the cards may reach now; None where unknown
     plan: str  # what is asked of the server: prompt lengths, depth, seed

@@ -204,7 +204,7 @@ class Tuning:
         asked = self.options.asked or asked_of(outcome.problem, self.options.is_full_depth)
         key = self.key.model_copy(update={"plan": asked.text()})
         try:
-            self.report = decide_again(self._folder(outcome), outcome.problem.workload, key)
+            self.report = decide_again(self._folder(outcome), outcome.problem, key)
         except InputError:
             return ()  # nothing was run yet
         over = ("not run", "not finished")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import TYPE_CHECKING, Any
 
 from placement.engine.find import Engine, describe_engine
+from placement.inputs.identity import machine_identity
 from placement.inputs.machine import Machine
 from placement.inputs.model import Model
 from placement.measure.verify.prompts import Asked
@@ -14,13 +13,6 @@ from placement.measure.verify.watch import driver_version, memory_clock
 
 if TYPE_CHECKING:
     from placement.measure.records.schema import Key
-
-
-def machine_key(machine: Machine) -> str:
-    """Return the machine's name and a digest of its hardware; caps and addresses stand in the arguments."""
-    facts = [[each.name, each.description, float(each.total_mib), each.uuid] for each in machine.devices]
-    digest = hashlib.sha256(json.dumps([facts, machine.cpu.description]).encode()).hexdigest()[:8]
-    return f"{machine.name}/{digest}"
 
 
 def make_key(engine: Engine, machine: Machine, model: Model, asked: Asked, nvml: Any | None) -> Key:
@@ -31,7 +23,7 @@ def make_key(engine: Engine, machine: Machine, model: Model, asked: Asked, nvml:
         engine_build=describe_engine(engine).version,
         engine_fingerprint=engine.fingerprint(),
         model_digest=model.digest,
-        machine=machine_key(machine),
+        machine=machine_identity(machine),
         driver=driver_version(nvml),
         memory_clock=memory_clock(machine, nvml),
         plan=asked.text(),

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from placement.engine.find import Engine
 from placement.errors import InputError
+from placement.inputs.identity import is_same_machine, machine_identity
 from placement.inputs.model import Model
 from placement.inputs.model_files.files import read_model
 from placement.inputs.problem import Problem, Workload
 from placement.measure.records import log as records
-from placement.measure.records.log import RunLog, latest_campaign, of_campaign
+from placement.measure.records.log import RUNS, RunLog, each_once, is_same_key, latest_campaign, of_campaign
 from placement.measure.verify.candidates import FIT, VerifyCandidate, choose, make_candidates
 from placement.measure.verify.decide import Round, Verdict, decide, rounds_of
 from placement.measure.verify.keys import make_key
@@ -32,6 +33,7 @@ from placement.measure.verify.phases import PLAN, SHORT, Bench, BudgetSpent, Lim
 from placement.measure.verify.prompts import Asked
 from placement.measure.verify.watch import Sample, load_nvml
 from placement.predict.solution import SolutionSet
+from placement.solve.store import folders_of_other_names
 
 if TYPE_CHECKING:
     from placement.measure.records.schema import Key, Record
@@ -182,22 +184,42 @@ def verify(
         )
 
 
-def decide_again(folder: Path, workload: Workload, key: Key | None = None) -> VerifyReport:
-    """Decide again from the records of the newest campaign that measured anything, running nothing.
+def decide_again(folder: Path, problem: Problem, key: Key | None = None) -> VerifyReport:
+    """Decide again from the records of the newest campaign that measured anything here, running nothing.
 
     `key`: only what was measured under it counts.
 
     Raises:
         InputError: nothing was measured there, or the records cannot be read.
     """
-    log = RunLog(folder)
-    known = [record for record in log.read() if key is None or record.key == key]
+    mine = machine_identity(problem.machine)
+    known = [
+        record
+        for record in read_runs(folder, problem)
+        if (is_same_machine(record.key.machine, mine) if key is None else is_same_key(record.key, key))
+    ]
     measured = [record for record in known if record.timing is not None]
     campaign = latest_campaign(measured or known)
     if campaign is None:
-        raise InputError(log.path, "has no records: run place verify first")
+        raise InputError(folder / RUNS, "has no records of this machine: run place verify first")
     run = of_campaign(known, campaign)
-    return VerifyReport(decide(run, workload), campaign, workload, True, len(run))
+    return VerifyReport(decide(run, problem.workload), campaign, problem.workload, True, len(run))
+
+
+def read_runs(folder: Path, problem: Problem) -> list[Record]:
+    """Return the records of a problem's folder; by time, with those of this machine from when it had another name.
+
+    Raises:
+        InputError: the folder's records cannot be read.
+    """
+    own, mine = RunLog(folder).read(), machine_identity(problem.machine)
+    renamed = [
+        record
+        for other in folders_of_other_names(folder, problem)
+        for record in RunLog(other).read_whole_lines()[0]
+        if is_same_machine(record.key.machine, mine)
+    ]
+    return sorted(each_once([*renamed, *own]), key=lambda record: record.at) if renamed else own
 
 
 def _prepare(
@@ -216,7 +238,7 @@ def _prepare(
     asked = options.asked or asked_of(problem, options.is_full_depth)
     nvml = load_nvml()
     key = make_key(engine, problem.machine, actual, asked, nvml)
-    known = log.read()
+    known = read_runs(folder, problem)
     campaign = None if options.is_fresh else latest_campaign(known, key)
     run = of_campaign(known, campaign) if campaign is not None else []
     _say_resumed(listener, known, run, options)
