@@ -62,6 +62,9 @@ class Model:
     description: str = ""
     files: tuple[str, ...] = ()  # GGUF files on this disk, first part first; empty for a description
 
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
     @property
     def architecture(self) -> str:
         """`general.architecture`, e.g. "qwen3moe"."""

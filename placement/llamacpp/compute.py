@@ -90,13 +90,19 @@ class _Planner:
     def plan(self) -> ComputePlan:
         """Simulate the engine; where the graph is unknown, estimate."""
         try:
+            self._refuse_undescribed()
             return self._simulated()
         except UnknownGraph:
             return self._estimated()
-        except (LookupError, ArithmeticError, TypeError):
-            if self.is_exact:
-                raise
-            return self._estimated()
+
+    def _refuse_undescribed(self) -> None:
+        """Of an architecture without a row the attention can be guessed, a recurrent block cannot.
+
+        Raises:
+            UnknownGraph: there is no row, and a layer is recurrent.
+        """
+        if not self.is_exact and any(layer.is_recurrent for layer in self.facts.layers[: self.facts.n_layer]):
+            raise UnknownGraph("recurrent layers of an architecture without a row")
 
     def _simulated(self) -> ComputePlan:
         """Reserve decode and prompt graphs, flash attention settled first."""

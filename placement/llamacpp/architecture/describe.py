@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from placement.inputs.model import Model
 from placement.llamacpp.architecture.header import HeaderFacts
 from placement.llamacpp.architecture.records import Architecture
@@ -11,16 +13,9 @@ from placement.llamacpp.architecture.tensors import (
 )
 
 
+@functools.lru_cache(maxsize=8)
 def describe(model: Model) -> Architecture:
-    """What the model's architecture needs; computed once per model object."""
-    kept: Architecture | None = model.__dict__.get("_architecture")
-    if kept is None:
-        kept = _describe(model)
-        model.__dict__["_architecture"] = kept
-    return kept
-
-
-def _describe(model: Model) -> Architecture:
+    """What the model's architecture needs; kept for the models asked for lately."""
     rule = RULES.get(model.architecture)
     header = HeaderFacts(model, rule or _derive(model))
     facts = tuple(header.layer(i) for i in range(header.n_layer_all))
