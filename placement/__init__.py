@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from placement.api import Placement, Result, check, detect_machine, load_machine, load_model, solve
     from placement.errors import EngineError, InputError, PlacementError
+    from placement.files import PLACE_VERSION as __version__
     from placement.solve.request import FixedSettings, Request
 
-__version__ = "0.1.0"
 __all__ = [
     "EngineError",
     "FixedSettings",
@@ -40,6 +40,8 @@ _REQUEST = ("FixedSettings", "Request")
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.import_module(f"{__name__}.files").PLACE_VERSION
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = "errors" if name in _ERRORS else "solve.request" if name in _REQUEST else "api"
@@ -51,7 +53,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """This package: `solve` and `check` stay the functions when the modules of those names are imported."""
+    """This package: `solve` stays the function when the wing of that name is imported."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (isinstance(value, ModuleType) and name in __all__):

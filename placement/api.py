@@ -143,7 +143,8 @@ def solve(
         EngineError: the engine that was named is missing or failed.
     """
     from placement.solve.request import Request
-    from placement.solve.run import EngineChoice, commands, find_solutions
+    from placement.solve.run import EngineChoice, find_solutions
+    from placement.solve.store import commands
 
     warnings: list[str] = []
     request = Request(**{name: _frozen(value) for name, value in asked.items()})  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from placement.errors import InputError
 
+PLACE_VERSION = "0.1.0"  # of `place`, as pyproject.toml has it; written into what is written
 PACKAGE_DATA = Path(__file__).resolve().parent / "inputs" / "data"
 
 

@@ -4,7 +4,7 @@ import pytest
 from solving_support import dense_model, expert_model, problem, two_cards, way
 
 from placement.inputs.problem import CPU, Assignment, Problem
-from placement.llamacpp.compute import ComputePlan
+from placement.llamacpp.plan import ComputePlan
 from placement.predict.cost import graph_counts
 from placement.solve.frames.buffers import Buffers, compute_table, typical_assignment
 from placement.solve.search.search import Search

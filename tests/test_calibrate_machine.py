@@ -15,10 +15,10 @@ from placement.cli import cli
 from placement.inputs.machine import Coefficient, margin_mib
 from placement.inputs.machine_files import machine_toml, own_machine_path, read_machine, save_machine
 from placement.measure.calibrate.applied import KEPT_PER_NAME, apply_fit
+from placement.measure.calibrate.data import MemorySample
 from placement.measure.calibrate.fit import Calibration, calibrate
 from placement.measure.calibrate.memory import fit_memory
 from placement.measure.calibrate.parameters import prior_of
-from placement.measure.calibrate.runs import MemorySample
 
 
 def samples(*over_mib: float, device: str = "CUDA0") -> list[MemorySample]:

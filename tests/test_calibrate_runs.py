@@ -283,6 +283,6 @@ def test_no_records_change_nothing(tmp_path: Path) -> None:
 
 def test_the_fit_of_nothing_is_the_priors() -> None:
     """Both fits exist without records."""
-    from placement.measure.calibrate.runs import FitData
+    from placement.measure.calibrate.data import FitData
 
     assert [fit.n_rows for fit in fit_both(bare_machine(), FitData())] == [0, 0]

@@ -12,7 +12,8 @@ from placement.inputs.machine import Cpu, Device, Machine
 from placement.inputs.model import Model, Tensor
 from placement.inputs.problem import CPU, Assignment, Settings
 from placement.llamacpp import compute
-from placement.llamacpp.compute import ComputePlan, plan_compute
+from placement.llamacpp.compute import plan_compute
+from placement.llamacpp.plan import ComputePlan
 from placement.units import MIB
 
 BIG = "llama-3.3-70b-q4"

@@ -162,3 +162,9 @@ def test_unreadable(text: str | None, words: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_solutions(path)
     assert words in str(caught.value)
+
+
+def test_version_is_the_projects() -> None:
+    """What stands in the files is the version that pyproject.toml gives."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["version"] == __version__

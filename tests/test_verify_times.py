@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from placement.measure.records.phase_names import CANARY, LONG, SHORT
 from placement.measure.records.schema import Timing
-from placement.measure.verify.phases import CANARY, LONG, SHORT, Visit
+from placement.measure.verify.phases import Visit
 from placement.measure.verify.prompts import Asked
 from placement.measure.verify.times import middle, undisturbed
 

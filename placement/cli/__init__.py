@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from placement import __version__
 from placement.errors import PlacementError
+from placement.files import PLACE_VERSION
 
 COMMANDS = {
     "solve": ("placement.cli.solve", "Find the fastest placement and emit its exact arguments."),
@@ -36,9 +36,11 @@ class _Commands(click.Group):
     """Commands whose modules are imported when they are called: start-up stays fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names, in the order of `COMMANDS`."""
         return [name for name, (module, _) in COMMANDS.items() if _exists(module)]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import a command's module when it is asked for."""
         if name not in COMMANDS or not _exists(COMMANDS[name][0]):
             return None
         command: click.Command = importlib.import_module(COMMANDS[name][0]).command
@@ -46,6 +48,7 @@ class _Commands(click.Group):
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Say which command was probably meant."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as exc:
@@ -56,6 +59,7 @@ class _Commands(click.Group):
             raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx) from exc
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
 
@@ -67,7 +71,7 @@ def _exists(module: str) -> bool:
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="place")
+@click.version_option(PLACE_VERSION, prog_name="place")
 def cli() -> None:
     """Place large language models on unequal GPUs and the CPU for llama.cpp.
 

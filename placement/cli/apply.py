@@ -8,25 +8,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from placement.cli import options
-from placement.cli.profiles import defaults_option, finder_of, map_option
+from placement.cli.conf_options import (
+    defaults_option,
+    finder_of,
+    fresh_option,
+    map_option,
+    solution_option,
+    stored_option,
+)
 
 if TYPE_CHECKING:
     from placement.configs.models_conf.whole import Placed
-
-solution_option = click.option(
-    "--solution", "solution_name", metavar="NAME", help="Which solution [the recommended one]."
-)
-stored_option = click.option(
-    "--out",
-    "root",
-    default="solutions",
-    show_default=True,
-    metavar="DIR",
-    help="Where solutions are stored; one that fits is taken from there.",
-)
-fresh_option = click.option(
-    "--fresh", "is_fresh", is_flag=True, help="Solve even where a solution is stored."
-)
 
 
 def engine_build(name: str) -> str | None:

@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING
 import click
 
 from placement.cli import options
-from placement.cli.apply import fresh_option, solution_option, stored_option
-from placement.cli.profiles import defaults_option, finder_of, map_option
+from placement.cli.conf_options import (
+    defaults_option,
+    finder_of,
+    fresh_option,
+    map_option,
+    solution_option,
+    stored_option,
+)
 
 if TYPE_CHECKING:
     from placement.configs.formats.launch import Launch

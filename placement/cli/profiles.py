@@ -9,35 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from placement.cli import options
+from placement.cli.conf_options import defaults_option, finder_of, map_option
 
 if TYPE_CHECKING:
-    from placement.configs.models_conf.find_model import ModelFinder
     from placement.configs.models_conf.review import ProfileReview
-
-defaults_option = click.option(
-    "--defaults",
-    "defaults_text",
-    default="",
-    metavar="'…'",
-    help="Arguments that every profile runs with although no section says so, such as '-ctk q8_0 -ctv q8_0'.",
-)
-map_option = click.option(
-    "--map",
-    "pairs",
-    multiple=True,
-    metavar="SECTION=MODEL",
-    help="Which model a section runs; remembered for the next time.",
-)
-
-
-def finder_of(file: str, pairs: tuple[str, ...]) -> ModelFinder:
-    """A finder with the remembered mapping and the pairs given now, which are remembered."""
-    from placement.configs.models_conf.find_model import ModelFinder, read_mapping, remember
-
-    kept = remember(pairs) if pairs else None
-    if kept is not None:
-        click.echo(f"place: mapping remembered in {kept}", err=True)
-    return ModelFinder(read_mapping(pairs), Path(file).resolve().parent)
 
 
 @click.command()

@@ -29,27 +29,11 @@ from placement.llamacpp.graph.rows import ROWS
 from placement.llamacpp.graph.runs import LayerRun, shorten
 from placement.llamacpp.graph.template import Template, model_graphs
 from placement.llamacpp.graph.tensor import GraphTensor
+from placement.llamacpp.plan import ComputePlan
 from placement.llamacpp.scheduler import MAX_COPIES, Backends, Scheduler
 
 FLASH = "FLASH_ATTN_EXT"
 PIN_MAX_TOKENS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class ComputePlan:
-    """Compute-buffer bytes by device ("Host" included), splits and nodes of the prompt and decode graphs.
-
-    `is_exact` is False where no rule covers the architecture and the figures are a coarse estimate.
-    """
-
-    compute_bytes: dict[str, int]
-    splits_prompt: int
-    splits_decode: int
-    n_nodes_prompt: int
-    n_nodes_decode: int
-    n_copies: int
-    is_exact: bool
-    notes: tuple[str, ...]
 
 
 def plan_compute(model: Model, machine: Machine, assignment: Assignment, program: str) -> ComputePlan:

@@ -39,9 +39,9 @@ from placement.inputs.problem import (
 from placement.llamacpp.compute import plan_compute
 from placement.llamacpp.emit.arguments import emit_arguments
 from placement.measure.calibrate.applied import Change, apply_fit
+from placement.measure.calibrate.data import FitData
 from placement.measure.calibrate.features import TimingRow, decode_row, prompt_row
 from placement.measure.calibrate.fit import Calibration
-from placement.measure.calibrate.runs import FitData
 from placement.measure.calibrate.whole import fit_both
 from placement.measure.verify.times import usual_spread
 from placement.predict.check import device_use

@@ -10,9 +10,10 @@ from placement.inputs.machine import Machine
 from placement.inputs.model import Model
 from placement.inputs.problem import HOST, Assignment, Problem, Workload
 from placement.llamacpp.arguments import Arguments
-from placement.llamacpp.compute import ComputePlan, plan_compute
+from placement.llamacpp.compute import plan_compute
 from placement.llamacpp.emit.resolve import resolve
 from placement.llamacpp.memory import context_size, static_memory
+from placement.llamacpp.plan import ComputePlan
 from placement.predict.advice.advise import advise
 from placement.predict.advice.case import Advice
 from placement.predict.cost import Speed, evaluate, graph_counts

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from operator import mul
 
 from placement.inputs.problem import CPU, Assignment, Problem
-from placement.llamacpp.compute import ComputePlan
 from placement.llamacpp.memory import placed_tensors
+from placement.llamacpp.plan import ComputePlan
 from placement.predict.crossings import count_crossings
 from placement.predict.loads import QUANTITIES, Load, Work, total
 from placement.predict.rates import Rates, rates

@@ -8,7 +8,7 @@ from typing import Any
 
 from placement.inputs.machine import Machine
 from placement.inputs.problem import Assignment, Problem, Settings, Workload
-from placement.llamacpp.compute import ComputePlan
+from placement.llamacpp.plan import ComputePlan
 from placement.predict.cost import Speed
 
 ESTIMATED, PLANNED, MEASURED = "estimated", "planned", "measured"
@@ -182,3 +182,9 @@ def workload_row(workload: Workload, settings: Settings) -> dict[str, Any]:
         "generate_tokens": workload.generate_tokens,
         "depth_tokens": workload.depth_tokens,
     }
+
+
+AGGRESSIVE, MODERATE = "aggressive", "moderate"
+
+
+MODERATE_RESERVE = 0.05  # of each card's total

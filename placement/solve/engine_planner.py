@@ -19,10 +19,10 @@ from placement.errors import EngineError, EngineMissing, InputError
 from placement.inputs.machine import Device, Machine
 from placement.inputs.machine_files import DEFAULT_RPC_BANDWIDTH_GB_PER_S
 from placement.inputs.problem import HOST, Assignment, Problem
-from placement.llamacpp.compute import ComputePlan
 from placement.llamacpp.emit.arguments import emit_arguments
 from placement.llamacpp.emit.devices import engine_devices, rpc_servers
 from placement.llamacpp.memory import static_memory
+from placement.llamacpp.plan import ComputePlan
 from placement.predict.check import device_use
 from placement.predict.solution import DeviceUse, Judge, PlannedPlacement
 from placement.units import MIB

@@ -13,7 +13,6 @@ from placement.inputs.model import Model
 from placement.inputs.problem import Problem, Settings
 from placement.inputs.recognise import with_learned
 from placement.llamacpp.arguments import Arguments
-from placement.llamacpp.emit.arguments import shell_command
 from placement.llamacpp.memory import startable
 from placement.predict.check import Check, check_arguments
 from placement.predict.solution import Judge, Solution, SolutionSet
@@ -21,7 +20,7 @@ from placement.solve.constraints import wishes_of
 from placement.solve.questions import Maximize, Rated, Tell, answered, compare
 from placement.solve.request import Request
 from placement.solve.solve import best_choice, make_problem, solve_request
-from placement.solve.store import save_solutions, solution_folder, solution_set_row
+from placement.solve.store import commands, save_solutions, solution_folder, solution_set_row
 from placement.solve.why import sensitivity
 
 
@@ -63,16 +62,6 @@ class Outcome:
         """The JSON object of the contract."""
         row = solution_set_row(self.problem, self.found, commands(self.problem, self.found))
         return {**row, "why": list(self.reasons)} if self.reasons else row
-
-
-def commands(problem: Problem, found: SolutionSet) -> dict[str, str]:
-    """The shell line of each solution by name."""
-    path = problem.model.files[0] if problem.model.files else f"{problem.model.name}.gguf"
-    program = problem.program if problem.program != "llama-fit-params" else "llama-server"
-    return {
-        each.name: shell_command(program, path, list(each.args), list(found.extra_args))
-        for each in found.solutions
-    }
 
 
 def find_solutions(

@@ -13,13 +13,16 @@ from placement.inputs.machine import Machine
 from placement.inputs.model import Model
 from placement.inputs.problem import Assignment, Problem, Settings, Workload
 from placement.llamacpp.architecture.describe import describe
-from placement.llamacpp.compute import ComputePlan
 from placement.llamacpp.emit.arguments import emit_arguments
 from placement.llamacpp.graph.rows import ROWS
+from placement.llamacpp.plan import ComputePlan
 from placement.predict.check import default_workload, device_use, differences
 from placement.predict.cost import evaluate, graph_counts
 from placement.predict.solution import (
+    AGGRESSIVE,
     ESTIMATED,
+    MODERATE,
+    MODERATE_RESERVE,
     PLANNED,
     Judge,
     PlannedPlacement,
@@ -35,8 +38,6 @@ from placement.solve.search.search import Search, shortfall
 from placement.solve.search.solve_subproblem import GAP
 from placement.solve.search.subproblems import Candidate
 
-AGGRESSIVE, MODERATE = "aggressive", "moderate"
-MODERATE_RESERVE = 0.05  # of each card's total
 MAX_SHOWN = 12
 EQUAL_TURNS = 0.0005  # turns that differ by less are equal
 MAX_ROUNDS = 6  # of planning on the engine and searching anew

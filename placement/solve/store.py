@@ -7,10 +7,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from placement import __version__
 from placement.errors import InputError
-from placement.files import write_atomically
+from placement.files import PLACE_VERSION, write_atomically
 from placement.inputs.problem import Problem
+from placement.llamacpp.emit.arguments import shell_command
 from placement.predict.solution import SolutionSet, solution_row, workload_row
 
 _LONGEST_SLUG = 80
@@ -78,7 +78,7 @@ def save_solutions(path: Path, problem: Problem, row: dict[str, Any]) -> bool:
     import tomli_w
 
     head = {
-        "place_version": __version__,
+        "place_version": PLACE_VERSION,
         "model_digest": problem.model.digest,
         "program": problem.program,
         "reserve_mib": problem.reserve_mib,
@@ -117,3 +117,13 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_none(each) for each in value]
     return value
+
+
+def commands(problem: Problem, found: SolutionSet) -> dict[str, str]:
+    """The shell line of each solution by name."""
+    path = problem.model.files[0] if problem.model.files else f"{problem.model.name}.gguf"
+    program = problem.program if problem.program != "llama-fit-params" else "llama-server"
+    return {
+        each.name: shell_command(program, path, list(each.args), list(found.extra_args))
+        for each in found.solutions
+    }

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from placement import __version__
 from placement.configs.models_conf.choice import Choice, Measured
 from placement.configs.models_conf.measured import placement_of
 from placement.configs.models_conf.models_conf import (
@@ -28,7 +27,7 @@ from placement.configs.models_conf.models_conf import (
 )
 from placement.configs.models_conf.options import OptionPart, by_option, merged
 from placement.errors import InputError
-from placement.files import write_atomically
+from placement.files import PLACE_VERSION, write_atomically
 from placement.llamacpp.arguments import parse
 
 BLOCK_BEGIN, BLOCK_END = "# >>> place", "# <<< place"
@@ -256,7 +255,7 @@ def _reasons(choice: Choice, engine_build: str | None, measured: Measured | None
     if measured is not None:
         rows.append(f"# measured: {_measured(measured)}")
     build = (measured.engine_build if measured else None) or engine_build
-    rows.append(f"# engine: {f'llama.cpp {build}' if build else 'none asked'}; place {__version__}")
+    rows.append(f"# engine: {f'llama.cpp {build}' if build else 'none asked'}; place {PLACE_VERSION}")
     return [_one_line(row) for row in rows]
 
 

@@ -11,9 +11,8 @@ from placement.inputs.machine import Machine
 from placement.inputs.model import Model
 from placement.inputs.problem import Problem, Program
 from placement.solve.request import Request
-from placement.solve.run import commands
 from placement.solve.solve import make_problem, solve_request
-from placement.solve.store import read_solutions, save_solutions, solution_folder, solution_set_row
+from placement.solve.store import commands, read_solutions, save_solutions, solution_folder, solution_set_row
 
 
 def chosen_row(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from placement.inputs.machine import Machine
-from placement.measure.calibrate.runs import MemorySample
+from placement.measure.calibrate.data import MemorySample
 
 CHANCE = 0.01  # of a run needing more than is kept free
 PRIOR_SPREAD_MIB = 48.0

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from placement.measure.calibrate.applied import Change
+from placement.measure.calibrate.data import FitData
 from placement.measure.calibrate.fit import Calibration, RunError
 from placement.measure.calibrate.information import Telling
 from placement.measure.calibrate.memory import MemoryFit
-from placement.measure.calibrate.runs import FitData
 
 
 @dataclass(frozen=True)

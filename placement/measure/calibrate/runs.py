@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,57 +22,18 @@ from placement.inputs.problem import Problem, Workload
 from placement.llamacpp.arguments import parse
 from placement.llamacpp.compute import plan_compute
 from placement.llamacpp.emit.resolve import resolve
-from placement.measure.calibrate.features import TimingRow
+from placement.measure.calibrate.data import Conditions, FitData, MemorySample, Run
 from placement.measure.calibrate.models import Models
-from placement.measure.calibrate.timings import Run, run_rows, timing_noise
+from placement.measure.calibrate.timings import run_rows, timing_noise
 from placement.measure.records.log import OK, RUNS, RunLog, each_once
+from placement.measure.records.phase_names import PLAN, START
 from placement.measure.verify.candidates import FIT, without_placement
-from placement.measure.verify.phases import PLAN, START
 from placement.predict.cost import graph_counts
 
 if TYPE_CHECKING:
     from placement.measure.records.schema import Key, Record
 
 RUN_PROGRAM = "llama-server"
-
-
-@dataclass(frozen=True, slots=True)
-class Conditions:
-    """What runs must share to be fitted together."""
-
-    engine_build: str
-    engine_fingerprint: str
-    driver: str | None
-    memory_clock: str | None
-
-    def words(self) -> str:
-        """As a line names it."""
-        parts = [self.engine_build, self.engine_fingerprint[:8]]
-        parts += [f"driver {self.driver}"] if self.driver else []
-        return ", ".join([*parts, *([f"memory clock {self.memory_clock}"] if self.memory_clock else [])])
-
-
-@dataclass(frozen=True, slots=True)
-class MemorySample:
-    """MiB on one device in one round of a run: the engine's own plan, and what was taken at start and at most."""
-
-    run: str
-    device: str
-    planned_mib: float
-    start_mib: float | None
-    peak_mib: float
-
-
-@dataclass(frozen=True)
-class FitData:
-    """What there is to fit. `left_out` counts records of other conditions, `skipped` says what could not be used."""
-
-    rows: tuple[TimingRow, ...] = ()
-    memory: tuple[MemorySample, ...] = ()
-    runs: tuple[Run, ...] = ()
-    conditions: Conditions | None = None
-    left_out: tuple[tuple[str, int], ...] = ()
-    skipped: tuple[str, ...] = ()
 
 
 def conditions_of(key: Key) -> Conditions:

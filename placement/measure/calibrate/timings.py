@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from placement.inputs.problem import Assignment, Problem, Workload
+from placement.inputs.problem import Workload
+from placement.measure.calibrate.data import Run
 from placement.measure.calibrate.features import TimingRow, decode_row, prompt_row
 from placement.measure.records.log import OK
-from placement.measure.verify.phases import CANARY, LONG, SHORT
+from placement.measure.records.phase_names import CANARY, LONG, SHORT
 from placement.measure.verify.times import undisturbed, usual_spread
-from placement.predict.cost import GraphCounts
 
 if TYPE_CHECKING:
     from placement.measure.records.schema import Record, Timing
@@ -27,17 +27,6 @@ SLOW_ROUND = 0.08  # slower than the run's others by so much: disturbed
 NOISE_OF_SLOW = 3.0  # unless the run's timings differ by a third of it anyway
 SWAPPED_MIB = 16.0
 LEAST_SECONDS = 1e-7  # less is no time of a token, and no clock's
-
-
-@dataclass(frozen=True)
-class Run:
-    """A placement that was run. `id` tells it from all others, `name` is for reading."""
-
-    id: str
-    name: str
-    problem: Problem
-    assignment: Assignment
-    counts: GraphCounts
 
 
 @dataclass(frozen=True, slots=True)

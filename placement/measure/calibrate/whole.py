@@ -8,11 +8,12 @@ from pathlib import Path
 from placement.inputs.machine import Machine
 from placement.inputs.problem import Workload
 from placement.measure.calibrate.applied import apply_fit
+from placement.measure.calibrate.data import FitData
 from placement.measure.calibrate.fit import Calibration, calibrate
 from placement.measure.calibrate.information import Telling, trials, what_would_tell
 from placement.measure.calibrate.memory import CHANCE, fit_memory
 from placement.measure.calibrate.report import CalibrationReport
-from placement.measure.calibrate.runs import FitData, find_runs
+from placement.measure.calibrate.runs import find_runs
 from placement.predict.terms import DECODE, PROMPT
 
 MOST_PROBLEMS = 3  # of those run, whose simple placements are weighed

@@ -29,10 +29,11 @@ from placement.measure.calibrate.choosing import (
     surprising,
     worth_again,
 )
+from placement.measure.calibrate.data import FitData
 from placement.measure.calibrate.fit import Calibration
 from placement.measure.calibrate.memory import fit_memory
 from placement.measure.calibrate.report import median_error
-from placement.measure.calibrate.runs import FitData, conditions_of, find_runs
+from placement.measure.calibrate.runs import conditions_of, find_runs
 from placement.measure.calibrate.whole import fit_both
 from placement.measure.tune.lines import Tuned, TuneLine, what_was_learned
 from placement.measure.tune.proposals import Proposals, Proposed

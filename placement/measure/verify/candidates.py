@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 from placement.inputs.engine_options import OPTIONS
 from placement.inputs.machine import Device, Machine, margin_mib
 from placement.llamacpp.emit.devices import rpc_servers
-from placement.predict.solution import Solution
-from placement.solve.solve import AGGRESSIVE, MODERATE, MODERATE_RESERVE
+from placement.predict.solution import AGGRESSIVE, MODERATE, MODERATE_RESERVE, Solution
 
 if TYPE_CHECKING:
     from placement.engine.find import ListedDevice

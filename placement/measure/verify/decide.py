@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from placement.inputs.problem import Workload
 from placement.measure.records import log as records
+from placement.measure.records.phase_names import CANARY, LONG, PLAN, SHORT, STOP
 from placement.measure.verify.candidates import FIT, SOLUTION
-from placement.measure.verify.phases import CANARY, LONG, MEASURED_PHASES, PLAN, SHORT, STOP
+from placement.measure.verify.phases import MEASURED_PHASES
 from placement.measure.verify.times import middle, undisturbed, usual_spread
-from placement.solve.solve import AGGRESSIVE, MODERATE
+from placement.predict.solution import AGGRESSIVE, MODERATE
 
 if TYPE_CHECKING:
     from placement.measure.records.schema import DevicePeak, Predicted, Record, Timing

@@ -22,6 +22,7 @@ from placement.engine.serve import Server, ServerFailed, serve
 from placement.errors import EngineError, EngineFailed, InputError
 from placement.inputs.machine import Machine
 from placement.measure.records import log as records
+from placement.measure.records.phase_names import CANARY, LONG, PLAN, SHORT, START, STOP, WARM_UP
 from placement.measure.verify.candidates import FIT, VerifyCandidate
 from placement.measure.verify.outcomes import oom_kills, outcome_of, tail
 from placement.measure.verify.prompts import Asked, prompt_tokens, slot_tokens
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from placement.engine.find import ListedDevice
     from placement.measure.records.schema import Key, Predicted, Record, Timing
 
-PLAN, START, WARM_UP, SHORT, LONG, CANARY, STOP = (
-    "plan", "start", "warm-up", "short prompt", "long prompt", "canary", "stop",
-)  # fmt: skip
 MEASURED_PHASES = (SHORT, LONG, CANARY)
 MOST_REPEATS = 24
 PATIENCE = 3.0  # times the seconds asked for: as long as the fastest repeats do not agree

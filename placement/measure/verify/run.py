@@ -25,11 +25,12 @@ from placement.inputs.model_files.files import read_model
 from placement.inputs.problem import Problem, Workload
 from placement.measure.records import log as records
 from placement.measure.records.log import RUNS, RunLog, each_once, is_same_key, latest_campaign, of_campaign
+from placement.measure.records.phase_names import PLAN, SHORT
 from placement.measure.verify.candidates import FIT, VerifyCandidate, choose, make_candidates
 from placement.measure.verify.decide import Round, Verdict, decide, rounds_of
 from placement.measure.verify.keys import make_key
 from placement.measure.verify.lock import machine_lock
-from placement.measure.verify.phases import PLAN, SHORT, Bench, BudgetSpent, Limits, Visit
+from placement.measure.verify.phases import Bench, BudgetSpent, Limits, Visit
 from placement.measure.verify.prompts import Asked
 from placement.measure.verify.watch import Sample, load_nvml
 from placement.predict.solution import SolutionSet

@@ -9,7 +9,7 @@ from dataclasses import replace
 from placement.inputs.groups import movable_groups
 from placement.inputs.problem import CPU, Assignment, Problem
 from placement.llamacpp.architecture.describe import describe
-from placement.llamacpp.compute import ComputePlan
+from placement.llamacpp.plan import ComputePlan
 from placement.predict.cost import GraphCounts, graph_counts
 from placement.solve.frames.tables import ComputeTable, Way
 from placement.units import MIB

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from placement.inputs.problem import DEFAULT_UBATCH_TOKENS, Assignment, Problem
-from placement.llamacpp.compute import ComputePlan
+from placement.llamacpp.plan import ComputePlan
 from placement.solve.cpsat.placing import Placing
 from placement.solve.frames.buffers import Planner
 from placement.solve.frames.pieces import Pieces

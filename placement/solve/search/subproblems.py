@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 from placement.inputs.problem import Assignment, Problem
-from placement.llamacpp.compute import ComputePlan, plan_compute
+from placement.llamacpp.compute import plan_compute
+from placement.llamacpp.plan import ComputePlan
 from placement.predict.cost import Speed
 from placement.solve.cpsat.frame import Answer
 from placement.solve.cpsat.relaxation import Relaxation, Relaxed
