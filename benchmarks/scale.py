@@ -17,7 +17,7 @@ from placement.inputs.machine import Cpu, Device, Machine
 from placement.inputs.model import Model, Profile, Tensor
 from placement.inputs.problem import Problem, Settings, Workload
 from placement.solve.cpsat import program
-from placement.solve.search.configurations import Freedom
+from placement.solve.search.configurations import SearchSpace
 from placement.solve.search.search import Search
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
@@ -222,10 +222,10 @@ def row(name: str, problem: Problem, limit_s: float | None) -> str:
     sizes.watch()
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     search = Search(problem, time_limit_s=60.0)
-    freedom = Freedom()
-    hopes = search.hopes(freedom)
-    leads_s = time.perf_counter() - start_s
-    found = search.best(freedom, hopes, gap=GAP)
+    space = SearchSpace()
+    lower_bounds = search.lower_bounds(space)
+    subproblems_s = time.perf_counter() - start_s
+    found = search.best(space, lower_bounds, gap=GAP)
     best_s, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
     what = "nothing fits"
     if found is not None:
@@ -233,7 +233,7 @@ def row(name: str, problem: Problem, limit_s: float | None) -> str:
         what = f"{gap:8.3%} {found.is_proven!s:>6} {found.speed.turn_s:9.2f}  {len(found.assignment.devices)} of {len(problem.machine.devices)}"
     allowed = f"{limit_s:5.0f}" if limit_s else "    -"
     return (
-        f"{name:22}{leads_s:8.2f}{best_s:8.2f}{cpu_s:8.2f}{allowed}{sizes.n_programs:6}{sizes.wall_s:8.2f}"
+        f"{name:22}{subproblems_s:8.2f}{best_s:8.2f}{cpu_s:8.2f}{allowed}{sizes.n_programs:6}{sizes.wall_s:8.2f}"
         f"{sizes.n_variables:8}{sizes.n_constraints:8}  {what}"
     )
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from placement.api import Placement, Result, check, detect_machine, load_machine, load_model, solve
     from placement.errors import EngineError, InputError, PlacementError
-    from placement.files import PLACE_VERSION as __version__
+    from placement.files import PLACE_VERSION as __version__  # noqa: F401 - for type checkers; had by __getattr__
     from placement.solve.request import FixedSettings, Request
 
 __all__ = [

@@ -11,7 +11,7 @@ from placement.inputs.model import Model, Profile, Tensor
 from placement.inputs.problem import Problem, Settings, Workload
 from placement.solve.cpsat.frame import Answer, Frame
 from placement.solve.frames.pieces import Pieces
-from placement.solve.frames.tables import Table, TableBuilder, Way
+from placement.solve.frames.tables import Configuration, Table, TableBuilder
 from placement.solve.search.search import Search
 
 N_EMBD, N_VOCAB = 1024, 4096
@@ -130,13 +130,13 @@ def random_answer(frame: Frame, random: Random) -> Answer:
     return Answer(tuple(homes), tuple(picks))
 
 
-def table_of(asked: Problem, way: Way) -> Table:
+def table_of(asked: Problem, configuration: Configuration) -> Table:
     """The frame of a way with the buffers of a typical placement."""
-    return TableBuilder(Pieces(asked), way).build(Search(asked).buffers.exact(way))
+    return TableBuilder(Pieces(asked), configuration).build(Search(asked).buffers.exact(configuration))
 
 
-def way(asked: Problem, *devices: str, **settings: Any) -> Way:
+def configuration(asked: Problem, *devices: str, **settings: Any) -> Configuration:
     """A way that may use the host, with these settings."""
     uses_host = settings.pop("uses_host", True)
     is_pipelined = settings.pop("is_pipelined", False)
-    return Way(devices, dataclasses.replace(asked.settings, **settings), uses_host, is_pipelined)
+    return Configuration(devices, dataclasses.replace(asked.settings, **settings), uses_host, is_pipelined)

@@ -11,8 +11,7 @@ from solving_support import card, dense_model, expert_model, problem, two_cards
 from placement.inputs.machine import Machine
 from placement.solve.cpsat.placing import Placing
 from placement.solve.frames.pieces import Pins
-from placement.solve.search import configurations as ways
-from placement.solve.search.configurations import Freedom
+from placement.solve.search.configurations import SearchSpace, configurations
 from placement.solve.search.search import Search
 
 MODELS = [expert_model(4), dense_model(5)]
@@ -47,23 +46,23 @@ def machines(draw: st.DrawFn) -> Machine:
     ),
 )
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
-def test_outlook_is_below_the_optimum(
+def test_lower_bound_is_below_the_optimum(
     model: object, machine: Machine, weights: tuple[int, int], pins: Pins
 ) -> None:
     """Whatever the cards, weights and pins, nothing that CP-SAT finds is better than what its way promised."""
     search = Search(problem(model, machine))  # type: ignore[arg-type]
-    freedom = Freedom(ubatches=(512,), pins=pins, decode_weight=weights[0], prompt_weight=weights[1])
-    bounds = {hope.way: hope.bound for hope in search.hopes(freedom)}
+    space = SearchSpace(ubatches=(512,), pins=pins, decode_weight=weights[0], prompt_weight=weights[1])
+    bounds = {lower_bound.configuration: lower_bound.bound for lower_bound in search.lower_bounds(space)}
     fastest = max(each.bandwidth_gb_per_s for each in machine.devices)
-    every = list(ways(search.problem, freedom))
-    for way in every[:: max(1, len(every) // 4)]:
-        lead = search.lead(way, freedom)
-        if lead is None:
+    every = list(configurations(search.problem, space))
+    for configuration in every[:: max(1, len(every) // 4)]:
+        subproblem = search.subproblem(configuration, space)
+        if subproblem is None:
             continue
-        result = Placing(lead.table.frame, *weights).program.solve(10.0, 0.0, seed=1)
+        result = Placing(subproblem.table.frame, *weights).program.solve(10.0, 0.0, seed=1)
         if result.objective is None:
             continue
-        if way in bounds:
-            assert bounds[way] <= result.objective + 1e-6
+        if configuration in bounds:
+            assert bounds[configuration] <= result.objective + 1e-6
         else:  # left out for its slow cards alone
-            assert any(machine.device(name).bandwidth_gb_per_s < fastest for name in way.devices)
+            assert any(machine.device(name).bandwidth_gb_per_s < fastest for name in configuration.devices)

@@ -268,10 +268,10 @@ def test_advice_names_the_one_placement_that_would_tell(folder: Path) -> None:
     for placed in one_card[:4]:
         Simulated(9).keep(folder, placed)
     _, report = calibrate_machine(bare_machine(), folder.parent, "2026-01-02")
-    telling = report.told["boundary_us"]
+    information = report.told["boundary_us"]
     assert set(report.told) == {name for fit in report.fits for name in fit.unidentified}
-    assert telling is not None and "CUDA0" in telling.trial and "CUDA1" in telling.trial
-    assert telling.left <= 0.9
+    assert information is not None and "CUDA0" in information.trial and "CUDA1" in information.trial
+    assert information.left <= 0.9
 
 
 def test_no_records_change_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from placement.llamacpp.emit.resolve import resolve
 from placement.llamacpp.memory import startable, static_memory
 from placement.predict.check import check_arguments, check_row, default_workload, device_use
 from placement.predict.solution import PlannedPlacement, Solution
-from placement.solve.run import rival
+from placement.solve.run import our_choice
 from placement.units import MIB
 
 MODEL = expert_model(4)
@@ -136,7 +136,7 @@ def test_device_use_is_what_check_shows() -> None:
 def choice_beside(text: str) -> Solution:
     """What place itself chooses for the problem of these arguments."""
     settings = resolve(MODEL, one_card(4000), parse(text)).settings
-    found = rival(Problem(MODEL, one_card(4000), settings, Workload(1000, 200, 1024)))
+    found = our_choice(Problem(MODEL, one_card(4000), settings, Workload(1000, 200, 1024)))
     assert found is not None
     return found
 
@@ -219,10 +219,10 @@ def test_planned_on_an_unmirrored_backend_is_the_engines_word() -> None:
     """What the engine itself planned is exact, and no note says that it is an estimate."""
     machine = Machine("other", (card("Vulkan0", 4000),), one_card(1).cpu)
 
-    def judge(asked: Problem, assignments: list[Assignment]) -> list[PlannedPlacement]:
+    def engine_planner(asked: Problem, assignments: list[Assignment]) -> list[PlannedPlacement]:
         (only,) = assignments
         plan = plan_compute(asked.model, asked.machine, only, asked.program)
         return [PlannedPlacement(plan, device_use(asked, only, plan))]
 
-    result = run(machine=machine, judge=judge)
+    result = run(machine=machine, engine_planner=engine_planner)
     assert (result.label, result.is_exact, result.notes) == ("planned", True, ())

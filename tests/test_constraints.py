@@ -9,7 +9,7 @@ from solving_support import dense_model, expert_model, two_cards
 
 from placement.errors import InputError
 from placement.predict.solution import Solution, SolutionSet
-from placement.solve.constraints import Wish, pin_wish, smallest_conflict, ts_wish
+from placement.solve.constraints import Constraint, pin_constraint, smallest_conflict, ts_constraint
 from placement.solve.request import Request
 from placement.solve.solve import solve_request
 
@@ -17,8 +17,8 @@ MODEL = expert_model()
 MACHINE = two_cards(500.0, 400.0)
 
 
-def solved(**wishes: Any) -> SolutionSet:
-    return solve_request(MODEL, MACHINE, Request(**wishes))
+def solved(**constraints: Any) -> SolutionSet:
+    return solve_request(MODEL, MACHINE, Request(**constraints))
 
 
 def devices_of(solution: Solution, *parts: str) -> set[str]:
@@ -89,7 +89,7 @@ def test_kept_arguments_stay() -> None:
     assert 256 == best.assignment.settings.ubatch_tokens
 
 
-def test_contradiction_names_only_the_wishes_that_conflict() -> None:
+def test_contradiction_names_only_the_constraints_that_conflict() -> None:
     """A pin to a card and a layer that -ngl leaves to the CPU conflict; the third wish is not blamed."""
     result = solved(max_cpu_layers=8, pins=(r"blk\.0\..*=CUDA0",), n_gpu_layers=5)
     assert ((), "INFEASIBLE") == (result.solutions, result.status)
@@ -107,12 +107,12 @@ def test_one_group_cannot_be_on_two_devices() -> None:
 
 def test_smallest_conflict_is_minimal() -> None:
     """Of five wishes of which the second and fourth exclude each other, just those two are told."""
-    wishes = [Wish(str(i), lambda freedom: freedom) for i in range(5)]
+    constraints = [Constraint(str(i), lambda space: space) for i in range(5)]
 
     def is_possible(kept: object) -> bool:
-        return not {"1", "3"} <= {wish.text for wish in kept}  # type: ignore[attr-defined]
+        return not {"1", "3"} <= {constraint.text for constraint in kept}  # type: ignore[attr-defined]
 
-    assert ["1", "3"] == [wish.text for wish in smallest_conflict(wishes, is_possible)]
+    assert ["1", "3"] == [constraint.text for constraint in smallest_conflict(constraints, is_possible)]
 
 
 @pytest.mark.parametrize(
@@ -128,14 +128,14 @@ def test_smallest_conflict_is_minimal() -> None:
 def test_bad_pin_is_one_clear_line(text: str, words: str) -> None:
     """A pin without a device, with an unknown one, a bad pattern or no match says so."""
     with pytest.raises(InputError) as caught:
-        pin_wish(MODEL, MACHINE, text)
+        pin_constraint(MODEL, MACHINE, text)
     assert words in str(caught.value)
 
 
 def test_too_many_shares_are_refused() -> None:
     """`--ts` with more numbers than cards is an error."""
     with pytest.raises(InputError, match="at most 2"):
-        ts_wish(MODEL, MACHINE, (1, 2, 3), None, None)
+        ts_constraint(MODEL, MACHINE, (1, 2, 3), None, None)
 
 
 def test_dense_layers_can_be_pinned() -> None:

@@ -21,7 +21,7 @@ from placement.inputs.problem import Assignment, Problem
 from placement.llamacpp.compute import plan_compute
 from placement.llamacpp.graph.rows import ROWS
 from placement.predict.solution import PlannedPlacement
-from placement.solve.engine_planner import choose_engine, engine_judge, with_rpc_devices
+from placement.solve.engine_planner import choose_engine, make_engine_planner, with_rpc_devices
 from placement.solve.request import Request
 from placement.solve.solve import solve_request
 from placement.units import MIB
@@ -49,7 +49,7 @@ def test_every_solution_is_the_engines_own_plan(
     """Solutions shown with an engine carry its figures, fit its caps, and plan the same when asked again."""
     model, machine = resolve_model("qwen3-30b-a3b-q4"), cluster(workers, 7000.0)
     found = solve_request(
-        model, machine, Request(ctx_tokens=16384), engine_judge(engine, machine, "llama-server")
+        model, machine, Request(ctx_tokens=16384), make_engine_planner(engine, machine, "llama-server")
     )
     assert found.solutions
     for solution in found.solutions:
@@ -74,7 +74,7 @@ def test_graph_without_a_rule_is_planned_by_probes(
     machine = cluster(workers, 12000.0)
     found = solve_request(
         resolve_model("qwen3-30b-a3b-q4"), machine, Request(ctx_tokens=8192, ubatch_tokens=512),
-        engine_judge(engine, machine, "llama-server"),
+        make_engine_planner(engine, machine, "llama-server"),
     )  # fmt: skip
     assert found.solutions[0].label == "planned"
     assert "probe plans in" in found.warnings[-1]
@@ -85,7 +85,7 @@ def test_candidate_over_a_cap_is_searched_anew() -> None:
     """A judge that plans 100 MiB more than estimated gets placements that fit with them."""
     asked: list[Assignment] = []
 
-    def judge(problem: Problem, assignments: list[Assignment]) -> list[PlannedPlacement]:
+    def engine_planner(problem: Problem, assignments: list[Assignment]) -> list[PlannedPlacement]:
         from placement.predict.check import device_use
 
         verdicts = []
@@ -98,7 +98,7 @@ def test_candidate_over_a_cap_is_searched_anew() -> None:
         return verdicts
 
     model, machine = expert_model(), two_cards(500.0, 400.0)
-    found = solve_request(model, machine, Request(), judge)
+    found = solve_request(model, machine, Request(), engine_planner)
     assert found.solutions
     assert len(asked) > len(found.solutions)
     for solution in found.solutions:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from solving_support import (
+    configuration,
     dense_model,
     expert_model,
     one_card,
@@ -17,7 +18,6 @@ from solving_support import (
     random_answer,
     table_of,
     two_cards,
-    way,
 )
 from test_cpsat import answers
 
@@ -30,7 +30,7 @@ from placement.predict.solution import Solution
 from placement.solve.cpsat.frame import is_alike, is_valid
 from placement.solve.pareto import (
     FASTER,
-    FRONT_GAP,
+    PARETO_GAP,
     RESERVES,
     Merit,
     best_different,
@@ -39,7 +39,7 @@ from placement.solve.pareto import (
     walk,
 )
 from placement.solve.request import Request
-from placement.solve.search.configurations import Freedom
+from placement.solve.search.configurations import SearchSpace
 from placement.solve.search.search import Search
 from placement.solve.search.subproblems import Candidate
 from placement.solve.solve import MAX_SHOWN, make_problem, solve_request
@@ -79,7 +79,7 @@ def fitting(model: Model, machine: Machine, n: int) -> list[tuple[Merit, tuple[f
     asked, random, found = problem(model, machine), Random(5), []
     for names in (("CUDA0", "CUDA1"), ("CUDA0",), ("CUDA1", "CUDA0")):
         for ubatch in (256, 512, 1024):
-            table = table_of(asked, way(asked, *names, load_mode="none", ubatch_tokens=ubatch))
+            table = table_of(asked, configuration(asked, *names, load_mode="none", ubatch_tokens=ubatch))
             for _ in range(n):
                 assignment = table.assignment(random_answer(table.frame, random))
                 plan = plan_compute(model, machine, assignment, asked.program)
@@ -99,7 +99,7 @@ def test_every_placement_has_a_point_that_is_nearly_as_good(name: str) -> None:
     """Whatever fits under a reserve, some point of the walk decodes as fast, with prompts at least 0.8 as fast."""
     model, machine = CASES[name]
     search = Search(problem(model, machine), time_limit_s=60.0)
-    points = list(walk(search, Freedom(), lambda _text: None))
+    points = list(walk(search, SearchSpace(), lambda _text: None))
     merits = []
     for found in points:
         use = device_use(search.problem, found.assignment, found.plan)
@@ -112,7 +112,7 @@ def test_every_placement_has_a_point_that_is_nearly_as_good(name: str) -> None:
         for reserve in RESERVES:
             if min(free) >= reserve:
                 assert any(
-                    d >= decode * (1 - FRONT_GAP - 0.005)
+                    d >= decode * (1 - PARETO_GAP - 0.005)
                     and p >= prompt * FASTER * 0.995
                     and f >= reserve - 0.001
                     for d, p, f in merits
@@ -122,29 +122,33 @@ def test_every_placement_has_a_point_that_is_nearly_as_good(name: str) -> None:
 def test_best_different_are_the_best() -> None:
     """On one card and four layers, the five best different placements are those of all that fit, by brute force."""
     asked = problem(expert_model(4), one_card(330))
-    freedom = Freedom(ubatches=(512,), load_modes=("none",), orders=(("CUDA0",),))
+    space = SearchSpace(ubatches=(512,), load_modes=("none",), orders=(("CUDA0",),))
     search = Search(asked, time_limit_s=60.0)
-    first = search.best(freedom, search.hopes(freedom), gap=0.0)
+    first = search.best(space, search.lower_bounds(space), gap=0.0)
     assert first is not None
-    found = best_different(search, freedom, first, 5, lambda _text: None)
-    assert [each.objective for each in found] == pytest.approx(brute_force(search, freedom, 5), rel=0.003)
-    frame = search.lead(search.hopes(freedom)[0].way, freedom)
+    found = best_different(search, space, first, 5, lambda _text: None)
+    assert [each.objective for each in found] == pytest.approx(brute_force(search, space, 5), rel=0.003)
+    frame = search.subproblem(search.lower_bounds(space)[0].configuration, space)
     assert frame is not None
     for one, other in itertools.combinations(found, 2):
         assert not is_alike(frame.table.frame, one.answer, other.answer)
 
 
-def brute_force(search: Search, freedom: Freedom, n: int) -> list[int]:
+def brute_force(search: Search, space: SearchSpace, n: int) -> list[int]:
     """Objectives of the best placements that differ, each taken greedily, under the buffers that the search knows."""
-    lead = next(lead for hope in search.hopes(freedom) if (lead := search.lead(hope.way, freedom)))
-    frame, rated = lead.table.frame, []
+    subproblem = next(
+        subproblem
+        for lower_bound in search.lower_bounds(space)
+        if (subproblem := search.subproblem(lower_bound.configuration, space))
+    )
+    frame, rated = subproblem.table.frame, []
     for answer in answers(frame):
         if not is_valid(frame, answer):
             continue
-        assignment = lead.table.assignment(answer)
+        assignment = subproblem.table.assignment(answer)
         use = device_use(search.problem, assignment, search.plan(assignment))
         if all(each.headroom_mib >= 0 for each in use.values()):
-            rated.append((lead.relaxation.objective(answer), answer))
+            rated.append((subproblem.relaxation.objective(answer), answer))
     kept: list[tuple[int, object]] = []
     for objective, answer in sorted(rated, key=lambda each: each[0]):
         if not any(is_alike(frame, answer, other) for _, other in kept):  # type: ignore[arg-type]
@@ -182,10 +186,10 @@ def test_spread_prefers_what_is_far() -> None:
 def test_walk_ends_where_nothing_is_faster() -> None:
     """Each step of the walk has faster prompts than the last, and slower or equal decode."""
     search = Search(problem(EXPERTS, one_card(500)), time_limit_s=60.0)
-    steps: list[Candidate] = list(walk(search, Freedom(), lambda _text: None))
+    steps: list[Candidate] = list(walk(search, SearchSpace(), lambda _text: None))
     for one, other in itertools.pairwise(steps):
         if other.speed.prompt_s <= one.speed.prompt_s:
-            assert other.speed.decode_s >= one.speed.decode_s * (1 - 2 * FRONT_GAP)
+            assert other.speed.decode_s >= one.speed.decode_s * (1 - 2 * PARETO_GAP)
 
 
 @pytest.mark.parametrize("name", ["llama-moe", "falcon-dense"])
@@ -193,5 +197,5 @@ def test_walk_ends(name: str) -> None:
     """Where a frame counts most of a short prompt too short, because splits are all that it takes, the walk ends."""
     request = Request(ctx_tokens=512, prompt_tokens=20, generate_tokens=50, depth_tokens=0)
     asked, _ = make_problem(golden_sample.model(name), one_card(6, host_mib=9000), request)
-    steps = walk(Search(asked, time_limit_s=60.0), Freedom(), lambda _text: None)
+    steps = walk(Search(asked, time_limit_s=60.0), SearchSpace(), lambda _text: None)
     assert len(list(itertools.islice(steps, 60))) < 60

@@ -4,7 +4,7 @@ import dataclasses
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from solving_support import expert_model, problem, table_of, two_cards, way
+from solving_support import configuration, expert_model, problem, table_of, two_cards
 from test_cpsat import answers, best_by_brute_force, crossing_frame, frames
 
 from placement.solve.cpsat.frame import Answer, Frame, GroupChoice, LayerTable, is_valid, times_us
@@ -92,7 +92,7 @@ def test_impossible_caps_are_noticed() -> None:
 def test_close_on_a_real_frame() -> None:
     """On two cards that hold two thirds of a model, bound, optimum and greedy answer are within 5 %."""
     asked = problem(expert_model(12), two_cards(600, 300))
-    frame = table_of(asked, way(asked, "CUDA0", "CUDA1")).frame
+    frame = table_of(asked, configuration(asked, "CUDA0", "CUDA1")).frame
     relaxation = Relaxation(frame)
     relaxed = relaxation.bound()
     answer = relaxation.answer()
@@ -123,9 +123,9 @@ def test_hidden_boundary_is_in_the_bound() -> None:
 
 @given(frame=frames(), weights=WEIGHTS, gap=st.sampled_from([0.0, 0.02]))
 @settings(deadline=None, max_examples=300)
-def test_settled_bound_holds(frame: Frame, weights: tuple[int, int], gap: float) -> None:
+def test_bound_of_an_answer_holds(frame: Frame, weights: tuple[int, int], gap: float) -> None:
     """What the search over cuts has shown is no more than the optimum, and infinite only where there is none."""
-    answer, bound = Relaxation(frame, *weights).settled(gap)
+    answer, bound = Relaxation(frame, *weights).answer_and_bound(gap)
     best = best_by_brute_force(frame, *weights)
     if best is not None:
         assert bound <= best + 1e-6 * abs(best)

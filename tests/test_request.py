@@ -17,7 +17,7 @@ from placement.errors import InputError
 from placement.inputs import engine_options
 from placement.inputs.problem import Settings
 from placement.inputs.quants import KV_CACHE_TYPES
-from placement.solve.constraints import wishes_of
+from placement.solve.constraints import constraints_of
 from placement.solve.questions import answered
 from placement.solve.request import INT_MAX, MOST_BEST, MOST_SLOTS, FixedSettings, LoadMode, Request
 from placement.solve.solve import make_problem
@@ -209,13 +209,13 @@ def test_what_is_asked_wins_over_kept_arguments() -> None:
     assert [2048, 1024] == sizes
 
 
-def test_wishes_are_told_in_the_users_words() -> None:
+def test_constraints_are_told_in_the_users_words() -> None:
     """Each placement that stays is one wish, those of `keep` last."""
     request = Request(
         devices=("CUDA0",), n_gpu_layers=3, max_cpu_layers=1, pins=(r"blk\.1\.=CUDA0",), keep="-ub 256"
     )
     expected = ["--devices CUDA0", "--ngl 3", "--max-cpu-layers 1", r"--pin 'blk\\.1\\.=CUDA0'", "-ub 256"]
-    assert expected == [wish.text for wish in wishes_of(dense_model(3), MACHINE, request)]
+    assert expected == [constraint.text for constraint in constraints_of(dense_model(3), MACHINE, request)]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ from placement.predict.loads import QUANTITIES
 from placement.predict.rates import rates
 from placement.predict.terms import DECODE
 from placement.solve.cpsat.frame import is_valid
-from placement.solve.search import configurations as ways
-from placement.solve.search.configurations import UBATCHES, Freedom, device_orders
+from placement.solve.search.configurations import UBATCHES, SearchSpace, configurations, device_orders
 from placement.solve.search.search import Search, shortfall
 
 TWO = two_cards(400, 250)
@@ -59,24 +58,24 @@ def test_many_cards_have_few_orders() -> None:
     assert 8 <= len(orders(*devices)) <= 16
 
 
-def test_ways_without_gpu() -> None:
+def test_configurations_without_gpu() -> None:
     """Without a GPU there is the host, in each load mode and ubatch."""
     asked = problem(dense_model(2), Machine("host", (), TWO.cpu))
-    found = list(ways(asked, Freedom()))
+    found = list(configurations(asked, SearchSpace()))
     assert {each.devices for each in found} == {()}
     assert all(each.uses_host for each in found)
 
 
 def test_batch_holds_the_ubatch() -> None:
     """No way has an ubatch over its batch."""
-    found = list(ways(EXPERTS, Freedom()))
+    found = list(configurations(EXPERTS, SearchSpace()))
     assert all(each.settings.ubatch_tokens <= each.settings.batch_tokens for each in found)
     assert {each.settings.ubatch_tokens for each in found} <= set(UBATCHES)
 
 
 def test_only_several_cards_pipeline() -> None:
     """A pipeline needs two cards and no host."""
-    found = [each for each in ways(EXPERTS, Freedom()) if each.is_pipelined]
+    found = [each for each in configurations(EXPERTS, SearchSpace()) if each.is_pipelined]
     assert found
     assert all(len(each.devices) > 1 and not each.uses_host for each in found)
 
@@ -84,8 +83,10 @@ def test_only_several_cards_pipeline() -> None:
 def test_ubatches_beyond_the_prompt_are_left_out() -> None:
     """A short prompt has no use for large ubatches, but some ubatch is always tried."""
     short = problem(expert_model(8), TWO, prompt_tokens=100)
-    assert {each.settings.ubatch_tokens for each in ways(short, Freedom())} == {256}
-    assert {each.settings.ubatch_tokens for each in ways(short, Freedom(ubatches=(4096,)))} == {4096}
+    assert {each.settings.ubatch_tokens for each in configurations(short, SearchSpace())} == {256}
+    assert {each.settings.ubatch_tokens for each in configurations(short, SearchSpace(ubatches=(4096,)))} == {
+        4096
+    }
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +95,16 @@ def search() -> Search:
     return Search(EXPERTS, time_limit_s=30.0)
 
 
-def test_hopes_are_sorted(search: Search) -> None:
+def test_lower_bounds_are_sorted(search: Search) -> None:
     """The way that promises most comes first."""
-    bounds = [hope.bound for hope in search.hopes(Freedom())]
+    bounds = [lower_bound.bound for lower_bound in search.lower_bounds(SearchSpace())]
     assert bounds == sorted(bounds)
     assert bounds[0] > 0
 
 
 def test_best_is_above_its_bound(search: Search) -> None:
     """What is found is no better than its proof allows, and within the gap of it."""
-    found = search.best(Freedom(), search.hopes(Freedom()))
+    found = search.best(SearchSpace(), search.lower_bounds(SearchSpace()))
     assert found is not None
     assert found.bound <= found.objective <= found.bound * 1.005
     assert found.is_proven
@@ -111,24 +112,24 @@ def test_best_is_above_its_bound(search: Search) -> None:
 
 def test_best_is_what_evaluate_says(search: Search) -> None:
     """The frame's objective of what is found is the turn that `evaluate` predicts, within a thousandth."""
-    found = search.best(Freedom(), search.hopes(Freedom()))
+    found = search.best(SearchSpace(), search.lower_bounds(SearchSpace()))
     assert found is not None
     assert found.objective == pytest.approx(found.speed.turn_s * 1e6, rel=0.001)
 
 
-def test_no_way_has_a_better_greedy_answer(search: Search) -> None:
+def test_no_configuration_has_a_better_greedy_answer(search: Search) -> None:
     """No way's greedy answer, taken as it is, beats what was found by more than the gap."""
-    hopes = search.hopes(Freedom())
-    found = search.best(Freedom(), hopes)
+    lower_bounds = search.lower_bounds(SearchSpace())
+    found = search.best(SearchSpace(), lower_bounds)
     assert found is not None
-    for hope in hopes:
-        if (lead := search.lead(hope.way, Freedom())) is None:
+    for lower_bound in lower_bounds:
+        if (subproblem := search.subproblem(lower_bound.configuration, SearchSpace())) is None:
             continue
-        answer = lead.relaxation.answer()
+        answer = subproblem.relaxation.answer()
         if answer is None:
             continue
-        assert is_valid(lead.table.frame, answer)
-        assignment = lead.table.assignment(answer)
+        assert is_valid(subproblem.table.frame, answer)
+        assignment = subproblem.table.assignment(answer)
         plan = search.plan(assignment)
         if all(use.headroom_mib >= 0 for use in device_use(EXPERTS, assignment, plan).values()):
             speed = evaluate(EXPERTS, assignment, graph_counts(plan))
@@ -137,7 +138,7 @@ def test_no_way_has_a_better_greedy_answer(search: Search) -> None:
 
 def test_plans_are_kept(search: Search) -> None:
     """A placement is planned once."""
-    found = search.best(Freedom(), search.hopes(Freedom()))
+    found = search.best(SearchSpace(), search.lower_bounds(SearchSpace()))
     assert found is not None
     assert search.plan(found.assignment) is search.plan(found.assignment)
 
@@ -146,11 +147,11 @@ def test_plans_are_kept(search: Search) -> None:
 def test_host_layers_can_be_limited(limit: int) -> None:
     """At most so many layers keep anything in host memory; where that cannot be, nothing is found."""
     asked = problem(expert_model(8), one_card(700))
-    freedom = Freedom(ubatches=(512,), max_host_layers=limit)
+    space = SearchSpace(ubatches=(512,), max_host_layers=limit)
     search = Search(asked)
-    found = search.best(freedom, search.hopes(freedom))
+    found = search.best(space, search.lower_bounds(space))
     free = Search(asked)
-    anything = free.best(Freedom(ubatches=(512,)), free.hopes(Freedom(ubatches=(512,))))
+    anything = free.best(SearchSpace(ubatches=(512,)), free.lower_bounds(SearchSpace(ubatches=(512,))))
     assert anything is not None
     n_free = len({name.split(".")[1] for name, at in anything.assignment.moved if at == "CPU"})
     if found is None:
@@ -164,7 +165,7 @@ def test_host_layers_can_be_limited(limit: int) -> None:
 def test_shortfall_is_the_least() -> None:
     """What a card lacks without a host is the model less the card, to a few MiB."""
     asked = problem(expert_model(8), one_card(300, host_mib=20))
-    words = shortfall(Search(asked), Freedom())
+    words = shortfall(Search(asked), SearchSpace())
     lacking = sum(float(part.split()[2].replace(",", "")) for part in words.split(" and "))
     size_mib = asked.model.n_bytes / 2**20
     assert size_mib - 320 <= lacking <= size_mib - 320 + 150
@@ -180,11 +181,11 @@ def threads_of(machine: Machine, **settings: int) -> tuple[set[int | None], int 
     """The thread counts tried for the experts' model, and the one chosen."""
     asked = problem(expert_model(8), machine)
     asked = dataclasses.replace(asked, settings=dataclasses.replace(asked.settings, **settings))
-    freedom = Freedom(ubatches=(512,))
+    space = SearchSpace(ubatches=(512,))
     search = Search(asked)
-    found = search.best(freedom, search.hopes(freedom))
+    found = search.best(space, search.lower_bounds(space))
     assert found is not None
-    tried = {each.settings.n_threads for each in ways(asked, freedom) if each.uses_host}
+    tried = {each.settings.n_threads for each in configurations(asked, space) if each.uses_host}
     return tried, found.assignment.settings.n_threads
 
 
@@ -213,13 +214,13 @@ def test_fixed_threads_stay() -> None:
 
 def test_fine_pipelines_only_where_they_were_measured() -> None:
     """Several ubatches of less than 512 tokens in flight are tried where the overlap is known, or nothing else is."""
-    freedom, fixed = Freedom(ubatches=(256, 512, 1024)), Freedom(ubatches=(256,))
+    space, fixed = SearchSpace(ubatches=(256, 512, 1024)), SearchSpace(ubatches=(256,))
 
-    def pipelined(machine: Machine, allowed: Freedom) -> set[int]:
+    def pipelined(machine: Machine, allowed: SearchSpace) -> set[int]:
         asked = dataclasses.replace(EXPERTS, machine=machine)
-        return {each.settings.ubatch_tokens for each in ways(asked, allowed) if each.is_pipelined}
+        return {each.settings.ubatch_tokens for each in configurations(asked, allowed) if each.is_pipelined}
 
     measured = {"pipeline_overlap": Coefficient(0.4, "fraction", "calibrated")}
-    assert pipelined(TWO, freedom) == {512, 1024}
+    assert pipelined(TWO, space) == {512, 1024}
     assert pipelined(TWO, fixed) == {256}
-    assert pipelined(dataclasses.replace(TWO, coefficients=measured), freedom) == {256, 512, 1024}
+    assert pipelined(dataclasses.replace(TWO, coefficients=measured), space) == {256, 512, 1024}

@@ -9,7 +9,16 @@ from random import Random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from solving_support import card, dense_model, expert_model, one_card, random_answer, table_of, two_cards, way
+from solving_support import (
+    card,
+    configuration,
+    dense_model,
+    expert_model,
+    one_card,
+    random_answer,
+    table_of,
+    two_cards,
+)
 
 from placement.errors import InputError
 from placement.inputs.machine import Coefficient, Machine
@@ -67,7 +76,7 @@ def test_nothing_at_random_is_better(model: Model, sizes: tuple[int, int]) -> No
     asked, _ = make_problem(model, machine, ASKED)
     random, n_fitting = Random(1), 0
     for names in (("CUDA0", "CUDA1"), ("CUDA1", "CUDA0"), ("CUDA0",), ("CUDA1",)):
-        table = table_of(asked, way(asked, *names, load_mode="none"))
+        table = table_of(asked, configuration(asked, *names, load_mode="none"))
         for _ in range(25):
             assignment = table.assignment(random_answer(table.frame, random))
             plan = plan_compute(asked.model, asked.machine, assignment, asked.program)

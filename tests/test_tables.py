@@ -7,7 +7,16 @@ from random import Random
 
 import golden_sample
 import pytest
-from solving_support import card, dense_model, expert_model, problem, random_answer, table_of, two_cards, way
+from solving_support import (
+    card,
+    configuration,
+    dense_model,
+    expert_model,
+    problem,
+    random_answer,
+    table_of,
+    two_cards,
+)
 
 from placement.inputs.machine import Machine
 from placement.inputs.machine_files import REFERENCE_MACHINE, resolve_machine
@@ -20,7 +29,7 @@ from placement.solve.cpsat.frame import Answer, times_us, used_kib
 from placement.solve.frames.pieces import Pieces, Pins
 from placement.solve.frames.tables import ComputeTable, Table, TableBuilder, host_pattern
 from placement.solve.request import Request
-from placement.solve.search.configurations import Freedom
+from placement.solve.search.configurations import SearchSpace
 from placement.solve.search.search import Search
 from placement.solve.solve import make_problem
 from placement.units import KIB
@@ -60,7 +69,7 @@ def differences(
     speed = evaluate(asked, assignment, counts)
     decode_us, prompt_us = times_us(table.frame, answer)
     split_us = coefficient(asked.machine, "split_us")
-    n_ubatches = -(-asked.workload.prompt_tokens // table.way.settings.ubatch_tokens)
+    n_ubatches = -(-asked.workload.prompt_tokens // table.configuration.settings.ubatch_tokens)
     more = decode_us - speed.decode_s * speed.generate_tokens * 1e6, prompt_us - speed.prompt_s * 1e6
     units = split_us * asked.workload.generate_tokens, split_us * n_ubatches
     splits = [round(us / unit) for us, unit in zip(more, units, strict=True)]
@@ -73,8 +82,8 @@ def test_times_of_random_answers(name: str) -> None:
     """Whatever the answer, the frame's time is `evaluate`'s to the rounding of each layer, splits aside."""
     asked = PROBLEMS[name]
     names = tuple(device.name for device in asked.machine.devices)
-    table, random = table_of(asked, way(asked, *names)), Random(7)
-    assumed = Search(asked).buffers.exact(table.way).counts
+    table, random = table_of(asked, configuration(asked, *names)), Random(7)
+    assumed = Search(asked).buffers.exact(table.configuration).counts
     n_layers = len(table.frame.layers)
     for _ in range(4):
         answer = random_answer(table.frame, random)
@@ -90,9 +99,9 @@ def test_memory_of_random_answers(name: str) -> None:
     """What a frame leaves free at each position is what the assignment leaves, less 2 KiB a layer at most."""
     asked = PROBLEMS[name]
     names = tuple(device.name for device in asked.machine.devices)
-    frame_way, random = way(asked, *names), Random(3)
+    frame_configuration, random = configuration(asked, *names), Random(3)
     empty = dataclasses.replace(NO_BUFFERS, n_bytes=(0,) * (len(names) + 1))
-    table = TableBuilder(Pieces(asked), frame_way).build(empty)
+    table = TableBuilder(Pieces(asked), frame_configuration).build(empty)
     for _ in range(10):
         answer = random_answer(table.frame, random)
         memory = static_memory(asked.model, asked.machine, table.assignment(answer))
@@ -114,17 +123,21 @@ def usable_mib(machine: Machine, position: str) -> float:
 def test_times_of_good_answers(name: str) -> None:
     """The answers that a search starts from have the splits that they were charged for, but one a ubatch."""
     asked = PROBLEMS[name]
-    search, freedom = Search(asked), Freedom(ubatches=(512, 2048), load_modes=("none",))
-    leads = [search.lead(hope.way, freedom) for hope in search.hopes(freedom)]
-    assert len([lead for lead in leads if lead]) >= 8
-    for lead in filter(None, leads[:12]):
-        answer = lead.relaxation.answer()
+    search, space = Search(asked), SearchSpace(ubatches=(512, 2048), load_modes=("none",))
+    subproblems = [
+        search.subproblem(lower_bound.configuration, space) for lower_bound in search.lower_bounds(space)
+    ]
+    assert len([subproblem for subproblem in subproblems if subproblem]) >= 8
+    for subproblem in filter(None, subproblems[:12]):
+        answer = subproblem.relaxation.answer()
         if answer is None:
             continue
-        *splits, decode_us, prompt_us = differences(asked, lead.table, answer, lead.compute.counts)
+        *splits, decode_us, prompt_us = differences(
+            asked, subproblem.table, answer, subproblem.compute.counts
+        )
         assert splits[0] == 0
         assert abs(splits[1]) <= 1
-        assert max(abs(decode_us), abs(prompt_us)) <= len(lead.table.frame.layers)
+        assert max(abs(decode_us), abs(prompt_us)) <= len(subproblem.table.frame.layers)
 
 
 @pytest.mark.parametrize("ubatch_tokens", [256, 512])
@@ -132,7 +145,10 @@ def test_times_of_pipelines(ubatch_tokens: int) -> None:
     """With several ubatches in flight, prompt times agree within a thousandth of the longest stage."""
     asked = problem(expert_model(6), TWO, prompt_tokens=2000)
     table = table_of(
-        asked, way(asked, "CUDA0", "CUDA1", is_pipelined=True, uses_host=False, ubatch_tokens=ubatch_tokens)
+        asked,
+        configuration(
+            asked, "CUDA0", "CUDA1", is_pipelined=True, uses_host=False, ubatch_tokens=ubatch_tokens
+        ),
     )
     for n_first in (1, 3, 5):
         answer = Answer((1,) * n_first + (2,) * (7 - n_first), (0,) * 7)
@@ -146,7 +162,7 @@ def test_times_of_pipelines(ubatch_tokens: int) -> None:
 def test_pipeline_has_no_overrides() -> None:
     """A pipelined way moves nothing: one override would end it."""
     asked = PROBLEMS["experts on two cards"]
-    table = table_of(asked, way(asked, "CUDA0", "CUDA1", is_pipelined=True, uses_host=False))
+    table = table_of(asked, configuration(asked, "CUDA0", "CUDA1", is_pipelined=True, uses_host=False))
     assert {len(choices) for layer in table.frame.layers for choices in layer.choices} == {0, 1}
     assert not table.assignment(Answer((1,) * 3 + (2,) * 4, (0,) * 7)).settings.has_overrides
 
@@ -154,7 +170,7 @@ def test_pipeline_has_no_overrides() -> None:
 def test_two_cards_without_moves_have_one_override() -> None:
     """All on two cards and not pipelined: an override that changes nothing ends the fourfold buffers."""
     asked = PROBLEMS["experts on two cards"]
-    table = table_of(asked, way(asked, "CUDA0", "CUDA1", uses_host=False))
+    table = table_of(asked, configuration(asked, "CUDA0", "CUDA1", uses_host=False))
     assert table.assignment(Answer((1,) * 3 + (2,) * 4, (0,) * 7)).settings.has_overrides
 
 
@@ -177,7 +193,7 @@ def test_layers_of_equal_groups_share_their_moves() -> None:
 def test_equal_moves_have_equal_differences(name: str) -> None:
     """What a choice adds to the layer all at home is the same for all layers of the same moves."""
     asked = PROBLEMS[name]
-    frame = table_of(asked, way(asked, "CUDA0", "CUDA1")).frame
+    frame = table_of(asked, configuration(asked, "CUDA0", "CUDA1")).frame
     seen: dict[tuple[int, int, int], tuple[object, ...]] = {}
     for layer in frame.layers:
         for home, row in enumerate(layer.choices):
@@ -198,8 +214,8 @@ def test_equal_moves_have_equal_differences(name: str) -> None:
 
 def choices_of(asked: Problem, layer: int, home: int, pins: Pins) -> set[tuple[int, ...]]:
     """Where the groups of a layer may go."""
-    frame_way = way(asked, "CUDA0", "CUDA1")
-    frame = TableBuilder(Pieces(asked, pins), frame_way).build(NO_BUFFERS).frame
+    frame_configuration = configuration(asked, "CUDA0", "CUDA1")
+    frame = TableBuilder(Pieces(asked, pins), frame_configuration).build(NO_BUFFERS).frame
     return {choice.groups for choice in frame.layers[layer].choices[home]}
 
 
@@ -243,7 +259,9 @@ def test_reserve_lowers_every_card() -> None:
     """A reserve is taken off each GPU's cap, a fraction of its total off too; the host keeps its own."""
     asked = dataclasses.replace(PROBLEMS["experts on two cards"], reserve_mib=100.0)
     plain, reserved = (
-        TableBuilder(Pieces(each), way(asked, "CUDA0", "CUDA1")).build(NO_BUFFERS, fraction).frame.cap_kib
+        TableBuilder(Pieces(each), configuration(asked, "CUDA0", "CUDA1"))
+        .build(NO_BUFFERS, fraction)
+        .frame.cap_kib
         for each, fraction in ((PROBLEMS["experts on two cards"], 0.0), (asked, 0.05))
     )
     less_mib = [(a - b) / KIB for a, b in zip(plain, reserved, strict=True)]
@@ -253,7 +271,7 @@ def test_reserve_lowers_every_card() -> None:
 def hides(name: str) -> bool:
     """Whether a layer in the model's middle ends on the host when all its experts are there."""
     asked = PROBLEMS[name]
-    frame = table_of(asked, way(asked, "CUDA0", "CUDA1")).frame
+    frame = table_of(asked, configuration(asked, "CUDA0", "CUDA1")).frame
     return any(choice.hides_boundary for choice in frame.layers[5].choices[1])
 
 

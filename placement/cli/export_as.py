@@ -96,12 +96,12 @@ def _launch(name: str, machine: Machine, solution_name: str | None, root: Path, 
     """The launch of a model's solution for its own profile."""
     from placement.configs.formats.launches import launch_of_choice
     from placement.configs.models_conf.choice import choice_of
-    from placement.configs.models_conf.choice_row import chosen_row
+    from placement.configs.models_conf.choice_row import choice_row
     from placement.solve.request import Request
 
     model = options.load(name)
     tell = lambda text: click.echo(f"place: {text}", err=True)  # noqa: E731
-    row = chosen_row(model, machine, Request(), root, is_fresh=is_fresh, tell=tell)
+    row = choice_row(model, machine, Request(), root, is_fresh=is_fresh, tell=tell)
     choice = choice_of(row, solution_name)
     return launch_of_choice(choice, model, model.profile.extra_args)
 

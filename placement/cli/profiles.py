@@ -54,11 +54,11 @@ def command(
       place profiles models.conf --defaults '-ctk q8_0 -ctv q8_0'
     """
     from placement.configs.models_conf.models_conf import read_models_conf
-    from placement.configs.models_conf.review import Defaults, survey
+    from placement.configs.models_conf.review import Defaults, review
 
     conf = read_models_conf(file)
     sections = [conf.section(name) for name in names] or None
-    found = survey(
+    found = review(
         conf, options.machine_of(machine_name), finder_of(file, pairs), Defaults.of_text(defaults_text),
         options.request_of(given), sections=sections, is_solved=not no_solve, root=Path(root),
         is_fresh=is_fresh, progress=lambda name: click.echo(f"place: [{name}]", err=True),
@@ -70,10 +70,10 @@ def command(
 
 
 def _print(file: str, problems: Sequence[str], profiles: list[ProfileReview], is_json: bool) -> None:
-    from placement.cli.show.profile_tables import survey_lines
+    from placement.cli.show.profile_tables import review_lines
     from placement.configs.models_conf.review import profile_row
 
     if is_json:
         options.echo_json({"file": file, "profiles": [profile_row(each) for each in profiles]})
     else:
-        click.echo("\n".join([*survey_lines(profiles), *(f"note: {text}" for text in problems)]))
+        click.echo("\n".join([*review_lines(profiles), *(f"note: {text}" for text in problems)]))

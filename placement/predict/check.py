@@ -21,7 +21,7 @@ from placement.predict.solution import (
     ESTIMATED,
     PLANNED,
     DeviceUse,
-    Judge,
+    EnginePlanner,
     PlannedPlacement,
     Solution,
     backend_notes,
@@ -29,7 +29,7 @@ from placement.predict.solution import (
 )
 from placement.units import mib
 
-Rival = Callable[[Problem], Solution | None]
+OurChoice = Callable[[Problem], Solution | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +91,13 @@ def check_arguments(
     program: str = "llama-server",
     workload: Workload | None = None,
     reserve_mib: float = 0.0,
-    judge: Judge | None = None,
-    rival: Rival | None = None,
+    engine_planner: EnginePlanner | None = None,
+    our_choice: OurChoice | None = None,
 ) -> Check:
     """Find what the engine would do with these arguments, and what to change.
 
-    With a `judge` memory and splits are the engine's own plan. `rival` gives the solver's own choice for the
-    same problem, against which the arguments' cost is told.
+    With an `engine_planner` memory and splits are the engine's own plan. `our_choice` gives the solver's own
+    choice for the same problem, against which the arguments' cost is told.
 
     Raises:
         InputError: an argument that the engine would refuse.
@@ -126,14 +126,14 @@ def check_arguments(
         is_exact=plan.is_exact and not coarse,
         notes=(*plan.notes, *coarse),
     )
-    if judge is not None:
-        found = _judged(found, problem, judge(problem, [assignment])[0])
-    if rival is not None:
-        found = replace(found, advice=(*found.advice, *_against(found, problem, rival(problem))))
+    if engine_planner is not None:
+        found = _with_engine_plan(found, problem, engine_planner(problem, [assignment])[0])
+    if our_choice is not None:
+        found = replace(found, advice=(*found.advice, *_against(found, problem, our_choice(problem))))
     return found
 
 
-def _judged(found: Check, problem: Problem, verdict: PlannedPlacement) -> Check:
+def _with_engine_plan(found: Check, problem: Problem, verdict: PlannedPlacement) -> Check:
     """The check with the engine's own memory, splits and nodes."""
     speed = evaluate(problem, found.assignment, graph_counts(verdict.plan))
     return replace(

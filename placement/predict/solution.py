@@ -122,7 +122,7 @@ class PlannedPlacement:
     devices: dict[str, DeviceUse]
 
 
-Judge = Callable[[Problem, list[Assignment]], list[PlannedPlacement]]
+EnginePlanner = Callable[[Problem, list[Assignment]], list[PlannedPlacement]]
 
 
 def device_row(use: DeviceUse) -> dict[str, float]:

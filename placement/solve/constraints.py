@@ -21,61 +21,65 @@ from placement.llamacpp.emit.regex import compile_pattern
 from placement.llamacpp.emit.resolve import layer_homes, model_devices
 from placement.solve.frames.pieces import Pins
 from placement.solve.request import Request
-from placement.solve.search.configurations import Freedom
+from placement.solve.search.configurations import SearchSpace
 
 
 @dataclass(frozen=True)
-class Wish:
+class Constraint:
     """One thing that stays: how the user wrote it, and what it takes from the search's freedom."""
 
     text: str
-    limit: Callable[[Freedom], Freedom]
+    limit: Callable[[SearchSpace], SearchSpace]
 
 
-def wishes_of(model: Model, machine: Machine, request: Request) -> tuple[Wish, ...]:
+def constraints_of(model: Model, machine: Machine, request: Request) -> tuple[Constraint, ...]:
     """All that a request fixes of the placement, on this model and machine; what `keep` says comes last.
 
     Raises:
         InputError: a device or tensor that is not there, or too many layer counts.
     """
     return tuple(
-        itertools.chain(_option_wishes(model, machine, request), kept_wishes(model, machine, request.kept))
+        itertools.chain(
+            _option_wishes(model, machine, request), kept_constraints(model, machine, request.kept)
+        )
     )
 
 
-def _option_wishes(model: Model, machine: Machine, request: Request) -> Iterator[Wish]:
+def _option_wishes(model: Model, machine: Machine, request: Request) -> Iterator[Constraint]:
     if request.devices is not None:
-        yield devices_wish(machine, request.devices)
+        yield devices_constraint(machine, request.devices)
     if request.tensor_split is not None:
-        yield ts_wish(model, machine, request.tensor_split, request.devices, request.n_gpu_layers)
+        yield ts_constraint(model, machine, request.tensor_split, request.devices, request.n_gpu_layers)
     if request.n_gpu_layers is not None:
-        yield ngl_wish(model, machine, request.n_gpu_layers)
+        yield ngl_constraint(model, machine, request.n_gpu_layers)
     if request.max_cpu_layers is not None:
-        yield max_cpu_layers_wish(request.max_cpu_layers)
+        yield max_cpu_layers_constraint(request.max_cpu_layers)
     for text in request.pins:
-        yield pin_wish(model, machine, text)
+        yield pin_constraint(model, machine, text)
 
 
-def granted(freedom: Freedom, wishes: Iterable[Wish]) -> Freedom:
+def apply_constraints(space: SearchSpace, constraints: Iterable[Constraint]) -> SearchSpace:
     """The freedom that is left under these wishes."""
-    for wish in wishes:
-        freedom = wish.limit(freedom)
-    return freedom
+    for constraint in constraints:
+        space = constraint.limit(space)
+    return space
 
 
-def smallest_conflict(wishes: Sequence[Wish], is_possible: Callable[[Sequence[Wish]], bool]) -> list[Wish]:
+def smallest_conflict(
+    constraints: Sequence[Constraint], is_possible: Callable[[Sequence[Constraint]], bool]
+) -> list[Constraint]:
     """A set of wishes that cannot hold together, none of which can be left out; empty when nothing fits anyway."""
     if not is_possible(()):
         return []
-    kept = list(wishes)
-    for wish in wishes:
-        fewer = [each for each in kept if each is not wish]
+    kept = list(constraints)
+    for constraint in constraints:
+        fewer = [each for each in kept if each is not constraint]
         if not is_possible(fewer):
             kept = fewer
     return kept
 
 
-def pin_wish(model: Model, machine: Machine, text: str) -> Wish:
+def pin_constraint(model: Model, machine: Machine, text: str) -> Constraint:
     """`REGEX=DEVICE`: every tensor that the pattern finds stays on that device.
 
     Raises:
@@ -86,19 +90,21 @@ def pin_wish(model: Model, machine: Machine, text: str) -> Wish:
         raise InputError("--pin", "must be REGEX=DEVICE", value=text)
     try:
         device = buffer_target(engine_devices(machine, rpc_servers(machine)), target)
-        return Wish(f"--pin {text!r}", _pinned(model, pattern, device, "--pin", text))
+        return Constraint(f"--pin {text!r}", _pinned(model, pattern, device, "--pin", text))
     except InputError as exc:
         raise InputError("--pin", exc.rule, value=exc.value) from exc
 
 
-def _pinned(model: Model, pattern: str, device: str, option: str, text: str) -> Callable[[Freedom], Freedom]:
+def _pinned(
+    model: Model, pattern: str, device: str, option: str, text: str
+) -> Callable[[SearchSpace], SearchSpace]:
     found = [tensor.name for tensor in model.tensors if compile_pattern(pattern).search(tensor.name)]
     if not found:
         raise InputError(option, "matches no tensor of the model", value=text)
     homes, groups = _reach(model, set(found), device)
     if not homes and not groups and device != CPU:
         raise InputError(option, "matches only tensors that the engine keeps on the CPU", value=text)
-    return lambda freedom: replace(freedom, pins=_merged(freedom.pins, homes, groups))
+    return lambda space: replace(space, pins=_merged(space.pins, homes, groups))
 
 
 def _reach(
@@ -140,26 +146,26 @@ def _merged(pins: Pins, homes: dict[int, frozenset[str]], groups: Iterable[tuple
     )
 
 
-def _homes_wish(text: str, homes: dict[int, frozenset[str]]) -> Wish:
-    return Wish(text, lambda freedom: replace(freedom, pins=_merged(freedom.pins, homes, ())))
+def _homes_constraint(text: str, homes: dict[int, frozenset[str]]) -> Constraint:
+    return Constraint(text, lambda space: replace(space, pins=_merged(space.pins, homes, ())))
 
 
-def ngl_wish(model: Model, machine: Machine, n_gpu_layers: int) -> Wish:
+def ngl_constraint(model: Model, machine: Machine, n_gpu_layers: int) -> Constraint:
     """`-ngl N`: the first layers on the CPU, N (the output counts) on GPUs."""
     n_all = describe(model).n_layer_all + 1
     gpus = frozenset(device.name for device in machine.devices)
     first = max(0, n_all - n_gpu_layers)
     homes = {i: frozenset({CPU}) if i < first else gpus for i in range(n_all)}
-    return _homes_wish(f"--ngl {n_gpu_layers}", homes)
+    return _homes_constraint(f"--ngl {n_gpu_layers}", homes)
 
 
-def ts_wish(
+def ts_constraint(
     model: Model,
     machine: Machine,
     shares: Sequence[float],
     devices: Sequence[str] | None,
     n_gpu_layers: int | None,
-) -> Wish:
+) -> Constraint:
     """`-ts a,b`: the layers over the devices as the engine would cut them.
 
     Raises:
@@ -171,10 +177,10 @@ def ts_wish(
     padded = (*shares, *[0.0] * (len(found) - len(shares)))
     homes = layer_homes(describe(model).n_layer_all, n_gpu_layers, padded, found)
     text = "--ts " + ",".join(f"{share:g}" for share in shares)
-    return _homes_wish(text, {i: frozenset({home}) for i, home in enumerate(homes)})
+    return _homes_constraint(text, {i: frozenset({home}) for i, home in enumerate(homes)})
 
 
-def devices_wish(machine: Machine, names: Sequence[str]) -> Wish:
+def devices_constraint(machine: Machine, names: Sequence[str]) -> Constraint:
     """`--devices A,B`: these cards in this order, each with at least one layer; "none" for the CPU alone.
 
     Raises:
@@ -182,55 +188,59 @@ def devices_wish(machine: Machine, names: Sequence[str]) -> Wish:
     """
     text = "--devices " + ",".join(names)
     if [name.lower() for name in names] == ["none"]:
-        return Wish(text, lambda freedom: replace(freedom, orders=((),)))
+        return Constraint(text, lambda space: replace(space, orders=((),)))
     chosen = selected_devices(engine_devices(machine, rpc_servers(machine)), names)
     order = tuple(each.device.name for each in chosen)
-    return Wish(text, lambda freedom: replace(freedom, orders=(order,)))
+    return Constraint(text, lambda space: replace(space, orders=(order,)))
 
 
-def max_cpu_layers_wish(most: int) -> Wish:
+def max_cpu_layers_constraint(most: int) -> Constraint:
     """`--max-cpu-layers N`: at most N layers live on the CPU or keep tensors there."""
-    return Wish(f"--max-cpu-layers {most}", lambda freedom: replace(freedom, max_host_layers=most))
+    return Constraint(f"--max-cpu-layers {most}", lambda space: replace(space, max_host_layers=most))
 
 
-def kept_wishes(model: Model, machine: Machine, arguments: Arguments) -> list[Wish]:
+def kept_constraints(model: Model, machine: Machine, arguments: Arguments) -> list[Constraint]:
     """The placement part of the arguments of `--keep` as wishes.
 
     Raises:
         InputError: a device that is not there, or too many layer counts.
     """
-    wishes: list[Wish] = []
+    constraints: list[Constraint] = []
     if arguments.devices is not None:
-        wishes.append(devices_wish(machine, arguments.devices or ("none",)))
+        constraints.append(devices_constraint(machine, arguments.devices or ("none",)))
     if arguments.split_mode == "none":
         chosen = model_devices(engine_devices(machine, rpc_servers(machine)), arguments)
-        wishes.append(devices_wish(machine, [each.dev_name for each in chosen] or ["none"]))
+        constraints.append(devices_constraint(machine, [each.dev_name for each in chosen] or ["none"]))
     if arguments.tensor_split is not None:
-        wishes.append(
-            ts_wish(model, machine, arguments.tensor_split, arguments.devices, arguments.n_gpu_layers)
+        constraints.append(
+            ts_constraint(model, machine, arguments.tensor_split, arguments.devices, arguments.n_gpu_layers)
         )
     elif arguments.n_gpu_layers is not None and arguments.n_gpu_layers >= 0:
-        wishes.append(ngl_wish(model, machine, arguments.n_gpu_layers))
+        constraints.append(ngl_constraint(model, machine, arguments.n_gpu_layers))
     taken: set[str] = set()
     for override in arguments.overrides:
         pattern = compile_pattern(override.pattern)
         names = {t.name for t in model.tensors if t.name not in taken and pattern.search(t.name)}
         taken |= names
         device = buffer_target(engine_devices(machine, rpc_servers(machine)), override.target)
-        wishes.append(
-            _override_wish(model, f"{override.option} {override.pattern}={override.target}", names, device)
+        constraints.append(
+            _override_constraint(
+                model, f"{override.option} {override.pattern}={override.target}", names, device
+            )
         )
     if arguments.ubatch_tokens is not None:
-        wishes.append(_field_wish(f"-ub {arguments.ubatch_tokens}", ubatches=(arguments.ubatch_tokens,)))
+        constraints.append(
+            _field_constraint(f"-ub {arguments.ubatch_tokens}", ubatches=(arguments.ubatch_tokens,))
+        )
     if arguments.load_mode is not None:
-        wishes.append(_field_wish(f"-lm {arguments.load_mode}", load_modes=(arguments.load_mode,)))
-    return wishes
+        constraints.append(_field_constraint(f"-lm {arguments.load_mode}", load_modes=(arguments.load_mode,)))
+    return constraints
 
 
-def _override_wish(model: Model, text: str, names: set[str], device: str) -> Wish:
+def _override_constraint(model: Model, text: str, names: set[str], device: str) -> Constraint:
     homes, groups = _reach(model, names, device)
-    return Wish(text, lambda freedom: replace(freedom, pins=_merged(freedom.pins, homes, groups)))
+    return Constraint(text, lambda space: replace(space, pins=_merged(space.pins, homes, groups)))
 
 
-def _field_wish(text: str, **fields: object) -> Wish:
-    return Wish(text, lambda freedom: replace(freedom, **fields))  # type: ignore[arg-type]
+def _field_constraint(text: str, **fields: object) -> Constraint:
+    return Constraint(text, lambda space: replace(space, **fields))  # type: ignore[arg-type]

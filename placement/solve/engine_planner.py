@@ -24,7 +24,7 @@ from placement.llamacpp.emit.devices import engine_devices, rpc_servers
 from placement.llamacpp.memory import static_memory
 from placement.llamacpp.plan import ComputePlan
 from placement.predict.check import device_use
-from placement.predict.solution import DeviceUse, Judge, PlannedPlacement
+from placement.predict.solution import DeviceUse, EnginePlanner, PlannedPlacement
 from placement.units import MIB
 
 DEFAULT_RPC_LINK_GB_PER_S = 1.0  # ten gigabit Ethernet
@@ -32,7 +32,7 @@ N_SIDE_BY_SIDE = 4
 PLAN_TIMEOUT_S = 60.0
 
 
-def engine_judge(engine: Engine, machine: Machine, program: str) -> Judge:
+def make_engine_planner(engine: Engine, machine: Machine, program: str) -> EnginePlanner:
     """A judge for `solve`: the engine's plans, side by side, remembered in the user's cache.
 
     What the engine must be asked once (its flags and devices) is asked while the search runs.
@@ -47,7 +47,7 @@ def engine_judge(engine: Engine, machine: Machine, program: str) -> Judge:
 
     threading.Thread(target=prepare, daemon=True).start()
 
-    def judge(problem: Problem, assignments: list[Assignment]) -> list[PlannedPlacement]:
+    def engine_planner(problem: Problem, assignments: list[Assignment]) -> list[PlannedPlacement]:
         arguments = [
             emit_arguments(problem.model, problem.machine, each, problem.program) for each in assignments
         ]
@@ -57,7 +57,7 @@ def engine_judge(engine: Engine, machine: Machine, program: str) -> Judge:
         )  # fmt: skip
         return [verdict(problem, *pair) for pair in zip(assignments, plans, strict=True)]
 
-    return judge
+    return engine_planner
 
 
 def verdict(problem: Problem, assignment: Assignment, plan: EnginePlan) -> PlannedPlacement:

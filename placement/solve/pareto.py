@@ -11,27 +11,27 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from placement.solve.search.configurations import Freedom
+from placement.solve.search.configurations import SearchSpace
 from placement.solve.search.search import Search
 from placement.solve.search.subproblems import Candidate
 
 RESERVES = (0.0, 0.05, 0.15)  # of each card's total
 FASTER = 0.8  # each step's prompt takes at most that share of the last one's
-FRONT_GAP = 0.02
-FRONT_WORK = 0.1  # CP-SAT's deterministic time for one proof; what is then open stands as the row's gap
+PARETO_GAP = 0.02
+PARETO_WORK = 0.1  # CP-SAT's deterministic time for one proof; what is then open stands as the row's gap
 DECODE_FIRST = (1000, 1)
 
 Merit = tuple[float, float, float]  # decode and prompt tokens per second, MiB of headroom
 
 
-def walk(search: Search, freedom: Freedom, tell: Callable[[str], None]) -> Iterator[Candidate]:
+def walk(search: Search, space: SearchSpace, tell: Callable[[str], None]) -> Iterator[Candidate]:
     """Points that may stand on the front, each the fastest decode at its prompt speed and reserve, within 2 %."""
     for reserve in RESERVES:
         limited = replace(
-            freedom,
+            space,
             decode_weight=DECODE_FIRST[0],
             prompt_weight=DECODE_FIRST[1],
-            reserve_fraction=max(reserve, freedom.reserve_fraction),
+            reserve_fraction=max(reserve, space.reserve_fraction),
         )
         while (found := _next(search, limited)) is not None:
             tell(f"the front: {found.speed.prompt_tps or 0:,.0f} t/s prompt")
@@ -41,18 +41,18 @@ def walk(search: Search, freedom: Freedom, tell: Callable[[str], None]) -> Itera
             limited = replace(limited, max_prompt_s=last_s * FASTER)
 
 
-def _next(search: Search, freedom: Freedom) -> Candidate | None:
-    return search.best(freedom, search.hopes(freedom), FRONT_GAP, work_limit=FRONT_WORK)
+def _next(search: Search, space: SearchSpace) -> Candidate | None:
+    return search.best(space, search.lower_bounds(space), PARETO_GAP, work_limit=PARETO_WORK)
 
 
 def best_different(
-    search: Search, freedom: Freedom, first: Candidate, n: int, tell: Callable[[str], None]
+    search: Search, space: SearchSpace, first: Candidate, n: int, tell: Callable[[str], None]
 ) -> list[Candidate]:
     """The `n` best placements that differ in a range of layers or in two layers' groups, the first one included."""
-    hopes, found = search.hopes(freedom), [first]
+    lower_bounds, found = search.lower_bounds(space), [first]
     while len(found) < n:
         tell(f"the best {len(found) + 1}")
-        following = search.best(freedom, hopes, taken=found)
+        following = search.best(space, lower_bounds, taken=found)
         if following is None:
             break
         found.append(following)

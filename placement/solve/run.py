@@ -15,8 +15,8 @@ from placement.inputs.recognise import with_learned
 from placement.llamacpp.arguments import Arguments
 from placement.llamacpp.memory import startable
 from placement.predict.check import Check, check_arguments
-from placement.predict.solution import Judge, Solution, SolutionSet
-from placement.solve.constraints import wishes_of
+from placement.predict.solution import EnginePlanner, Solution, SolutionSet
+from placement.solve.constraints import constraints_of
 from placement.solve.questions import Maximize, Rated, Tell, answered, compare
 from placement.solve.request import Request
 from placement.solve.solve import best_choice, make_problem, solve_request
@@ -82,12 +82,12 @@ def find_solutions(
         EngineError: the engine that was named is missing or failed.
     """
     tell = warn or (lambda _text: None)
-    machine, judge = with_engine(engine, machine, request.program, tell)
+    machine, engine_planner = with_engine(engine, machine, request.program, tell)
     request, answer = answered(model, machine, request, maximize, is_max_ctx, progress)
     if answer:
         tell(f"place: {answer}")
     problem, _ = make_problem(model, machine, request)
-    found = solve_request(model, machine, request, judge, progress)
+    found = solve_request(model, machine, request, engine_planner, progress)
     for warning in found.warnings:
         tell(f"place: warning: {warning}")
     return Solved(request, problem, found)
@@ -137,7 +137,7 @@ def kept_folder(out_folder: str | None, problem: Problem, request: Request) -> P
 
 def _variant(problem: Problem, request: Request) -> str:
     """What tells this request's solutions from those of the same workload without wishes; mostly nothing."""
-    parts = [wish.text for wish in wishes_of(problem.model, problem.machine, request)]
+    parts = [constraint.text for constraint in constraints_of(problem.model, problem.machine, request)]
     parts += [f"{name} {value}" for name, value in request.fixed_settings()]
     parts += [request.objective] if request.objective != "turn" else []
     parts += [f"reserve {request.reserve_mib:g}"] if request.reserve_mib else []
@@ -173,7 +173,7 @@ def run_compare(
 
 def with_engine(
     choice: EngineChoice, machine: Machine, program: str, tell: Tell
-) -> tuple[Machine, Judge | None]:
+) -> tuple[Machine, EnginePlanner | None]:
     """The machine with the RPC devices asked for, and the engine as judge where there is one.
 
     Raises:
@@ -183,7 +183,7 @@ def with_engine(
     servers = [server for each in choice.rpc for server in each.split(",") if server]
     if choice.name == "off" and not servers:
         return machine, None
-    from placement.solve.engine_planner import choose_engine, engine_judge, with_rpc_devices
+    from placement.solve.engine_planner import choose_engine, make_engine_planner, with_rpc_devices
 
     if servers:
         from placement.engine.find import find_engine
@@ -196,7 +196,7 @@ def with_engine(
     engine, reason = choose_engine(choice.name, machine)
     if reason:
         tell(f"place: {reason}")
-    return machine, engine_judge(engine, machine, program) if engine is not None else None
+    return machine, make_engine_planner(engine, machine, program) if engine is not None else None
 
 
 def run_check(
@@ -215,14 +215,14 @@ def run_check(
         InputError: an argument that the engine would refuse.
         EngineError: the engine that was named is missing or failed.
     """
-    machine, judge = with_engine(engine, machine, request.program, warn or (lambda _text: None))
+    machine, engine_planner = with_engine(engine, machine, request.program, warn or (lambda _text: None))
     return check_arguments(
         model, machine, arguments, request.program,
-        reserve_mib=request.reserve_mib, judge=judge, rival=rival if is_compared else None,
+        reserve_mib=request.reserve_mib, engine_planner=engine_planner, our_choice=our_choice if is_compared else None,
     )  # fmt: skip
 
 
-def rival(problem: Problem) -> Solution | None:
+def our_choice(problem: Problem) -> Solution | None:
     """The solver's own choice for a checked problem: the same context memory, everything else free.
 
     Where the engine would not start with what was checked, the nearest that it starts with is solved for. None

@@ -24,16 +24,16 @@ from placement.predict.solution import (
     MODERATE,
     MODERATE_RESERVE,
     PLANNED,
-    Judge,
+    EnginePlanner,
     PlannedPlacement,
     Solution,
     SolutionSet,
     backend_notes,
 )
-from placement.solve.constraints import Wish, granted, smallest_conflict, wishes_of
+from placement.solve.constraints import Constraint, apply_constraints, constraints_of, smallest_conflict
 from placement.solve.pareto import DECODE_FIRST, best_different, is_dominated, spread, walk
 from placement.solve.request import AUTO_KV_TYPE, Objective, Request
-from placement.solve.search.configurations import UBATCHES, Freedom
+from placement.solve.search.configurations import UBATCHES, SearchSpace
 from placement.solve.search.search import Search, shortfall
 from placement.solve.search.solve_subproblem import GAP
 from placement.solve.search.subproblems import Candidate
@@ -95,12 +95,12 @@ def solve_request(
     model: Model,
     machine: Machine,
     request: Request,
-    judge: Judge | None = None,
+    engine_planner: EnginePlanner | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> SolutionSet:
     """Find the recommended placement, the moderate one, and the other points of the front.
 
-    With a `judge` every solution shown is planned by the engine, and what does not fit there is searched anew.
+    With a `engine_planner` every solution shown is planned by the engine, and what does not fit there is searched anew.
     An impossible request gives a set without solutions, status INFEASIBLE, and a message that says which cap
     fails by how much.
 
@@ -111,27 +111,29 @@ def solve_request(
     problem, warnings = make_problem(model, machine, request)
     tell = progress or (lambda _text: None)
     has_rules = describe(model).is_known and model.architecture in ROWS
-    probes = None if has_rules else Probes(problem, judge)
-    search = Search(problem, request.time_limit_s, request.seed, probes if judge is not None else None)
-    wishes = wishes_of(model, machine, request)
-    freedom = granted(_freedom(request), wishes)
+    probes = None if has_rules else Probes(problem, engine_planner)
+    search = Search(
+        problem, request.time_limit_s, request.seed, probes if engine_planner is not None else None
+    )
+    constraints = constraints_of(model, machine, request)
+    space = apply_constraints(_search_space(request), constraints)
     extra_args = (*model.profile.extra_args, *(word for words in request.kept.other for word in words))
     result = SolutionSet(
         model.name, model.digest, machine.name, problem.workload, "INFEASIBLE", (),
         extra_args=extra_args, warnings=tuple(warnings),
     )  # fmt: skip
     for _ in range(MAX_ROUNDS):
-        points = _points(search, freedom, request.n_best, tell)
+        points = _points(search, space, request.n_best, tell)
         if not points:
-            return replace(result, message=_why_not(search, request, wishes))
+            return replace(result, message=_why_not(search, request, constraints))
         shown = _shown(problem, points)
-        if judge is None:
+        if engine_planner is None:
             break
         tell("planning on the engine")
-        judged = judge(problem, [each.assignment for each in shown])
-        for each, verdict in zip(shown, judged, strict=True):
+        planned = engine_planner(problem, [each.assignment for each in shown])
+        for each, verdict in zip(shown, planned, strict=True):
             search.learn(each.assignment, verdict.plan)
-        shown = [_with_verdict(problem, *pair) for pair in zip(shown, judged, strict=True)]
+        shown = [_with_verdict(problem, *pair) for pair in zip(shown, planned, strict=True)]
         fitting = [each for each in shown if all(use.headroom_mib >= 0 for use in each.devices.values())]
         if len(fitting) == len(shown):
             break
@@ -147,20 +149,20 @@ def solve_request(
     return replace(result, status=status, solutions=tuple(_named(shown)))
 
 
-def _why_not(search: Search, request: Request, wishes: Sequence[Wish]) -> str:
+def _why_not(search: Search, request: Request, constraints: Sequence[Constraint]) -> str:
     """Why nothing fits: the wishes that conflict, or the caps that fail and what would fit."""
-    base = _freedom(request)
+    base = _search_space(request)
 
-    def is_possible(some: Sequence[Wish]) -> bool:
-        freedom = granted(base, some)
-        return search.best(freedom, search.hopes(freedom), gap=0.5) is not None
+    def is_possible(some: Sequence[Constraint]) -> bool:
+        space = apply_constraints(base, some)
+        return search.best(space, search.lower_bounds(space), gap=0.5) is not None
 
-    conflict = smallest_conflict(wishes, is_possible) if wishes else []
+    conflict = smallest_conflict(constraints, is_possible) if constraints else []
     if conflict:
-        return "these wishes cannot hold together: " + ", ".join(wish.text for wish in conflict)
+        return "these wishes cannot hold together: " + ", ".join(constraint.text for constraint in conflict)
     if (
         request.min_decode_tps is not None
-        and (fastest := _fastest_decode(search, request, wishes)) is not None
+        and (fastest := _fastest_decode(search, request, constraints)) is not None
     ):
         return (
             f"no placement decodes {request.min_decode_tps:g} tokens per second:"
@@ -169,10 +171,12 @@ def _why_not(search: Search, request: Request, wishes: Sequence[Wish]) -> str:
     return f"{shortfall(search, base)}; {_what_fits(search.problem, request)}"
 
 
-def _fastest_decode(search: Search, request: Request, wishes: Sequence[Wish]) -> Candidate | None:
+def _fastest_decode(search: Search, request: Request, constraints: Sequence[Constraint]) -> Candidate | None:
     """The fastest decode that fits once the wished one is dropped; None where nothing does."""
-    freedom = granted(_freedom(replace(request, min_decode_tps=None, objective="decode")), wishes)
-    return search.best(freedom, search.hopes(freedom))
+    space = apply_constraints(
+        _search_space(replace(request, min_decode_tps=None, objective="decode")), constraints
+    )
+    return search.best(space, search.lower_bounds(space))
 
 
 def _what_fits(problem: Problem, request: Request) -> str:
@@ -180,8 +184,8 @@ def _what_fits(problem: Problem, request: Request) -> str:
     ctx_tokens = problem.settings.ctx_tokens // 2
     while ctx_tokens >= 1024:
         smaller = replace(problem, settings=replace(problem.settings, ctx_tokens=ctx_tokens))
-        search, freedom = Search(smaller, request.time_limit_s, request.seed), _freedom(request)
-        if search.best(freedom, search.hopes(freedom), gap=0.5) is not None:
+        search, space = Search(smaller, request.time_limit_s, request.seed), _search_space(request)
+        if search.best(space, search.lower_bounds(space), gap=0.5) is not None:
             return f"it fits with --ctx {ctx_tokens}"
         ctx_tokens //= 2
     return "no smaller context fits either: the weights alone are too large"
@@ -190,14 +194,14 @@ def _what_fits(problem: Problem, request: Request) -> str:
 class Probes:
     """Plans for an architecture that has no rule here: the engine's, counted and timed."""
 
-    def __init__(self, problem: Problem, judge: Judge | None) -> None:
-        self.problem, self.judge = problem, judge
+    def __init__(self, problem: Problem, engine_planner: EnginePlanner | None) -> None:
+        self.problem, self.engine_planner = problem, engine_planner
         self.n_plans, self.wall_s = 0, 0.0
 
     def __call__(self, assignment: Assignment) -> ComputePlan:
-        assert self.judge is not None
+        assert self.engine_planner is not None
         start_s = time.monotonic()
-        verdict = self.judge(self.problem, [assignment])[0]
+        verdict = self.engine_planner(self.problem, [assignment])[0]
         self.n_plans += 1
         self.wall_s += time.monotonic() - start_s
         return verdict.plan
@@ -205,14 +209,14 @@ class Probes:
     def words(self) -> str:
         """What the user should know of how the numbers came about."""
         what = f"architecture {self.problem.model.architecture!r} has no rule here"
-        if self.judge is None:
+        if self.engine_planner is None:
             return f"{what}: compute buffers and splits are coarse estimates; give an --engine to plan with"
         return f"{what}: the engine planned it, {self.n_plans} probe plans in {self.wall_s:.1f} s"
 
 
-def _freedom(request: Request) -> Freedom:
+def _search_space(request: Request) -> SearchSpace:
     decode_weight, prompt_weight = WEIGHTS[request.objective]
-    return Freedom(
+    return SearchSpace(
         ubatches=(request.ubatch_tokens,) if request.ubatch_tokens else UBATCHES,
         load_modes=request.load_modes,
         max_decode_s=1.0 / request.min_decode_tps if request.min_decode_tps else None,
@@ -222,25 +226,25 @@ def _freedom(request: Request) -> Freedom:
 
 
 def _points(
-    search: Search, freedom: Freedom, n_best: int, tell: Callable[[str], None]
+    search: Search, space: SearchSpace, n_best: int, tell: Callable[[str], None]
 ) -> list[tuple[str, Candidate]]:
     """The named placements and the others that may stand on the front; empty when nothing fits."""
     tell("aggressive")
-    aggressive = search.best(freedom, search.hopes(freedom))
-    if aggressive is None and freedom.orders is None and search.problem.machine.devices:
+    aggressive = search.best(space, search.lower_bounds(space))
+    if aggressive is None and space.orders is None and search.problem.machine.devices:
         # no card can hold even a layer: the CPU alone
-        return _points(search, replace(freedom, orders=((),)), n_best, tell)
+        return _points(search, replace(space, orders=((),)), n_best, tell)
     if aggressive is None:
         return []
     tell("moderate")
-    gentle = replace(freedom, reserve_fraction=MODERATE_RESERVE)
-    moderate = search.best(gentle, search.hopes(gentle))
-    others = list(walk(search, freedom, tell))
+    gentle = replace(space, reserve_fraction=MODERATE_RESERVE)
+    moderate = search.best(gentle, search.lower_bounds(gentle))
+    others = list(walk(search, space, tell))
     points = [(AGGRESSIVE, _shortest(aggressive, others))]
     if moderate is not None:
         points.append((MODERATE, moderate))
     points += [("", found) for found in others]
-    best = best_different(search, freedom, points[0][1], n_best, tell)[1:] if n_best else []
+    best = best_different(search, space, points[0][1], n_best, tell)[1:] if n_best else []
     return points + [(f"best-{number}", found) for number, found in enumerate(best, 2)]
 
 
@@ -259,8 +263,8 @@ def _shown(problem: Problem, points: list[tuple[str, Candidate]]) -> list[Soluti
     """The points as solutions: the named ones, then at most so many of the front that no other beats, spread out."""
     every = [as_solution(problem, found, name) for name, found in points]
     named = [each for each in every if each.name in (AGGRESSIVE, MODERATE)]
-    front = [*named, *_non_dominated(named, [each for each in every if not each.name])]
-    kept = [front[i] for i in spread([_merit(each) for each in front], len(named), MAX_SHOWN)]
+    pareto_front = [*named, *_non_dominated(named, [each for each in every if not each.name])]
+    kept = [pareto_front[i] for i in spread([_merit(each) for each in pareto_front], len(named), MAX_SHOWN)]
     placed = {each.args for each in kept}
     return kept + [each for each in every if each.name.startswith("best-") and each.args not in placed]
 
@@ -337,6 +341,6 @@ def _named(solutions: list[Solution]) -> list[Solution]:
 def best_choice(problem: Problem, request: Request, gap: float = GAP) -> Solution | None:
     """The solver's fastest placement of a problem whose settings are given; None where nothing fits."""
     search = Search(problem, request.time_limit_s, request.seed)
-    freedom = granted(_freedom(request), wishes_of(problem.model, problem.machine, request))
-    found = search.best(freedom, search.hopes(freedom), gap)
+    space = apply_constraints(_search_space(request), constraints_of(problem.model, problem.machine, request))
+    found = search.best(space, search.lower_bounds(space), gap)
     return as_solution(problem, found, AGGRESSIVE) if found is not None else None

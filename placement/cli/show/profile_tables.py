@@ -11,7 +11,7 @@ from placement.inputs.problem import HOST
 from placement.predict.solution import label_words
 
 
-def survey_lines(profiles: Sequence[ProfileReview], width: int = 100) -> list[str]:
+def review_lines(profiles: Sequence[ProfileReview], width: int = 100) -> list[str]:
     """The table (memory in MiB with everything on the card included) and what to know about each profile."""
     devices = list(dict.fromkeys(name for each in profiles for name in _names(each) if name != HOST))
     head = ["profile", "", *devices, "host", "splits", "decode", "prompt", "turn", "gain"]

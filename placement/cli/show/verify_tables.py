@@ -44,15 +44,15 @@ def rows(report: VerifyReport) -> list[list[str]]:
 
 
 def _cells(result: CandidateResult, devices: Sequence[str], is_chosen: bool) -> list[str]:
-    promised = result.predicted
+    predicted = result.predicted
     return [
         f"{result.name}{' *' if is_chosen else ''}",
         *(_memory(result, name) for name in devices),
-        _pair(result.splits_decode, promised.splits_decode if promised else None, "{:.0f}"),
+        _pair(result.splits_decode, predicted.splits_decode if predicted else None, "{:.0f}"),
         _pair(result.decode_tps, None, "{:.1f}"),
-        _pair(result.depth_tps, promised.decode_tps if promised else None, "{:.1f}"),
-        _pair(result.prompt_tps, promised.prompt_tps if promised else None, "{:.0f}"),
-        _pair(result.turn_s, promised.turn_s if promised else None, "{:.2f}"),
+        _pair(result.depth_tps, predicted.decode_tps if predicted else None, "{:.1f}"),
+        _pair(result.prompt_tps, predicted.prompt_tps if predicted else None, "{:.0f}"),
+        _pair(result.turn_s, predicted.turn_s if predicted else None, "{:.2f}"),
         _MEMORY_WORDS.get(result.status, DASH),
         "; ".join([f"{result.n_good} of {result.n_rounds} rounds", *_short(result)]),
     ]
@@ -67,16 +67,16 @@ def _short(result: CandidateResult) -> list[str]:
 def _memory(result: CandidateResult, name: str) -> str:
     """ "17285 70% (17101)": the card's peak, its share of the card, the engine's own as promised."""
     peak = result.devices.get(name)
-    promised = result.predicted.self_mib.get(name) if result.predicted is not None else None
+    predicted = result.predicted.self_mib.get(name) if result.predicted is not None else None
     if peak is None:
-        return DASH if promised is None else f"{DASH} ({promised:.0f})"
+        return DASH if predicted is None else f"{DASH} ({predicted:.0f})"
     share = f" {peak.peak_mib / peak.total_mib:.0%}" if peak.total_mib else ""
-    return f"{peak.peak_mib:.0f}{share}" + ("" if promised is None else f" ({promised:.0f})")
+    return f"{peak.peak_mib:.0f}{share}" + ("" if predicted is None else f" ({predicted:.0f})")
 
 
-def _pair(measured: float | None, promised: float | None, form: str) -> str:
+def _pair(measured: float | None, predicted: float | None, form: str) -> str:
     shown = DASH if measured is None else form.format(measured)
-    return shown if promised is None else f"{shown} ({form.format(promised)})"
+    return shown if predicted is None else f"{shown} ({form.format(predicted)})"
 
 
 def verify_summary(report: VerifyReport) -> list[str]:
@@ -117,7 +117,7 @@ def command(result: CandidateResult, model_path: str) -> str:
 
 
 def _result_row(result: CandidateResult) -> dict[str, Any]:
-    promised = result.predicted
+    predicted = result.predicted
     return {
         "name": result.name,
         "role": result.role,
@@ -136,7 +136,7 @@ def _result_row(result: CandidateResult) -> dict[str, Any]:
             "turns_s": [round(turn, 4) for turn in result.turns_s],
         },
         "load_s": _rounded(result.load_s),
-        "predicted": None if promised is None else promised.model_dump(exclude_none=True),
+        "predicted": None if predicted is None else predicted.model_dump(exclude_none=True),
         "fit_args": None if result.fit_arguments is None else list(result.fit_arguments),
         "notes": list(result.notes),
     }

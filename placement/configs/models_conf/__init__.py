@@ -1,5 +1,5 @@
 """A user's models.conf in and out.
 
 `models_conf` reads and writes the file without losing a byte, `find_model` maps a section to a model,
-`survey` says what each profile costs and what `place` would do, `apply` writes a choice into a section.
+`review` says what each profile costs and what `place` would do, `apply` writes a choice into a section.
 """

@@ -15,7 +15,7 @@ from placement.solve.solve import make_problem, solve_request
 from placement.solve.store import commands, read_solutions, save_solutions, solution_folder, solution_set_row
 
 
-def chosen_row(
+def choice_row(
     model: Model,
     machine: Machine,
     request: Request,

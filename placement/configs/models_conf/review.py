@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from placement.configs.models_conf.choice import Choice, choice_of
-from placement.configs.models_conf.choice_row import chosen_row
+from placement.configs.models_conf.choice_row import choice_row
 from placement.configs.models_conf.find_model import ModelFinder
 from placement.configs.models_conf.models_conf import ModelsConf, Section, words
 from placement.errors import InputError, PlacementError
@@ -64,7 +64,7 @@ def _solved(profile: ProfileReview, machine: Machine, root: Path | None, is_fres
     """The profile with what `place` would do instead."""
     assert profile.model is not None
     try:
-        row = chosen_row(profile.model, machine, profile.request, root, is_fresh=is_fresh)
+        row = choice_row(profile.model, machine, profile.request, root, is_fresh=is_fresh)
     except InputError as exc:
         return replace(profile, problem=str(exc))
     except PlacementError as exc:
@@ -150,7 +150,7 @@ def _request(
     return asked, notes
 
 
-def survey(
+def review(
     conf: ModelsConf,
     machine: Machine,
     finder: ModelFinder,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from placement.configs.models_conf.apply import Applied, apply_choice
 from placement.configs.models_conf.choice import Choice, choice_of
-from placement.configs.models_conf.choice_row import chosen_row
+from placement.configs.models_conf.choice_row import choice_row
 from placement.configs.models_conf.find_model import ModelFinder
 from placement.configs.models_conf.measured import measured_of
 from placement.configs.models_conf.models_conf import ModelsConf, Section
@@ -56,7 +56,7 @@ def place_in_conf(
     request, notes = section_request(section, model, machine, defaults, request)
     for note in notes:
         tell(note)
-    choice = choice_of(chosen_row(model, machine, request, root, is_fresh=is_fresh, tell=tell), solution_name)
+    choice = choice_of(choice_row(model, machine, request, root, is_fresh=is_fresh, tell=tell), solution_name)
     measured = measured_of(choice, model, machine, request, root)
     applied = apply_choice(
         conf, section.name, choice, date=date, engine_build=engine_build, measured=measured

@@ -39,7 +39,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Telling:
+class Information:
     """The placement that would identify a coefficient, and the share of the prior's spread left after it."""
 
     coefficient: str
@@ -146,7 +146,7 @@ def _named(order: Sequence[str], share: float, target: str, kinds: tuple[str, ..
     return ", ".join(words)
 
 
-def what_would_tell(fit: Calibration, candidates: Sequence[Trial]) -> dict[str, Telling | None]:
+def what_would_tell(fit: Calibration, candidates: Sequence[Trial]) -> dict[str, Information | None]:
     """For every coefficient that keeps its prior, the one placement that would tell most; None: none would."""
     pairs = [(trial, row) for trial in candidates for row in trial.rows if row.kind == fit.kind]
     index = {each.name: i for i, each in enumerate(fit.parameters)}
@@ -155,18 +155,20 @@ def what_would_tell(fit: Calibration, candidates: Sequence[Trial]) -> dict[str, 
     slopes = fit.gradients([row for _, row in pairs])
     after = slopes @ fit.covariance
     noise = np.einsum("ij,ij->i", after, slopes) + MODEL_NOISE[fit.kind] ** 2
-    found: dict[str, Telling | None] = {}
+    found: dict[str, Information | None] = {}
     for name in fit.unidentified:
         i = index[name]
         taken = after[:, i] ** 2 / noise / fit.covariance[i, i]
         best = int(np.argmax(taken))
         trial, row = pairs[best]
         left = fit.left[name] * float(np.sqrt(max(0.0, 1.0 - taken[best])))
-        is_telling = taken[best] > LEAST_SHARE
-        found[name] = Telling(name, trial.name, trial.arguments, row.label, left) if is_telling else None
+        is_informative = taken[best] > LEAST_SHARE
+        found[name] = (
+            Information(name, trial.name, trial.arguments, row.label, left) if is_informative else None
+        )
     return found
 
 
-def is_enough(telling: Telling) -> bool:
+def is_enough(information: Information) -> bool:
     """Whether that one run would identify the coefficient."""
-    return telling.left <= UNIDENTIFIED
+    return information.left <= UNIDENTIFIED

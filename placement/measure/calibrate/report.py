@@ -10,7 +10,7 @@ from typing import Any
 from placement.measure.calibrate.applied import Change
 from placement.measure.calibrate.data import FitData
 from placement.measure.calibrate.fit import Calibration, RunError
-from placement.measure.calibrate.information import Telling
+from placement.measure.calibrate.information import Information
 from placement.measure.calibrate.memory import MemoryFit
 
 
@@ -23,7 +23,7 @@ class CalibrationReport:
     fits: tuple[Calibration, ...]
     memory: tuple[MemoryFit, ...]
     changes: tuple[Change, ...]
-    told: dict[str, Telling | None]
+    told: dict[str, Information | None]
     date: str
 
 
@@ -57,7 +57,7 @@ def _rounded(share: float | None) -> float | None:
     return None if share is None else round(share, 5)
 
 
-def _kind_row(fit: Calibration, told: dict[str, Telling | None]) -> dict[str, Any]:
+def _kind_row(fit: Calibration, told: dict[str, Information | None]) -> dict[str, Any]:
     return {
         "n_rows": fit.n_rows,
         "n_runs": fit.n_runs,
@@ -83,10 +83,10 @@ def _kind_row(fit: Calibration, told: dict[str, Telling | None]) -> dict[str, An
     }
 
 
-def coefficient_row(fit: Calibration, name: str, told: dict[str, Telling | None]) -> dict[str, Any]:
+def coefficient_row(fit: Calibration, name: str, told: dict[str, Information | None]) -> dict[str, Any]:
     """One coefficient: value, uncertainty, prior, and what would identify it if the runs do not."""
     parameter = next(each for each in fit.parameters if each.name == name)
-    telling = told.get(name)
+    information = told.get(name)
     return {
         "name": name,
         "value": float(f"{fit.values[name]:.5g}"),
@@ -97,12 +97,12 @@ def coefficient_row(fit: Calibration, name: str, told: dict[str, Telling | None]
         "prior_spread_left": _rounded(fit.left[name]),
         "n_samples": fit.n_samples[name],
         "would_be_told_by": None
-        if telling is None
+        if information is None
         else {
-            "placement": telling.trial,
-            "phase": telling.phase,
-            "arguments": list(telling.arguments),
-            "prior_spread_left": _rounded(telling.left),
+            "placement": information.trial,
+            "phase": information.phase,
+            "arguments": list(information.arguments),
+            "prior_spread_left": _rounded(information.left),
         },
     }
 
@@ -159,13 +159,14 @@ def _fit_lines(fit: Calibration) -> list[str]:
     return lines + [f"not counted: {each.label}: {each.reason}" for each in fit.outliers]
 
 
-def advice(told: dict[str, Telling | None], names: Sequence[str]) -> list[tuple[str, str]]:
+def advice(told: dict[str, Information | None], names: Sequence[str]) -> list[tuple[str, str]]:
     """(coefficient, what would identify it) of those that keep their priors."""
     rows = []
     for name in names:
-        telling = told.get(name)
+        information = told.get(name)
         words = "no placement of these models would tell it"
-        if telling is not None:
-            words = f"run {telling.trial} ({telling.phase}): {telling.left:.0%} of the prior's spread would be left"
+        if information is not None:
+            trial = f"run {information.trial} ({information.phase})"
+            words = f"{trial}: {information.left:.0%} of the prior's spread would be left"
         rows.append((name, words))
     return rows

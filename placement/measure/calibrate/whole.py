@@ -10,7 +10,7 @@ from placement.inputs.problem import Workload
 from placement.measure.calibrate.applied import apply_fit
 from placement.measure.calibrate.data import FitData
 from placement.measure.calibrate.fit import Calibration, calibrate
-from placement.measure.calibrate.information import Telling, trials, what_would_tell
+from placement.measure.calibrate.information import Information, trials, what_would_tell
 from placement.measure.calibrate.memory import CHANCE, fit_memory
 from placement.measure.calibrate.report import CalibrationReport
 from placement.measure.calibrate.runs import find_runs
@@ -45,7 +45,7 @@ def calibrate_machine(
     fits = fit_both(machine, found)
     memory = fit_memory(machine, found.memory, chance)
     changed, changes = (machine, ()) if not found.rows else apply_fit(machine, fits, memory, date)
-    told: dict[str, Telling | None] = {}
+    told: dict[str, Information | None] = {}
     if with_advice and found.runs:
         problems = list({run.problem.model.digest: run.problem for run in found.runs}.values())
         candidates = [

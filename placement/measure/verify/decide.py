@@ -248,7 +248,9 @@ def decide(run: Sequence[Record], workload: Workload) -> Verdict:
     if chosen is not None and chosen.role == SOLUTION and fits:
         fit = min(fits, key=_turn)
         faster = _turn(fit) / _turn(chosen) - 1
-        inside = ", inside the noise" if faster <= _telling(noise or LEAST_NOISE, fit, chosen) else ""
+        inside = (
+            ", inside the noise" if faster <= _least_difference(noise or LEAST_NOISE, fit, chosen) else ""
+        )
         reasons.append(f"{chosen.name} is {faster:.1%} faster than llama.cpp's own {fit.name}{inside}")
     if noise is None:
         reasons.append(
@@ -302,7 +304,11 @@ def _pick(
         reasons.append("aggressive ran out of memory in some rounds only: moderate is recommended")
         return named[MODERATE], reasons, ()
     fastest = min(eligible, key=_turn)
-    ties = [each for each in eligible if _turn(each) / _turn(fastest) - 1 <= _telling(noise, each, fastest)]
+    ties = [
+        each
+        for each in eligible
+        if _turn(each) / _turn(fastest) - 1 <= _least_difference(noise, each, fastest)
+    ]
     if len(ties) == 1:
         reasons.append(f"{fastest.name} is the fastest of the stable: a turn takes {_turn(fastest):.3g} s")
         return fastest, reasons, ()
@@ -315,7 +321,7 @@ def _pick(
     return chosen, reasons, names
 
 
-def _telling(noise: float, one: CandidateResult, other: CandidateResult) -> float:
+def _least_difference(noise: float, one: CandidateResult, other: CandidateResult) -> float:
     """What two turns must differ by to be told apart: the more rounds they had, the less."""
     rounds = (max(len(each.turns_s), 1) for each in (one, other))
     return max(LEAST_NOISE, noise * math.sqrt(sum(1 / n for n in rounds) / 2))

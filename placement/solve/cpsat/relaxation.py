@@ -127,9 +127,9 @@ class Relaxation:
 
     def answer(self, gap: float = 0.0005, limit: float = inf) -> Answer | None:
         """The best answer without moves between GPUs, within the gap; None where there is none below the limit."""
-        return self.settled(gap, limit)[0]
+        return self.answer_and_bound(gap, limit)[0]
 
-    def settled(self, gap: float, limit: float = inf) -> tuple[Answer | None, float]:
+    def answer_and_bound(self, gap: float, limit: float = inf) -> tuple[Answer | None, float]:
         """That answer, and a bound on every answer: what the search for it has shown, or that there is none."""
         if self.is_hopeless or self.n_positions - 1 > len(self.frame.layers):
             return None, inf
@@ -184,7 +184,7 @@ class Relaxation:
                 best, best_value = answer, objective
             if paths is None:
                 paths = Paths(plain, best_value - self.constant)
-            if not paths.settle(cuts, slack):
+            if not paths.refine(cuts, slack):
                 break
             found = paths.shortest()
             value, cuts = (found[0] + self.constant, found[1]) if found else (best_value, cuts)
@@ -218,14 +218,14 @@ class Paths:
         self.segments = segments
         self.costs = segments.survivors(most)
 
-    def settle(self, cuts: tuple[int, ...], slack: float) -> bool:
+    def refine(self, cuts: tuple[int, ...], slack: float) -> bool:
         """Replace the bounds of a path's segments by those of whole moves; False where all were known."""
         edges, is_new = (0, *cuts, self.segments.n_layers), False
         for p in range(1, self.segments.n_positions):
             a, b = edges[p], edges[p + 1]
             if self.costs[p][a, b] == inf:
                 continue
-            if (bound := self.segments.settle(p, a, b, slack).bound) > self.costs[p][a, b] + 1e-6:
+            if (bound := self.segments.solve_segment(p, a, b, slack).bound) > self.costs[p][a, b] + 1e-6:
                 self.costs[p][a, b], is_new = bound, True
         return is_new
 

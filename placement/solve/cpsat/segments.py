@@ -40,7 +40,7 @@ class BoundTerms:
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class SolvedSegment:
     """A segment with whole moves: least cost, a bound on it (the same where it is exact), and the moves."""
 
     cost: float
@@ -62,7 +62,7 @@ class _Card:
     hidden: float  # what a segment that moves anything may save at its end
     is_always_hidden: bool  # a segment that moves nothing too
     relaxed: Matrix | None = None
-    settled: dict[tuple[int, int], Settled] = field(default_factory=dict)
+    solved: dict[tuple[int, int], SolvedSegment] = field(default_factory=dict)
 
 
 class Segments:
@@ -172,19 +172,19 @@ class Segments:
 
     # --- exact
 
-    def settle(self, p: int, a: int, b: int, slack: float) -> Settled:
+    def solve_segment(self, p: int, a: int, b: int, slack: float) -> SolvedSegment:
         """The segment with whole host moves, within `slack` of their least cost."""
         card = self.cards[p]
-        if (a, b) not in card.settled:
+        if (a, b) not in card.solved:
             cost = float(card.cost[b] - card.cost[a])
             need = int(card.kib[b] - card.kib[a]) - card.cap_kib
             knapsack = Knapsack(self._moves(p, a, b), slack)
             more, bound, taken = knapsack.solve(need) if need > 0 else (0.0, 0.0, {})
             hidden = card.hidden if taken or card.is_always_hidden else 0.0
-            card.settled[a, b] = Settled(
+            card.solved[a, b] = SolvedSegment(
                 cost + more - hidden, max(cost + bound - hidden, float(self.relaxed(p)[a, b])), taken
             )
-        return card.settled[a, b]
+        return card.solved[a, b]
 
     def _moves(self, p: int, a: int, b: int) -> list[Move]:
         """The host moves of a segment's layers from their cheapest choices, best first."""
@@ -209,7 +209,7 @@ class Segments:
         picks = [self.cards[home].cheapest[row] for home, row in zip(homes, self._rows.tolist(), strict=True)]
         for p in range(1, self.n_positions):
             a, b = edges[p], edges[p + 1]
-            if self.relaxed(p)[a, b] == inf or (taken := self.settle(p, a, b, slack).taken) is None:
+            if self.relaxed(p)[a, b] == inf or (taken := self.solve_segment(p, a, b, slack).taken) is None:
                 return None
             for i, pick in self._spread(p, a, b, taken):
                 picks[i] = pick

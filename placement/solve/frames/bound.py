@@ -30,7 +30,7 @@ def kinds_lower_bound(
     times, kib = _homes(builder, weights)
     room = sum(cap_kib[1:])
     needed = np.where(np.isinf(times), inf, kib).min(axis=1)
-    if np.isinf(needed).any() or (not builder.way.uses_host and n_of_kind @ needed > room):
+    if np.isinf(needed).any() or (not builder.configuration.uses_host and n_of_kind @ needed > room):
         return inf
     options = [(times, kib), *_host_moves(builder, weights, times, kib)]
     elsewhere = times - _gain_elsewhere(builder, weights), kib
@@ -74,7 +74,7 @@ def _host_moves(
     builder: TableBuilder, weights: tuple[int, int], times: Array, kib: Array
 ) -> Iterator[tuple[Array, Array]]:
     """The same with some groups in host memory."""
-    if not builder.way.uses_host:
+    if not builder.configuration.uses_host:
         return
     decode, prompt = _part_us(builder, weights)
     parts = decode + prompt
@@ -96,7 +96,7 @@ def _gain_elsewhere(builder: TableBuilder, weights: tuple[int, int]) -> Array:
     decode, prompt = _part_us(builder, weights)
     parts = (decode + prompt)[:, 1:-1]
     gain = np.zeros((len(parts), parts.shape[2]))
-    if not builder.way.is_pipelined and parts.shape[2] > 2 and parts.shape[1]:
+    if not builder.configuration.is_pipelined and parts.shape[2] > 2 and parts.shape[1]:
         best = parts[:, :, 1:].min(axis=2, keepdims=True)
         gain[:, 1:] = (parts - best).sum(axis=1)[:, 1:] - _split_us(builder, weights, 2)
     return gain.clip(min=0.0)

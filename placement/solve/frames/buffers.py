@@ -11,15 +11,15 @@ from placement.inputs.problem import CPU, Assignment, Problem
 from placement.llamacpp.architecture.describe import describe
 from placement.llamacpp.plan import ComputePlan
 from placement.predict.cost import GraphCounts, graph_counts
-from placement.solve.frames.tables import ComputeTable, Way
+from placement.solve.frames.tables import ComputeTable, Configuration
 from placement.units import MIB
 
 Planner = Callable[[Assignment], ComputePlan]
 
 
-def compute_table(way: Way, plan: ComputePlan) -> ComputeTable:
+def compute_table(configuration: Configuration, plan: ComputePlan) -> ComputeTable:
     """A plan's buffers by position of the way."""
-    names = ("Host", *way.devices)
+    names = ("Host", *configuration.devices)
     return ComputeTable(tuple(plan.compute_bytes.get(name, 0) for name in names), graph_counts(plan))
 
 
@@ -36,33 +36,35 @@ class Buffers:
         self._tables: dict[tuple[object, ...], ComputeTable] = {}
         self._counts: GraphCounts | None = None
 
-    def exact(self, way: Way) -> ComputeTable:
+    def exact(self, configuration: Configuration) -> ComputeTable:
         """The buffers of the typical placement."""
-        return self._planned(way)
+        return self._planned(configuration)
 
-    def nothing(self, way: Way) -> ComputeTable:
+    def nothing(self, configuration: Configuration) -> ComputeTable:
         """No buffers at all, less than any way can do with, and the nodes of some placement."""
         if self._counts is None:
             names = tuple(device.name for device in self.problem.machine.devices)
             room_mib = sum(device.usable_mib for device in self.problem.machine.devices)
-            some = Way(
-                names, way.settings, uses_host=not names or self.problem.model.n_bytes > room_mib * MIB
+            some = Configuration(
+                names,
+                configuration.settings,
+                uses_host=not names or self.problem.model.n_bytes > room_mib * MIB,
             )
             self._counts = self._planned(some).counts
-        return ComputeTable((0,) * (1 + len(way.devices)), self._counts)
+        return ComputeTable((0,) * (1 + len(configuration.devices)), self._counts)
 
-    def _planned(self, way: Way) -> ComputeTable:
-        backends = [self.problem.machine.device(name).backend for name in way.devices]
+    def _planned(self, configuration: Configuration) -> ComputeTable:
+        backends = [self.problem.machine.device(name).backend for name in configuration.devices]
         stands_for = stand_ins(backends)
         chosen = sorted(set(stands_for))
         key = (
             tuple(backends[at] for at in chosen),
-            way.settings.ubatch_tokens,
-            way.uses_host,
-            way.is_pipelined,
+            configuration.settings.ubatch_tokens,
+            configuration.uses_host,
+            configuration.is_pipelined,
         )
         if key not in self._tables:
-            fewer = replace(way, devices=tuple(way.devices[at] for at in chosen))
+            fewer = replace(configuration, devices=tuple(configuration.devices[at] for at in chosen))
             self._tables[key] = compute_table(fewer, self.planner(typical_assignment(self.problem, fewer)))
         found = self._tables[key]
         at_host, *at_devices = found.n_bytes
@@ -81,29 +83,31 @@ def stand_ins(backends: list[str]) -> list[int]:
     return found
 
 
-def typical_assignment(problem: Problem, way: Way) -> Assignment:
+def typical_assignment(problem: Problem, configuration: Configuration) -> Assignment:
     """Layers over the GPUs in proportion to their memory; with host use, each GPU's last half-layers' groups on
     the CPU, or the first layers themselves where nothing smaller moves."""
     n_layers = describe(problem.model).n_layer_all
-    if not way.devices:
-        return Assignment((), (CPU,) * (n_layers + 1), (), way.settings)
+    if not configuration.devices:
+        return Assignment((), (CPU,) * (n_layers + 1), (), configuration.settings)
     groups = movable_groups(problem.model, n_layers)
     has_experts = any(group.kind != "ffn" for row in groups for group in row)
-    n_first = max(1, n_layers // 8) if way.uses_host and not has_experts else 0
-    sizes = [problem.machine.device(name).usable_mib for name in way.devices]
+    n_first = max(1, n_layers // 8) if configuration.uses_host and not has_experts else 0
+    sizes = [problem.machine.device(name).usable_mib for name in configuration.devices]
     homes, total, n_gpu = [CPU] * n_first, sum(sizes), n_layers + 1 - n_first
     done = 0.0
-    for name, size in zip(way.devices, sizes, strict=True):
+    for name, size in zip(configuration.devices, sizes, strict=True):
         upto = n_first + max(round((done + size) / total * n_gpu), 1)
         done += size
         homes += [name] * (upto - len(homes))
-    homes = (homes + [way.devices[-1]] * n_layers)[: n_layers + 1]
+    homes = (homes + [configuration.devices[-1]] * n_layers)[: n_layers + 1]
     moved: list[tuple[str, str]] = []
-    if way.uses_host and has_experts:
-        for name in way.devices:
+    if configuration.uses_host and has_experts:
+        for name in configuration.devices:
             mine = [i for i in range(n_layers) if homes[i] == name and groups[i]]
             for i in mine[len(mine) // 2 :]:
                 moved += [(tensor.name, CPU) for group in groups[i] for tensor in group.tensors]
-    has_overrides = bool(moved) or (len(way.devices) > 1 and not way.is_pipelined and CPU not in homes)
-    settings = replace(way.settings, has_overrides=has_overrides)
-    return Assignment(way.devices, tuple(homes), tuple(moved), settings)
+    has_overrides = bool(moved) or (
+        len(configuration.devices) > 1 and not configuration.is_pipelined and CPU not in homes
+    )
+    settings = replace(configuration.settings, has_overrides=has_overrides)
+    return Assignment(configuration.devices, tuple(homes), tuple(moved), settings)

@@ -21,7 +21,7 @@ from placement.units import KIB, MIB
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Configuration:
     """One way to run the model: GPUs in the engine's order, and the settings.
 
     `uses_host`: layers or experts may stay in host memory, and every buffer has room for what that needs.
@@ -69,7 +69,7 @@ class ComputeTable:
 class Table:
     """A frame with what is needed to read an answer of it."""
 
-    way: Way
+    configuration: Configuration
     frame: Frame
     group_names: tuple[tuple[tuple[str, ...], ...], ...]  # per layer, per group: tensor names
 
@@ -84,10 +84,10 @@ class Table:
             for tensors, position in zip(names, choice.groups, strict=False):
                 if position != home:
                     moved += [(name, positions[position]) for name in tensors]
-        is_plain = self.way.is_pipelined or len(self.way.devices) < 2 or CPU in homes
+        is_plain = self.configuration.is_pipelined or len(self.configuration.devices) < 2 or CPU in homes
         has_overrides = bool(moved) or not is_plain
-        settings = replace(self.way.settings, has_overrides=has_overrides)
-        return Assignment(self.way.devices, homes, tuple(moved), settings)
+        settings = replace(self.configuration.settings, has_overrides=has_overrides)
+        return Assignment(self.configuration.devices, homes, tuple(moved), settings)
 
 
 class TableBuilder:
@@ -96,13 +96,16 @@ class TableBuilder:
     `decode_s` and `prompt_s` are arrays of kind × part × position, the last part being the layer's context.
     """
 
-    def __init__(self, pieces: Pieces, way: Way) -> None:
-        self.pieces, self.way = pieces, way
+    def __init__(self, pieces: Pieces, configuration: Configuration) -> None:
+        self.pieces, self.configuration = pieces, configuration
         self.problem = pieces.problem
-        self.loads = pieces.loads(way.settings)
-        self.cost = CostModel(self.loads.work, pieces.rates(way.devices, way.settings))
-        self.positions = (CPU, *way.devices)
-        self.devices: tuple[Device | None, ...] = (None, *map(self.problem.machine.device, way.devices))
+        self.loads = pieces.loads(configuration.settings)
+        self.cost = CostModel(self.loads.work, pieces.rates(configuration.devices, configuration.settings))
+        self.positions = (CPU, *configuration.devices)
+        self.devices: tuple[Device | None, ...] = (
+            None,
+            *map(self.problem.machine.device, configuration.devices),
+        )
         self.decode_s, self.prompt_s = self._seconds(DECODE), self._seconds(PROMPT)
         self._moved: dict[tuple[int, tuple[int, ...]], list[tuple[int, int, int]]] = {}
 
@@ -135,7 +138,7 @@ class TableBuilder:
             longest_permille=self.longest_permille(),
             extras=tuple(self._extra(*each) for each in compute.extras),
         )
-        return Table(self.way, frame, self.pieces.group_names)
+        return Table(self.configuration, frame, self.pieces.group_names)
 
     def _extra(self, pattern: HostPattern, n_bytes: tuple[int, ...]) -> Extra:
         home, is_early, _ = pattern
@@ -180,18 +183,18 @@ class TableBuilder:
     def serial_share(self) -> float:
         """What of a stage's prompt time cannot overlap: serial·(1 − overlap·(1 − 1/n)) (cost.pipelined_s)."""
         n = max(self.cost.n_ubatches, 1)
-        return 1.0 - self.cost.overlap * (1.0 - 1.0 / n) if self.way.is_pipelined else 1.0
+        return 1.0 - self.cost.overlap * (1.0 - 1.0 / n) if self.configuration.is_pipelined else 1.0
 
     def longest_permille(self) -> int:
         """What of the longest stage's time is added where stages overlap."""
         n = max(self.cost.n_ubatches, 1)
-        if not self.way.is_pipelined or n == 1:
+        if not self.configuration.is_pipelined or n == 1:
             return 0
         return round(1000 * self.cost.overlap * (1.0 - 1.0 / n) / self.serial_share())
 
     def hidden_us(self) -> tuple[int, int]:
         """What a boundary costs that a layer's way back from the host hides."""
-        if self.way.is_pipelined or len(self.way.devices) < 2:
+        if self.configuration.is_pipelined or len(self.configuration.devices) < 2:
             return 0, 0
         # a streamed weight is computed on a GPU, where the boundary is still to be crossed
         n_prompt = 0 if self.cost.rates.is_streamed else 1
@@ -199,7 +202,7 @@ class TableBuilder:
 
     def fixed_us(self, counts: GraphCounts) -> tuple[int, int]:
         """What every answer takes."""
-        n_devices = len(self.way.devices)
+        n_devices = len(self.configuration.devices)
         decode_s, prompt_s = self.cost.fixed_s(counts.n_nodes_decode, counts.n_nodes_prompt)
         base, n_rpc = 1 + n_devices, sum(map(self.is_rpc, range(len(self.devices))))
         for seconds in (self.cost.splits_s(base, base, max(n_devices - 1, 0)), self.cost.rpc_s(n_rpc)):
@@ -219,7 +222,7 @@ class TableBuilder:
         allowed = self.pieces.pinned_homes.get(self.pieces.example[kind])
         if allowed is not None and self.positions[home] not in allowed:
             return False
-        return home > 0 or self.way.uses_host
+        return home > 0 or self.configuration.uses_host
 
     def _targets(self, kind: int, home: int, n_groups: int) -> list[tuple[int, ...]]:
         """Where the groups may go: all at home first, then all or some of them on one other position."""
@@ -229,10 +232,10 @@ class TableBuilder:
         groups = self.pieces.groups[i] if n_groups else ()
         pinned = [self.pieces.pinned_groups.get((i, group.kind)) for group in groups]
         found = [(home,) * n_groups]
-        if n_groups and home > 0 and not self.way.is_pipelined:
+        if n_groups and home > 0 and not self.configuration.is_pipelined:
             others = range(len(self.positions)) if any(pinned) else self._others(home)
             for other in others:
-                if other == home or (other == 0 and not self.way.uses_host):
+                if other == home or (other == 0 and not self.configuration.uses_host):
                     continue
                 found.append((other,) * n_groups)
                 if n_groups == 2:
@@ -254,7 +257,11 @@ class TableBuilder:
         n_gpus = len(self.positions) - 1
         if n_gpus <= MAX_CROSSING_DEVICES:
             return tuple(range(n_gpus + 1))
-        return (0,) if self.way.uses_host else tuple(p for p in (home - 1, home + 1) if 1 <= p <= n_gpus)
+        return (
+            (0,)
+            if self.configuration.uses_host
+            else tuple(p for p in (home - 1, home + 1) if 1 <= p <= n_gpus)
+        )
 
     def _choice(self, kind: int, home: int, targets: tuple[int, ...]) -> GroupChoice:
         """A choice as the layer all at home plus the difference, each rounded by itself: layers whose groups are
@@ -315,7 +322,7 @@ class TableBuilder:
 
     def kv_position(self, home: int) -> int:
         """Where a layer's context is kept and read."""
-        return home if self.way.settings.is_kv_offloaded else 0
+        return home if self.configuration.settings.is_kv_offloaded else 0
 
     @functools.cached_property
     def cpu_layer_splits_s(self) -> NDArray[np.float64]:

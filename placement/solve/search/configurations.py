@@ -11,7 +11,7 @@ from placement.llamacpp.context_rules import can_pipeline
 from placement.predict.rates import link_place, stream_s_per_byte
 from placement.predict.terms import coefficient
 from placement.solve.frames.pieces import NO_PINS, Pins
-from placement.solve.frames.tables import Way
+from placement.solve.frames.tables import Configuration
 
 UBATCHES = (256, 512, 1024, 2048, 4096)
 MAX_ORDERED_DEVICES = 3  # up to here every subset in every order is tried
@@ -19,7 +19,7 @@ FEWER_THREADS = (0.25, 0.5, 0.75)  # of the cores
 
 
 @dataclass(frozen=True, slots=True)
-class Freedom:
+class SearchSpace:
     """What the search may choose; a single value fixes it."""
 
     ubatches: tuple[int, ...] = UBATCHES
@@ -57,27 +57,27 @@ def device_orders(problem: Problem) -> list[tuple[str, ...]]:
     return list(kept.values())
 
 
-def ways(problem: Problem, freedom: Freedom) -> Iterator[Way]:
+def configurations(problem: Problem, space: SearchSpace) -> Iterator[Configuration]:
     """Every way the freedom allows; an ubatch of more than twice the prompt adds nothing."""
-    smallest = min(freedom.ubatches)
+    smallest = min(space.ubatches)
     longest = max(2 * problem.workload.prompt_tokens, smallest + 1)
-    orders = freedom.orders if freedom.orders is not None else tuple(device_orders(problem))
+    orders = space.orders if space.orders is not None else tuple(device_orders(problem))
     # what a pipeline gains by finer ubatches is believed only once it was measured: each reads all weights again
     is_known = "pipeline_overlap" in problem.machine.coefficients
-    least_pipelined = smallest if is_known else min(DEFAULT_UBATCH_TOKENS, max(freedom.ubatches))
-    for order, ubatch in itertools.product(orders or ((),), freedom.ubatches):
+    least_pipelined = smallest if is_known else min(DEFAULT_UBATCH_TOKENS, max(space.ubatches))
+    for order, ubatch in itertools.product(orders or ((),), space.ubatches):
         if ubatch >= longest:
             continue
         batch = max(problem.settings.batch_tokens, ubatch)
         settings = replace(problem.settings, ubatch_tokens=ubatch, batch_tokens=batch)
         if order:
-            yield Way(order, settings, uses_host=False)
+            yield Configuration(order, settings, uses_host=False)
         can_overlap = can_pipeline(replace(settings, has_overrides=False), len(order))
         if can_overlap and ubatch >= least_pipelined:
-            yield Way(order, settings, uses_host=False, is_pipelined=True)
-        loaded = _fastest_loading(problem, order, settings, freedom.load_modes)
+            yield Configuration(order, settings, uses_host=False, is_pipelined=True)
+        loaded = _fastest_loading(problem, order, settings, space.load_modes)
         for n_threads in thread_counts(problem):
-            yield Way(order, replace(loaded, n_threads=n_threads), uses_host=True)
+            yield Configuration(order, replace(loaded, n_threads=n_threads), uses_host=True)
 
 
 def thread_counts(problem: Problem) -> tuple[int | None, ...]:

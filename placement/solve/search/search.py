@@ -12,10 +12,10 @@ from placement.llamacpp.plan import ComputePlan
 from placement.solve.cpsat.placing import Placing
 from placement.solve.frames.buffers import Planner
 from placement.solve.frames.pieces import Pieces
-from placement.solve.frames.tables import TableBuilder, Way
-from placement.solve.search.configurations import Freedom, ways
-from placement.solve.search.solve_subproblem import GAP, WORK_LIMIT, Settling
-from placement.solve.search.subproblems import Candidate, Hope, Lead, Leads
+from placement.solve.frames.tables import Configuration, TableBuilder
+from placement.solve.search.configurations import SearchSpace, configurations
+from placement.solve.search.solve_subproblem import GAP, WORK_LIMIT, SubproblemSolver
+from placement.solve.search.subproblems import Candidate, LowerBound, Subproblem, Subproblems
 from placement.units import KIB
 
 
@@ -27,60 +27,79 @@ class Search:
     ) -> None:
         """`planner` replaces the simulated plans (an architecture without a rule asks the engine)."""
         self.problem = problem
-        self.leads = Leads(problem, planner)
-        self.buffers = self.leads.buffers
+        self.subproblems = Subproblems(problem, planner)
+        self.buffers = self.subproblems.buffers
         self.seed = seed
         self.time_limit_s = time_limit_s  # of each question
 
     def plan(self, assignment: Assignment) -> ComputePlan:
         """The plan of a placement: simulated, or the engine's once it is known."""
-        return self.leads.plan(assignment)
+        return self.subproblems.plan(assignment)
 
     def learn(self, assignment: Assignment, plan: ComputePlan) -> None:
         """Believe this plan of an assignment (the engine's own), and that others lack as much as its estimate did."""
-        self.leads.learn(assignment, plan)
+        self.subproblems.learn(assignment, plan)
 
-    def lead(self, way: Way, freedom: Freedom) -> Lead | None:
+    def subproblem(self, configuration: Configuration, space: SearchSpace) -> Subproblem | None:
         """The way with the buffers that are known of it; None when it cannot fit."""
-        return self.leads.lead(way, freedom)
+        return self.subproblems.subproblem(configuration, space)
 
-    def hopes(self, freedom: Freedom) -> list[Hope]:
+    def lower_bounds(self, space: SearchSpace) -> list[LowerBound]:
         """Every way that may be worth a look, the most promising first."""
         order: dict[tuple[str, ...], int] = {}
         found = (
-            self.leads.hope(
-                Hope(way, order.setdefault(way.devices, len(order)), 0.0), freedom, self.buffers.nothing(way)
+            self.subproblems.lower_bound(
+                LowerBound(configuration, order.setdefault(configuration.devices, len(order)), 0.0),
+                space,
+                self.buffers.nothing(configuration),
             )
-            for way in ways(self.problem, freedom)
+            for configuration in configurations(self.problem, space)
         )
-        possible = [hope for hope in found if hope.bound < float("inf")]
-        return sorted(self._without_needless_cards(possible, freedom), key=lambda hope: hope.bound)
+        possible = [lower_bound for lower_bound in found if lower_bound.bound < float("inf")]
+        return sorted(
+            self._without_needless_cards(possible, space), key=lambda lower_bound: lower_bound.bound
+        )
 
-    def _without_needless_cards(self, hopes: list[Hope], freedom: Freedom) -> list[Hope]:
+    def _without_needless_cards(self, lower_bounds: list[LowerBound], space: SearchSpace) -> list[LowerBound]:
         """Where the fast cards hold the whole model at the engine's own ubatch, slower cards are left out."""
         speed = {device.name: device.bandwidth_gb_per_s for device in self.problem.machine.devices}
-        roomy = [tokens for tokens in freedom.ubatches if tokens >= DEFAULT_UBATCH_TOKENS]
-        slowest = {hope.way: min((speed[name] for name in hope.way.devices), default=0.0) for hope in hopes}
+        roomy = [tokens for tokens in space.ubatches if tokens >= DEFAULT_UBATCH_TOKENS]
+        slowest = {
+            lower_bound.configuration: min(
+                (speed[name] for name in lower_bound.configuration.devices), default=0.0
+            )
+            for lower_bound in lower_bounds
+        }
         if not roomy:
-            return hopes
+            return lower_bounds
         plain = [
-            hope
-            for hope in hopes
-            if not (hope.way.uses_host or hope.way.is_pipelined)
-            and hope.way.settings.ubatch_tokens == min(roomy)
-            and slowest[hope.way] > min(speed.values())
+            lower_bound
+            for lower_bound in lower_bounds
+            if not (lower_bound.configuration.uses_host or lower_bound.configuration.is_pipelined)
+            and lower_bound.configuration.settings.ubatch_tokens == min(roomy)
+            and slowest[lower_bound.configuration] > min(speed.values())
         ]
-        for hope in sorted(plain, key=lambda hope: (-slowest[hope.way], len(hope.way.devices))):
-            lead = self.lead(hope.way, freedom)
-            if lead is not None and lead.relaxation.answer() is not None:
-                enough = slowest[hope.way]
-                return [each for each in hopes if all(speed[name] >= enough for name in each.way.devices)]
-        return hopes
+        for lower_bound in sorted(
+            plain,
+            key=lambda lower_bound: (
+                -slowest[lower_bound.configuration],
+                len(lower_bound.configuration.devices),
+            ),
+        ):
+            subproblem = self.subproblem(lower_bound.configuration, space)
+            if subproblem is not None and subproblem.relaxation.answer() is not None:
+                enough = slowest[lower_bound.configuration]
+                return [
+                    each
+                    for each in lower_bounds
+                    if all(speed[name] >= enough for name in each.configuration.devices)
+                ]
+        return lower_bounds
 
     def best(
         self,
-        freedom: Freedom,
-        hopes: list[Hope],
+        space: SearchSpace,
+        lower_bounds: list[LowerBound],
         gap: float = GAP,
         taken: Sequence[Candidate] = (),
         work_limit: float = WORK_LIMIT,
@@ -91,24 +110,26 @@ class Search:
         of what it still promises.
         """
         deadline_s = time.monotonic() + self.time_limit_s
-        settling = Settling(self.leads, freedom, gap, taken, self.seed, deadline_s, work_limit)
+        subproblem_solver = SubproblemSolver(
+            self.subproblems, space, gap, taken, self.seed, deadline_s, work_limit
+        )
         best: Candidate | None = None
         open_bound, is_proven = float("inf"), True
-        queue: list[tuple[tuple[float, int, float], int, Hope, Lead | None]] = [
-            (hope.rank, number, hope, None) for number, hope in enumerate(hopes)
+        queue: list[tuple[tuple[float, int, float], int, LowerBound, Subproblem | None]] = [
+            (lower_bound.rank, number, lower_bound, None) for number, lower_bound in enumerate(lower_bounds)
         ]
         heapq.heapify(queue)
         while queue:
-            _, number, hope, lead = heapq.heappop(queue)
+            _, number, lower_bound, subproblem = heapq.heappop(queue)
             limit = best.objective * (1 - gap) if best else float("inf")
-            if hope.bound >= limit:
-                open_bound = min(open_bound, hope.bound)
+            if lower_bound.bound >= limit:
+                open_bound = min(open_bound, lower_bound.bound)
                 continue
-            if lead is None:
-                if (closer := self._closer(hope, freedom)) is not None:
-                    heapq.heappush(queue, (closer[0].rank, number, *closer))
+            if subproblem is None:
+                if (refined := self._refine(lower_bound, space)) is not None:
+                    heapq.heappush(queue, (refined[0].rank, number, *refined))
                 continue
-            found, bound, is_done = settling.settle(lead, limit)
+            found, bound, is_done = subproblem_solver.solve_subproblem(subproblem, limit)
             open_bound, is_proven = min(open_bound, bound), is_proven and is_done
             if found is not None:
                 best = found
@@ -116,27 +137,35 @@ class Search:
             return None
         return replace(best, bound=min(open_bound, best.objective), is_proven=is_proven)
 
-    def _closer(self, hope: Hope, freedom: Freedom) -> tuple[Hope, Lead | None] | None:
+    def _refine(
+        self, lower_bound: LowerBound, space: SearchSpace
+    ) -> tuple[LowerBound, Subproblem | None] | None:
         """The way with its buffers, or then with its frame; None when it cannot fit."""
-        if hope.is_planned:
-            lead = self.lead(hope.way, freedom)
-            if lead is None:
+        if lower_bound.is_planned:
+            subproblem = self.subproblem(lower_bound.configuration, space)
+            if subproblem is None:
                 return None
-            lead = replace(lead, promised=hope.bound)
-            return replace(hope, bound=lead.bound), lead
-        planned = self.leads.hope(hope, freedom, self.leads.known(hope.way), is_planned=True)
+            subproblem = replace(subproblem, kinds_bound=lower_bound.bound)
+            return replace(lower_bound, bound=subproblem.bound), subproblem
+        planned = self.subproblems.lower_bound(
+            lower_bound, space, self.subproblems.known(lower_bound.configuration), is_planned=True
+        )
         return (planned, None) if planned.bound < float("inf") else None
 
 
-def shortfall(search: Search, freedom: Freedom) -> str:
+def shortfall(search: Search, space: SearchSpace) -> str:
     """Which caps fail by how much, on the way that needs least; a multiple of 1 MiB, rounded up."""
     best: tuple[int, str] | None = None
-    smallest = replace(freedom, ubatches=(min(freedom.ubatches),), load_modes=freedom.load_modes[:1])
-    for way in ways(search.problem, smallest):
-        if way.is_pipelined:
+    smallest = replace(space, ubatches=(min(space.ubatches),), load_modes=space.load_modes[:1])
+    for configuration in configurations(search.problem, smallest):
+        if configuration.is_pipelined:
             continue
-        pieces = Pieces(search.problem, freedom.pins)
-        frame = TableBuilder(pieces, way).build(search.buffers.exact(way), freedom.reserve_fraction).frame
+        pieces = Pieces(search.problem, space.pins)
+        frame = (
+            TableBuilder(pieces, configuration)
+            .build(search.buffers.exact(configuration), space.reserve_fraction)
+            .frame
+        )
         placing = Placing(frame, has_caps=False)
         extra = placing.minimise_overflow()
         result = placing.program.solve(5.0, 0.01, search.seed)

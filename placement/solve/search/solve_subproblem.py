@@ -18,8 +18,8 @@ from placement.solve.cpsat.relaxation import Relaxation
 from placement.solve.frames.buffers import compute_table
 from placement.solve.frames.pieces import N_EARLY_LAYERS
 from placement.solve.frames.tables import ComputeTable, Table, host_pattern
-from placement.solve.search.configurations import Freedom
-from placement.solve.search.subproblems import Candidate, Lead, Leads
+from placement.solve.search.configurations import SearchSpace
+from placement.solve.search.subproblems import Candidate, Subproblem, Subproblems
 from placement.units import KIB, MIB
 
 GAP = 0.002  # of a turn: what is proven unless less is asked
@@ -32,18 +32,18 @@ WASTE_BYTES = 24 * MIB  # buffers assumed too large by more than this are correc
 
 
 @dataclass(frozen=True)
-class Settling:
+class SubproblemSolver:
     """How ways are settled: under a freedom, within a gap, unlike the placements taken, until a deadline."""
 
-    leads: Leads
-    freedom: Freedom
+    subproblems: Subproblems
+    space: SearchSpace
     gap: float
     taken: Sequence[Candidate]
     seed: int
     deadline_s: float  # by time.monotonic
     work_limit: float  # CP-SAT's deterministic time for one proof
 
-    def settle(self, lead: Lead, limit: float) -> tuple[Candidate | None, float, bool]:
+    def solve_subproblem(self, subproblem: Subproblem, limit: float) -> tuple[Candidate | None, float, bool]:
         """Solve one way below a limit: a placement that fits or None, the way's bound, whether it is proven.
 
         What is shown of buffers that one placement lacked holds for no other: the bound then stays as it was.
@@ -51,41 +51,43 @@ class Settling:
         floor = float("inf")
         best: tuple[Candidate | None, float, bool] = None, float("inf"), True
         is_tightened = False
-        again: Lead | None = lead
+        again: Subproblem | None = subproblem
         for n_before in range(MAX_CORRECTIONS):
             if again is None:
                 return best
-            lead = again
-            answer, bound, is_proven = self._prove(lead, limit, _excluded(lead, self.taken))
-            floor = bound = min(bound, floor) if lead.compute.is_padded else bound
+            subproblem = again
+            answer, bound, is_proven = self._prove(subproblem, limit, _excluded(subproblem, self.taken))
+            floor = bound = min(bound, floor) if subproblem.compute.is_padded else bound
             if answer is None:
                 return best if best[0] is not None else (None, bound, is_proven)
-            assignment = lead.table.assignment(answer)
-            plan = self.leads.plan(assignment)
-            real = compute_table(lead.way, plan)
-            if not self._fits(lead, answer, real):
-                again = self._correct(lead, answer, real, n_before)
-                again = replace(again, promised=lead.promised) if again is not None else None
+            assignment = subproblem.table.assignment(answer)
+            plan = self.subproblems.plan(assignment)
+            real = compute_table(subproblem.configuration, plan)
+            if not self._fits(subproblem, answer, real):
+                again = self._correct(subproblem, answer, real, n_before)
+                again = replace(again, kinds_bound=subproblem.kinds_bound) if again is not None else None
                 continue
-            speed = evaluate(self.leads.problem, assignment, graph_counts(plan))
-            objective = lead.relaxation.objective(answer)
+            speed = evaluate(self.subproblems.problem, assignment, graph_counts(plan))
+            objective = subproblem.relaxation.objective(answer)
             if best[0] is None or objective < best[0].objective:
                 best = (
                     Candidate(assignment, answer, plan, speed, objective, bound, is_proven),
                     bound,
                     is_proven,
                 )
-            if is_tightened or not self._wastes(lead, answer, real):
+            if is_tightened or not self._wastes(subproblem, answer, real):
                 return best
             is_tightened = True
-            n_bytes = tuple(map(min, lead.compute.n_bytes, real.n_bytes))
-            self.leads.corrected[lead.way] = replace(lead.compute, n_bytes=n_bytes)
-            again = self.leads.lead(lead.way, self.freedom)
-        return best if best[0] is not None else (None, lead.bound, False)
+            n_bytes = tuple(map(min, subproblem.compute.n_bytes, real.n_bytes))
+            self.subproblems.corrected[subproblem.configuration] = replace(
+                subproblem.compute, n_bytes=n_bytes
+            )
+            again = self.subproblems.subproblem(subproblem.configuration, self.space)
+        return best if best[0] is not None else (None, subproblem.bound, False)
 
-    def _wastes(self, lead: Lead, answer: Answer, real: ComputeTable) -> bool:
+    def _wastes(self, subproblem: Subproblem, answer: Answer, real: ComputeTable) -> bool:
         """Whether a card that something was moved off has much more room than its buffers were thought to leave."""
-        layers = lead.table.frame.layers
+        layers = subproblem.table.frame.layers
         lacking = {
             home
             for table, home, pick in zip(layers, answer.homes, answer.picks, strict=True)
@@ -93,56 +95,60 @@ class Settling:
         }
         if not lacking:
             return False
-        over = [a - r for a, r in zip(lead.compute.n_bytes, real.n_bytes, strict=True)]
+        over = [a - r for a, r in zip(subproblem.compute.n_bytes, real.n_bytes, strict=True)]
         return any(over[p] > WASTE_BYTES for p in range(1, len(over)) if p in lacking or 0 in answer.homes)
 
-    def _fits(self, lead: Lead, answer: Answer, real: ComputeTable) -> bool:
+    def _fits(self, subproblem: Subproblem, answer: Answer, real: ComputeTable) -> bool:
         """Whether the placement keeps within the caps with its own compute buffers."""
-        frame = lead.table.frame
+        frame = subproblem.table.frame
         spare = [(cap - used) * KIB for cap, used in zip(frame.cap_kib, used_kib(frame, answer), strict=True)]
-        assumed = self._assumed(lead, answer)
+        assumed = self._assumed(subproblem, answer)
         return all(left + a >= r for left, a, r in zip(spare, assumed, real.n_bytes, strict=True))
 
-    def _assumed(self, lead: Lead, answer: Answer) -> list[int]:
+    def _assumed(self, subproblem: Subproblem, answer: Answer) -> list[int]:
         """The compute buffers that the frame counted for this answer."""
-        assumed = list(lead.compute.n_bytes)
-        for extra in taken_extras(lead.table.frame, answer):
+        assumed = list(subproblem.compute.n_bytes)
+        for extra in taken_extras(subproblem.table.frame, answer):
             assumed = [a + kib * KIB for a, kib in zip(assumed, extra.kib, strict=True)]
         return assumed
 
-    def _correct(self, lead: Lead, answer: Answer, real: ComputeTable, n_before: int) -> Lead | None:
+    def _correct(
+        self, subproblem: Subproblem, answer: Answer, real: ComputeTable, n_before: int
+    ) -> Subproblem | None:
         """The way again, with what its buffers lacked: charged to early or partly moved layers where any are new.
 
         Buffers also depend a little on how many layers a card has, so that placements may take turns at lacking
         some: what is charged to every placement grows by ever more to spare.
         """
-        lacking = tuple(max(0, r - a) for r, a in zip(real.n_bytes, self._assumed(lead, answer), strict=True))
-        frame = lead.table.frame
+        lacking = tuple(
+            max(0, r - a) for r, a in zip(real.n_bytes, self._assumed(subproblem, answer), strict=True)
+        )
+        frame = subproblem.table.frame
         patterns = {
             pattern
             for i, (home, pick) in enumerate(zip(answer.homes, answer.picks, strict=True))
             if (groups := frame.layers[i].choices[home][pick].groups)
             and (pattern := host_pattern(home, i < N_EARLY_LAYERS, groups)) is not None
         }
-        known = dict(lead.compute.extras)
+        known = dict(subproblem.compute.extras)
         new = patterns - known.keys()
         if new and len(new) <= FEW_PATTERNS and n_before < FEW_CORRECTIONS:
             early = {pattern for pattern in new if pattern[1]}
             compute = replace(
-                lead.compute,
-                extras=(*lead.compute.extras, *((each, lacking) for each in sorted(early or new))),
+                subproblem.compute,
+                extras=(*subproblem.compute.extras, *((each, lacking) for each in sorted(early or new))),
             )
         else:
-            spare = WASTE_BYTES << n_before >> 1 if lead.compute.is_padded else 0
+            spare = WASTE_BYTES << n_before >> 1 if subproblem.compute.is_padded else 0
             merged = tuple(
-                a + b + spare * (b > 0) for a, b in zip(lead.compute.n_bytes, lacking, strict=True)
+                a + b + spare * (b > 0) for a, b in zip(subproblem.compute.n_bytes, lacking, strict=True)
             )
-            compute = replace(lead.compute, n_bytes=merged, is_padded=True)
-        self.leads.corrected[lead.way] = compute
-        return self.leads.lead(lead.way, self.freedom)
+            compute = replace(subproblem.compute, n_bytes=merged, is_padded=True)
+        self.subproblems.corrected[subproblem.configuration] = compute
+        return self.subproblems.subproblem(subproblem.configuration, self.space)
 
     def _prove(
-        self, lead: Lead, limit: float, excluded: Sequence[Answer]
+        self, subproblem: Subproblem, limit: float, excluded: Sequence[Answer]
     ) -> tuple[Answer | None, float, bool]:
         """An answer below the limit within the gap, or none; the bound; whether that is proven.
 
@@ -150,21 +156,23 @@ class Settling:
         anything better than the answer, in the homes that the bound leaves open: it proves quickly that nothing
         is below a cutoff.
         """
-        relaxation, bound = lead.relaxation, lead.bound
+        relaxation, bound = subproblem.relaxation, subproblem.bound
         if bound >= limit:
             return None, bound, True
-        answer, low = _first_answer(lead, self.gap / 4 if self.gap <= GAP else self.gap / 2, limit, excluded)
+        answer, low = _first_answer(
+            subproblem, self.gap / 4 if self.gap <= GAP else self.gap / 2, limit, excluded
+        )
         bound = max(bound, low)
         value = float("inf") if answer is None else relaxation.objective(answer)
         while bound < (target := limit if limit < value else value * (1 - self.gap)):
             left_s = self.deadline_s - time.monotonic()
-            homes = relaxation.homes(lead.relaxed, target)
+            homes = relaxation.homes(subproblem.relaxed, target)
             if not all(homes):
                 bound = target
                 break
             if left_s <= 0:
                 return (answer if value < limit else None), bound, False
-            result, found = self._ask(lead, homes, target, answer, excluded, left_s)
+            result, found = self._ask(subproblem, homes, target, answer, excluded, left_s)
             if found is not None:
                 answer, value = found, relaxation.objective(found)
             if result.status == "INFEASIBLE":
@@ -182,7 +190,7 @@ class Settling:
 
     def _ask(
         self,
-        lead: Lead,
+        subproblem: Subproblem,
         homes: list[set[int]],
         target: float,
         answer: Answer | None,
@@ -190,7 +198,9 @@ class Settling:
         left_s: float,
     ) -> tuple[ProgramResult, Answer | None]:
         """CP-SAT's result below a target, and its answer."""
-        placing = Placing(lead.table.frame, *lead.relaxation.weights, homes=homes, has_symmetry=not excluded)
+        placing = Placing(
+            subproblem.table.frame, *subproblem.relaxation.weights, homes=homes, has_symmetry=not excluded
+        )
         for each in excluded:
             placing.exclude(each)
         if target < float("inf"):
@@ -202,17 +212,17 @@ class Settling:
 
 
 def _first_answer(
-    lead: Lead, gap: float, limit: float, excluded: Sequence[Answer]
+    subproblem: Subproblem, gap: float, limit: float, excluded: Sequence[Answer]
 ) -> tuple[Answer | None, float]:
     """What the segments find, and their bound.
 
     Where decode or prompt time is limited, answers are also looked for under weights that favour either.
     """
-    frame, relaxation = lead.table.frame, lead.relaxation
-    answer, low = relaxation.settled(gap, limit)
+    frame, relaxation = subproblem.table.frame, subproblem.relaxation
+    answer, low = relaxation.answer_and_bound(gap, limit)
     found = [answer]
     if answer is None and (frame.max_decode_us is not None or frame.max_prompt_us is not None):
-        found += [Relaxation(frame, *weights).settled(gap)[0] for weights in OTHER_WEIGHTS]
+        found += [Relaxation(frame, *weights).answer_and_bound(gap)[0] for weights in OTHER_WEIGHTS]
     left = [
         each
         for each in found
@@ -223,12 +233,12 @@ def _first_answer(
     return min(left, key=relaxation.objective, default=None), low
 
 
-def _excluded(lead: Lead, taken: Sequence[Candidate]) -> list[Answer]:
+def _excluded(subproblem: Subproblem, taken: Sequence[Candidate]) -> list[Answer]:
     """The taken placements as answers of this way's frame, where they are on its devices."""
     return [
-        Answer(each.answer.homes, tuple(_picks(lead.table, each)))
+        Answer(each.answer.homes, tuple(_picks(subproblem.table, each)))
         for each in taken
-        if each.assignment.devices == lead.way.devices
+        if each.assignment.devices == subproblem.configuration.devices
     ]
 
 

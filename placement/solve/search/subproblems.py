@@ -14,8 +14,8 @@ from placement.solve.cpsat.relaxation import Relaxation, Relaxed
 from placement.solve.frames.bound import kinds_lower_bound
 from placement.solve.frames.buffers import Buffers, Planner
 from placement.solve.frames.pieces import Pieces, Pins
-from placement.solve.frames.tables import ComputeTable, Table, TableBuilder, Way
-from placement.solve.search.configurations import Freedom
+from placement.solve.frames.tables import ComputeTable, Configuration, Table, TableBuilder
+from placement.solve.search.configurations import SearchSpace
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Hope:
+class LowerBound:
     """A way and what its outlook promises at best: least objective in microseconds.
 
     Until its buffers are planned they are taken as nothing.
     """
 
-    way: Way
+    configuration: Configuration
     order: int  # of its devices, among the orders
     bound: float
     is_planned: bool = False
@@ -50,23 +50,23 @@ class Hope:
 
 
 @dataclass(frozen=True)
-class Lead:
+class Subproblem:
     """A way with its frame, its buffers as far as they are known, and what its relaxation gave."""
 
-    way: Way
+    configuration: Configuration
     table: Table
     compute: ComputeTable
     relaxation: Relaxation
     relaxed: Relaxed
-    promised: float = 0.0  # the outlook's bound
+    kinds_bound: float = 0.0  # the outlook's bound
 
     @property
     def bound(self) -> float:
         """Least objective in microseconds; infinite when nothing can fit."""
-        return float("inf") if self.relaxed.bound is None else max(self.relaxed.bound, self.promised)
+        return float("inf") if self.relaxed.bound is None else max(self.relaxed.bound, self.kinds_bound)
 
 
-class Leads:
+class Subproblems:
     """One problem's ways with all that is known of them: pieces, frames, buffers and plans."""
 
     def __init__(self, problem: Problem, planner: Planner | None = None) -> None:
@@ -74,53 +74,57 @@ class Leads:
         self.problem = problem
         self.planner = planner or self._simulate
         self.buffers = Buffers(problem, self.plan)
-        self.corrected: dict[Way, ComputeTable] = {}
+        self.corrected: dict[Configuration, ComputeTable] = {}
         self._pieces: dict[Pins, Pieces] = {}
-        self._builders: dict[tuple[Pins, Way], TableBuilder] = {}
-        self._outlooks: dict[tuple[object, ...], float] = {}
+        self._builders: dict[tuple[Pins, Configuration], TableBuilder] = {}
+        self._kinds_lower_bounds: dict[tuple[object, ...], float] = {}
         self._plans: dict[Assignment, ComputePlan] = {}
         self._learned: set[Assignment] = set()
         self._lacking: dict[str, int] = {}  # bytes by device that the engine plans beyond our estimates
 
-    def hope(self, hope: Hope, freedom: Freedom, compute: ComputeTable, *, is_planned: bool = False) -> Hope:
+    def lower_bound(
+        self, lower_bound: LowerBound, space: SearchSpace, compute: ComputeTable, *, is_planned: bool = False
+    ) -> LowerBound:
         """What a way promises with those buffers, or what it was already known to cost at least."""
-        builder = self._builder(hope.way, freedom)
+        builder = self._builder(lower_bound.configuration, space)
         fixed_us = builder.fixed_us(compute.counts)
-        caps = builder.caps_kib(compute, freedom.reserve_fraction)
+        caps = builder.caps_kib(compute, space.reserve_fraction)
 
-        def promised(weights: tuple[int, int]) -> float:
-            key = freedom.pins, hope.way, fixed_us, caps, weights
-            if key not in self._outlooks:
-                self._outlooks[key] = kinds_lower_bound(builder, fixed_us, caps, weights)
-            return self._outlooks[key]
+        def kinds_bound(weights: tuple[int, int]) -> float:
+            key = space.pins, lower_bound.configuration, fixed_us, caps, weights
+            if key not in self._kinds_lower_bounds:
+                self._kinds_lower_bounds[key] = kinds_lower_bound(builder, fixed_us, caps, weights)
+            return self._kinds_lower_bounds[key]
 
-        for limit_us, alone in zip(self._limits_us(freedom), ((1, 0), (0, 1)), strict=True):
-            if limit_us is not None and promised(alone) > limit_us:
-                return replace(hope, bound=float("inf"), is_planned=is_planned)
-        return replace(hope, bound=max(hope.bound, promised(freedom.weights)), is_planned=is_planned)
+        for limit_us, alone in zip(self._limits_us(space), ((1, 0), (0, 1)), strict=True):
+            if limit_us is not None and kinds_bound(alone) > limit_us:
+                return replace(lower_bound, bound=float("inf"), is_planned=is_planned)
+        return replace(
+            lower_bound, bound=max(lower_bound.bound, kinds_bound(space.weights)), is_planned=is_planned
+        )
 
-    def known(self, way: Way) -> ComputeTable:
+    def known(self, configuration: Configuration) -> ComputeTable:
         """The way's buffers: a typical placement's until one is found, then corrected by that one's."""
-        if way not in self.corrected:
-            self.corrected[way] = self.buffers.exact(way)
-        return self.corrected[way]
+        if configuration not in self.corrected:
+            self.corrected[configuration] = self.buffers.exact(configuration)
+        return self.corrected[configuration]
 
-    def _builder(self, way: Way, freedom: Freedom) -> TableBuilder:
-        key = freedom.pins, way
+    def _builder(self, configuration: Configuration, space: SearchSpace) -> TableBuilder:
+        key = space.pins, configuration
         if key not in self._builders:
-            if freedom.pins not in self._pieces:
-                self._pieces[freedom.pins] = Pieces(self.problem, freedom.pins)
-            self._builders[key] = TableBuilder(self._pieces[freedom.pins], way)
+            if space.pins not in self._pieces:
+                self._pieces[space.pins] = Pieces(self.problem, space.pins)
+            self._builders[key] = TableBuilder(self._pieces[space.pins], configuration)
         return self._builders[key]
 
-    def lead(self, way: Way, freedom: Freedom) -> Lead | None:
+    def subproblem(self, configuration: Configuration, space: SearchSpace) -> Subproblem | None:
         """The way with the buffers that are known of it; None when it cannot fit."""
-        compute = self.known(way)
-        table = self._builder(way, freedom).build(compute, freedom.reserve_fraction)
-        limits_us = self._limits_us(freedom)
+        compute = self.known(configuration)
+        table = self._builder(configuration, space).build(compute, space.reserve_fraction)
+        limits_us = self._limits_us(space)
         frame = replace(
             table.frame,
-            max_host_layers=freedom.max_host_layers,
+            max_host_layers=space.max_host_layers,
             max_decode_us=limits_us[0],
             max_prompt_us=limits_us[1],
         )
@@ -129,15 +133,15 @@ class Leads:
                 least = Relaxation(frame, *alone).bound().bound
                 if least is None or least > limit_us:
                     return None
-        relaxation = Relaxation(frame, *freedom.weights)
+        relaxation = Relaxation(frame, *space.weights)
         relaxed = relaxation.bound()
         if relaxed.bound is None:
             return None
-        return Lead(way, replace(table, frame=frame), compute, relaxation, relaxed)
+        return Subproblem(configuration, replace(table, frame=frame), compute, relaxation, relaxed)
 
-    def _limits_us(self, freedom: Freedom) -> tuple[int | None, int | None]:
+    def _limits_us(self, space: SearchSpace) -> tuple[int | None, int | None]:
         """The freedom's limits on decode and prompt time, of a turn."""
-        decode_s, prompt_s = freedom.max_decode_s, freedom.max_prompt_s
+        decode_s, prompt_s = space.max_decode_s, space.max_prompt_s
         n_generated = max(self.problem.workload.generate_tokens, 1)
         return (
             None if decode_s is None else int(decode_s * 1e6 * n_generated),
