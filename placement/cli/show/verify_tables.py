@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from placement.inputs.problem import HOST
 from placement.llamacpp.emit.arguments import shell_command
 from placement.measure.records import log as records
 from placement.measure.verify.decide import CandidateResult
@@ -26,7 +27,7 @@ def seen_devices(report: VerifyReport) -> list[str]:
         names.update(dict.fromkeys(result.devices))
         if result.predicted is not None:
             names.update(dict.fromkeys(result.predicted.self_mib))
-    return sorted(name for name in names if name != "Host")
+    return sorted(name for name in names if name != HOST)
 
 
 def header(report: VerifyReport) -> list[str]:

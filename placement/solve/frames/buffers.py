@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from placement.inputs.groups import movable_groups
-from placement.inputs.problem import CPU, Assignment, Problem
+from placement.inputs.problem import CPU, HOST, Assignment, Problem
 from placement.llamacpp.architecture.describe import describe
 from placement.llamacpp.plan import ComputePlan
 from placement.predict.cost import GraphCounts, graph_counts
@@ -19,7 +19,7 @@ Planner = Callable[[Assignment], ComputePlan]
 
 def compute_table(configuration: Configuration, plan: ComputePlan) -> ComputeTable:
     """A plan's buffers by position of the way."""
-    names = ("Host", *configuration.devices)
+    names = (HOST, *configuration.devices)
     return ComputeTable(tuple(plan.compute_bytes.get(name, 0) for name in names), graph_counts(plan))
 
 

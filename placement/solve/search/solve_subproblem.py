@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from placement.predict.cost import evaluate, graph_counts
-from placement.solve.cpsat.frame import Answer, is_alike, taken_extras, used_kib
+from placement.solve.cpsat.frame import CPU_POSITION, Answer, is_alike, taken_extras, used_kib
 from placement.solve.cpsat.placing import Placing
 from placement.solve.cpsat.program import ProgramResult
 from placement.solve.cpsat.relaxation import Relaxation
@@ -91,7 +91,7 @@ class SubproblemSolver:
         lacking = {
             home
             for table, home, pick in zip(layers, answer.homes, answer.picks, strict=True)
-            if home == 0 or pick
+            if home == CPU_POSITION or pick
         }
         if not lacking:
             return False
