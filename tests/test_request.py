@@ -17,14 +17,15 @@ from placement.errors import InputError
 from placement.inputs import engine_options
 from placement.inputs.problem import Settings
 from placement.inputs.quants import KV_CACHE_TYPES
+from placement.llamacpp.context_rules import MAX_SLOTS
 from placement.solve.constraints import constraints_of
 from placement.solve.questions import answered
-from placement.solve.request import INT_MAX, MOST_BEST, MOST_SLOTS, FixedSettings, LoadMode, Request
+from placement.solve.request import INT_MAX, MOST_BEST, FixedSettings, LoadMode, Request
 from placement.solve.solve import make_problem
 
 WHOLE = {  # field: (option, least, most)
     "ctx_tokens": ("--ctx", 1, INT_MAX),
-    "n_slots": ("--parallel", 1, MOST_SLOTS),
+    "n_slots": ("--parallel", 1, MAX_SLOTS),
     "ubatch_tokens": ("--ubatch", 1, INT_MAX),
     "prompt_tokens": ("--prompt", 1, INT_MAX),
     "generate_tokens": ("--generate", 1, INT_MAX),

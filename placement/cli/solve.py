@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from placement.cli import options
-from placement.solve.request import LEAST_TIME_S, MOST_BEST, MOST_SLOTS, Request
+from placement.llamacpp.context_rules import MAX_SLOTS
+from placement.solve.request import LEAST_TIME_S, MOST_BEST, Request
 
 if TYPE_CHECKING:
     from placement.inputs.machine import Machine
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 @options.model_argument
 @options.machine_option
 @options.ctx_option
-@options.parallel_option(MOST_SLOTS)
+@options.parallel_option(MAX_SLOTS)
 @options.kv_option("f16, q8_0, q4_0, … or auto.")
 @options.ubatch_option
 @options.prompt_option()
