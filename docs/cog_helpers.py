@@ -85,7 +85,7 @@ def coefficient_table() -> str:
     """Every coefficient of the speed model: default, the reference machine's own value, unit and meaning."""
     fitted = resolve_machine(REFERENCE_MACHINE).coefficients
     rows = [f"| coefficient | default | `{REFERENCE_MACHINE}` | unit | meaning |", "|---|---|---|---|---|"]
-    for name, (value, unit, meaning) in DEFAULTS.items():
+    for name, each in DEFAULTS.items():
         own = f"{fitted[name].value:g} ({fitted[name].source})" if name in fitted else ""
-        rows.append(f"| `{name}` | {value:g} | {own} | {unit} | {meaning} |")
+        rows.append(f"| `{name}` | {each.value:g} | {own} | {each.unit} | {each.meaning} |")
     return "\n".join(rows)
