@@ -245,3 +245,23 @@ def test_an_example_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     over_a_cap = "-ot blk" in line or line.startswith("place check glm-flash ")
     assert result.exception is None or isinstance(result.exception, SystemExit), result.output
     assert result.exit_code == 0 or (over_a_cap and result.exit_code == 1), result.output
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    """The ten lines of Python work as they stand."""
+    (text,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(text, "README.md", "exec"), names)
+    assert "OPTIMAL" == getattr(names["result"], "status", None)
+
+
+WINGS = sorted(path.name for path in (ROOT / "placement").iterdir() if (path / "__init__.py").is_file())
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_the_map_names_every_module_of_a_wing(wing: str) -> None:
+    """No module of a wing is missing from docs/architecture.md: the map cannot rot."""
+    text = PAGES["docs/architecture.md"].partition(f"\n### {wing}\n")[2].partition("\n### ")[0]
+    text += PAGES["docs/architecture.md"].partition("\n### The graph\n")[2].partition("\n## ")[0]
+    paths = [path for path in (ROOT / "placement" / wing).rglob("*.py") if path.stem != "__init__"]
+    assert [] == sorted(str(path) for path in paths if f"`{path.stem}`" not in text)
