@@ -245,7 +245,7 @@ def test_solve_json_is_what_is_kept(place: Place, tmp_path: Path) -> None:
 
 
 def test_check_of_a_solution_agrees(place: Place) -> None:
-    """Checking the recommended arguments gives the memory, splits and speed that solve had promised."""
+    """Checking the recommended arguments gives the memory, splits and speed that solve had predicted."""
     first = place(SOLVE + "--json").row["solutions"][0]
     ran = place(f"{CHECK} --json --args {shlex.quote(shlex.join(first['args']))}")
     row = ran.row

@@ -45,7 +45,7 @@ def test_largest_context_fits_and_the_next_does_not() -> None:
 
 
 def test_headroom_keeps_the_speed_asked_for() -> None:
-    """The largest reserve still decodes as fast as wished, and is larger than none."""
+    """The largest reserve still decodes as fast as asked for, and is larger than none."""
     fastest = solve_request(MODEL, TIGHT, Request()).solutions[0].speed.decode_tps
     asked = Request(min_decode_tps=fastest * 0.7)
     found = max_headroom(MODEL, TIGHT, asked)

@@ -97,7 +97,7 @@ def test_what_is_no_finite_number_is_refused(name: str, value: object) -> None:
     ],
 )
 def test_numbers_below_their_least_are_refused(name: str, value: float, rule: str) -> None:
-    """A reserve may be nothing, a wished speed may not, a search needs some time."""
+    """A reserve may be nothing, a speed that is asked for may not, a search needs some time."""
     assert rule == refusal(**{name: value}).rule
 
 
@@ -211,7 +211,7 @@ def test_what_is_asked_wins_over_kept_arguments() -> None:
 
 
 def test_constraints_are_told_in_the_users_words() -> None:
-    """Each placement that stays is one wish, those of `keep` last."""
+    """Each placement that stays is one constraint, those of `keep` last."""
     request = Request(
         devices=("CUDA0",), n_gpu_layers=3, max_cpu_layers=1, pins=(r"blk\.1\.=CUDA0",), keep="-ub 256"
     )

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--compare",
-    "rivals",
+    "others",
     multiple=True,
     metavar="MODEL",
     help="Rate other models beside this one, in one table.",
@@ -102,7 +102,7 @@ def command(
     is_json: bool,
     engine_name: str,
     rpc: tuple[str, ...],
-    rivals: tuple[str, ...],
+    others: tuple[str, ...],
     maximize: Maximize | None,
     is_max_ctx: bool,
     is_why: bool,
@@ -122,8 +122,8 @@ def command(
     from placement.solve.run import EngineChoice, run_solve
 
     model, machine = options.load(model_name), options.machine_of(machine_name, rpc)
-    if rivals:
-        _compare([model, *map(options.load, rivals)], machine, options.request_of(given), is_json)
+    if others:
+        _compare([model, *map(options.load, others)], machine, options.request_of(given), is_json)
         return
     with options.progress() as tell:
         outcome = run_solve(

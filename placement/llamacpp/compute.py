@@ -98,7 +98,7 @@ class _Planner:
             raise UnknownGraph("no layers")
 
     def _simulated(self) -> ComputePlan:
-        """Reserve decode and prompt graphs, flash attention settled first."""
+        """Reserve decode and prompt graphs, flash attention decided first."""
         context = self._context()
         decode_batch = self._decode_batch(context)
         decode = self._reserve(context, decode_batch, has_pins=True, needs_sizes=False)

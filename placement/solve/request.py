@@ -1,4 +1,4 @@
-"""What a solve is asked for: the turn, the limits, what the user fixes. The only way in, and where defaults stand.
+"""What a solve is asked for: the turn, the limits, what the user fixes. Nothing else comes in, and here defaults stand.
 
 A `Request` that exists keeps every rule that can be told without a model and a machine; `constraints` says what its
 pins and kept arguments mean on those, `solve.make_problem` fills in what it leaves open.

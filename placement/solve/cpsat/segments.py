@@ -152,7 +152,7 @@ class Segments:
         return float(self.forward[-1][self.n_layers])
 
     def survivors(self, most: float) -> list[Matrix]:
-        """Per position, the segments' bounds; infinite where no path of at most `most` leads through."""
+        """Per position, the segments' bounds; infinite where no path of at most `most` passes."""
         most += 1e-9 * abs(most)  # sums in another order
         kept = []
         after = np.full(self.n_layers + 1, inf)
