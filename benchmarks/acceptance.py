@@ -91,7 +91,7 @@ def learn(want: Asked, seed: int, pool: tuple[Placed, ...]) -> Learned:
     base = MACHINES[want.kind]()
     simulated, rng = Simulated(seed, want.spread, misfit=want.misfit, base=base), random.Random(seed)
     order = rng.sample(pool, len(pool))
-    found = Learned({}, {}, {}, {})
+    result = Learned({}, {}, {}, {})
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "m--simulated--w"
         _name_model(runs, pool[0].problem.model)
@@ -102,12 +102,12 @@ def learn(want: Asked, seed: int, pool: tuple[Placed, ...]) -> Learned:
                     if n == 0
                     else calibrate_machine(base, runs.parent, "2026-01-02", with_advice=False)[0]
                 )
-                _judge(found, n, machine, simulated, order)
+                _judge(result, n, machine, simulated, order)
             if n == max(RUNS):
                 break
             simulated.noise = rng.uniform(*want.noise)
             simulated.keep(runs, order[n], throttle=_slowness(want, rng), repeats=3)
-    return found
+    return result
 
 
 def _name_model(folder: Path, model: Model) -> None:
@@ -123,28 +123,28 @@ def _slowness(want: Asked, rng: random.Random) -> float:
     return rng.uniform(1.15, 1.6) if rng.random() < want.throttled else 1.0
 
 
-def _judge(found: Learned, n: int, machine: Machine, simulated: Simulated, order: list[Placed]) -> None:
+def _judge(result: Learned, n: int, machine: Machine, simulated: Simulated, order: list[Placed]) -> None:
     """Note the errors of all placements that no calibration of this machine has seen."""
     rows = [rows_of(each) for each in order]
-    for kept, i in ((found.decode, 0), (found.prompt, 1)):
+    for kept, i in ((result.decode, 0), (result.prompt, 1)):
         kept[n] = [abs(simulated.true_s(r[i]) / predict_s(r[i], machine) - 1.0) for r in rows[max(RUNS) :]]
     identified = {name: each for name, each in machine.coefficients.items() if each.source == "calibrated"}
-    found.coefficients[n] = [
+    result.coefficients[n] = [
         abs(math.log(each.value / simulated.machine.coefficients[name].value))
         for name, each in identified.items()
         if name.partition(".")[0] in MAIN
     ]
     true = [simulated.true_s(b) + 500 * simulated.true_s(a) for a, b in rows]
     said = [predict_s(b, machine) + 500 * predict_s(a, machine) for a, b in rows]
-    found.gaps[n] = true[said.index(min(said))] / min(true) - 1.0
+    result.gaps[n] = true[said.index(min(said))] / min(true) - 1.0
 
 
 def _lines(all_found: list[Learned], want: Asked) -> Iterator[str]:
     for n in (0, *RUNS):
-        decode = [each for found in all_found for each in found.decode[n]]
-        prompt = [each for found in all_found for each in found.prompt[n]]
-        off = [each for found in all_found for each in found.coefficients[n]]
-        good = sum(found.gaps[n] <= 0.02 for found in all_found) / len(all_found)
+        decode = [each for result in all_found for each in result.decode[n]]
+        prompt = [each for result in all_found for each in result.prompt[n]]
+        off = [each for result in all_found for each in result.coefficients[n]]
+        good = sum(result.gaps[n] <= 0.02 for result in all_found) / len(all_found)
         truth = f"; coefficients off by {statistics.median(off):.1%}, asked {TOLERANCE[n]:.0%}" if off else ""
         yield (
             f"{n:2} runs: decode off by {statistics.median(decode):.1%} (90th percentile "
@@ -170,8 +170,8 @@ def main() -> None:
     want, began_s = asked(), time.monotonic()
     pool = placements(want.model, 48, want.seed + 1, want.kind)
     print(f"{want.machines} machines: {want}")
-    found = [learn(want, 20_000 + want.seed + i, pool) for i in range(want.machines)]
-    for line in _lines(found, want):
+    results = [learn(want, 20_000 + want.seed + i, pool) for i in range(want.machines)]
+    for line in _lines(results, want):
         print(line)
     print(f"{time.monotonic() - began_s:.0f} s")
 

@@ -29,7 +29,7 @@ CHOICES = ((0.01, 0.22, 0.0), (0.02, 0.35, 0.0), (0.01, 0.22, 0.12), (0.045, 0.2
 
 def errors(name: str, kind: str, n_runs: int, n_machines: int, noise: float) -> list[float]:
     """Errors of the placements not run, over machines."""
-    rows, found = pool(name)[kind == PROMPT], []
+    rows, result = pool(name)[kind == PROMPT], []
     for seed in range(5000, 5000 + n_machines):
         simulated = Simulated(seed, noise=noise)
         true = {key: each.value for key, each in simulated.machine.coefficients.items()}
@@ -37,8 +37,8 @@ def errors(name: str, kind: str, n_runs: int, n_machines: int, noise: float) -> 
         runs = simulated.runs([rows[i] for i in order[:n_runs]])
         fit = calibrate(bare_machine(), runs, kind, true if kind == PROMPT else None, with_errors=False)
         rest = [rows[i] for i in order[n_runs:]]
-        found += [abs(simulated.true_s(r) / p - 1) for r, p in zip(rest, fit.predict(rest)[0], strict=True)]
-    return found
+        result += [abs(simulated.true_s(r) / p - 1) for r, p in zip(rest, fit.predict(rest)[0], strict=True)]
+    return result
 
 
 def flags(n_machines: int, n_runs: int, slower: float) -> tuple[float, float]:
@@ -64,10 +64,10 @@ def main() -> None:
             for noise in (0.01, 0.03):
                 cells = []
                 for n_runs in (0, 4, 8, 16):
-                    found = errors(name, kind, n_runs, n_machines, noise)
+                    result = errors(name, kind, n_runs, n_machines, noise)
                     asked = f", asked {ASKED[n_runs]:.0%}" if kind == DECODE and n_runs in ASKED else ""
-                    most = statistics.quantiles(found, n=10)[-1]
-                    cells.append(f"{n_runs} runs {statistics.median(found):.1%} ({most:.0%}{asked})")
+                    most = statistics.quantiles(result, n=10)[-1]
+                    cells.append(f"{n_runs} runs {statistics.median(result):.1%} ({most:.0%}{asked})")
                 print(f"  {name} {kind}, noise {noise:.0%}: " + "; ".join(cells))
     for n_runs in (8, 16):
         for slower in (1.25, 1.4):

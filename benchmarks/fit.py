@@ -124,8 +124,8 @@ class Case:
             program=PROGRAM,
             **asked,
         )
-        found = solve_request(self.model, self.machine, request).solutions
-        return found[0].assignment if found else None
+        result = solve_request(self.model, self.machine, request).solutions
+        return result[0].assignment if result else None
 
     def is_within_margin(self, assignment: Assignment) -> bool:
         """Whether a placement keeps the margin free on every card."""
@@ -140,14 +140,14 @@ class Case:
 
 def cases(folder: Path) -> list[Case]:
     """The rows of fit.jsonl."""
-    found = []
+    results = []
     for line in (folder / "fit.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         machine = read_machine(MACHINES / f"{row['machine']}.toml")
         devices = tuple(dataclasses.replace(each, runtime_mib=0.0) for each in machine.devices)
         model = model_from_facts(next(folder.glob(f"*/{row['model']}.json")))
-        found.append(Case(row, model, dataclasses.replace(machine, devices=devices)))
-    return found
+        results.append(Case(row, model, dataclasses.replace(machine, devices=devices)))
+    return results
 
 
 def rated(case: Case, rate_names: list[str]) -> tuple[list[float], list[float] | None, bool]:

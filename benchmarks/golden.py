@@ -87,7 +87,7 @@ def tallies(folder: Path, by: str) -> dict[tuple[str, str], Tally]:
     """Tallies by (file, kind or model)."""
     models: dict[str, Model] = {}
     machines: dict[str, Machine] = {}
-    found: dict[tuple[str, str], Tally] = defaultdict(Tally)
+    results: dict[tuple[str, str], Tally] = defaultdict(Tally)
     for file in sorted(folder.glob("plans*.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
@@ -98,13 +98,13 @@ def tallies(folder: Path, by: str) -> dict[tuple[str, str], Tally]:
                 machines[host] = read_machine(MACHINES / f"{host}.toml")
             keys = {"kind": (row["kind"],), "model": (name,), "both": (f"{name} {row['kind']}",)}[by]
             for key in (*keys, "all"):
-                tally = found[file.stem, key]
+                tally = results[file.stem, key]
                 try:
                     tally.add(row, models[name], machines[host])
                 except Exception as error:
                     tally.n_failed += 1
                     print(f"{name} {' '.join(row['args'])}: {error!r}", file=sys.stderr)
-    return found
+    return results
 
 
 def main() -> None:
@@ -113,14 +113,14 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT.parent / "shared" / "golden")
     parser.add_argument("--by", choices=("kind", "model", "both"), default="kind")
     asked = parser.parse_args()
-    found = tallies(asked.folder, asked.by)
+    result = tallies(asked.folder, asked.by)
     print(f"| file | {asked.by} {HEAD}")
     print("|---" * 10 + "|")
     for (file, key), tally in sorted(
-        found.items(), key=lambda item: (item[0][0], item[0][1] == "all", item[0][1])
+        result.items(), key=lambda item: (item[0][0], item[0][1] == "all", item[0][1])
     ):
         print(f"| {file} | {key} | {tally.cells()} |")
-    sys.exit(0 if found and all(tally.is_good for tally in found.values()) else 1)
+    sys.exit(0 if result and all(tally.is_good for tally in result.values()) else 1)
 
 
 if __name__ == "__main__":

@@ -73,12 +73,12 @@ def solve_row(model: str, n_runs: int) -> str:
         drop_from_page_cache(Path(sysconfig.get_path("purelib")))
         cold_s, _ = run(solve_words(model, "cold"), folder)
         warm = [run(solve_words(model, f"warm{i}"), folder) for i in range(n_runs)]
-    found = json.loads(warm[-1][1])
-    best = found["solutions"][0]
+    result = json.loads(warm[-1][1])
+    best = result["solutions"][0]
     gap = "-" if best["gap"] is None else f"{best['gap']:.2%}"
     warm_s = statistics.median(seconds for seconds, _ in warm)
     return (
-        f"{model:20}{cold_s:8.2f}{warm_s:8.2f}{found['status']:>8}{gap:>8}{best['splits']['decode']:>8}"
+        f"{model:20}{cold_s:8.2f}{warm_s:8.2f}{result['status']:>8}{gap:>8}{best['splits']['decode']:>8}"
         f"{best['speed']['decode_tps']:>8.1f}{best['speed']['prompt_tps']:>9.0f}"
     )
 
@@ -89,7 +89,7 @@ def import_rows(model: str) -> list[tuple[int, int, str]]:
         words = [sys.executable, "-X", "importtime", *solve_words(model, "imports")]
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True)
     lines = map(_IMPORT.match, done.stderr.splitlines())
-    return [(int(found[1]), int(found[2]), found[4]) for found in lines if found]
+    return [(int(result[1]), int(result[2]), result[4]) for result in lines if result]
 
 
 def by_package(rows: list[tuple[int, int, str]]) -> dict[str, float]:

@@ -225,12 +225,12 @@ def row(name: str, problem: Problem, limit_s: float | None) -> str:
     space = SearchSpace()
     lower_bounds = search.lower_bounds(space)
     subproblems_s = time.perf_counter() - start_s
-    found = search.best(space, lower_bounds, gap=GAP)
+    result = search.best(space, lower_bounds, gap=GAP)
     best_s, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
     what = "nothing fits"
-    if found is not None:
-        gap = 1 - found.bound / found.objective
-        what = f"{gap:8.3%} {found.is_proven!s:>6} {found.speed.turn_s:9.2f}  {len(found.assignment.devices)} of {len(problem.machine.devices)}"
+    if result is not None:
+        gap = 1 - result.bound / result.objective
+        what = f"{gap:8.3%} {result.is_proven!s:>6} {result.speed.turn_s:9.2f}  {len(result.assignment.devices)} of {len(problem.machine.devices)}"
     allowed = f"{limit_s:5.0f}" if limit_s else "    -"
     return (
         f"{name:22}{subproblems_s:8.2f}{best_s:8.2f}{cpu_s:8.2f}{allowed}{sizes.n_programs:6}{sizes.wall_s:8.2f}"

@@ -44,7 +44,7 @@ def main() -> None:
         start = time.perf_counter()
         outcome = write(name, asked.out)
         seconds = time.perf_counter() - start
-        best, state = outcome.found.solutions[0], "written" if outcome.is_new else "unchanged"
+        best, state = outcome.solution_set.solutions[0], "written" if outcome.is_new else "unchanged"
         gap = "-" if best.gap is None else f"{best.gap:.2%}"
         print(
             f"{name:<18} {seconds:5.2f} s  {state:<9}  {best.speed.turn_s:6.2f} s/turn  gap {gap:>6}"

@@ -124,10 +124,10 @@ def detect_machine() -> Machine:
     from placement.inputs.detect import detect_hardware as detect
     from placement.inputs.recognise import with_learned
 
-    found, reason = detect()
-    if found is None:
+    result, reason = detect()
+    if result is None:
         raise PlacementError(reason)
-    return with_learned(found, lambda _text: None)
+    return with_learned(result, lambda _text: None)
 
 
 def solve(
@@ -149,7 +149,7 @@ def solve(
     warnings: list[str] = []
     request = Request(**{name: _frozen(value) for name, value in asked.items()})  # type: ignore[arg-type]
     solved = find_solutions(model, machine, request, EngineChoice(str(engine)), warn=warnings.append)
-    found, lines = solved.found, commands(solved.problem, solved.found)
+    result, lines = solved.solution_set, commands(solved.problem, solved.solution_set)
     placements = tuple(
         Placement(
             name=each.name,
@@ -162,10 +162,10 @@ def solve(
             devices=each.devices,
             headroom_mib=each.headroom_mib,
         )
-        for each in found.solutions
+        for each in result.solutions
     )
     told = tuple(text.removeprefix("place: ").removeprefix("warning: ") for text in warnings)
-    return Result(found.status, placements, found.message, told)
+    return Result(result.status, placements, result.message, told)
 
 
 def check(

@@ -22,10 +22,10 @@ FAKE_HELP = """-m,    --model FNAME                    model path
 @pytest.fixture(scope="session")
 def engine() -> Engine:
     """The llama.cpp that PLACE_ENGINE names, or the one that .ci/engine has built; skips without either."""
-    found = _named_engine() or _built_engine()
-    if found is None:
+    result = _named_engine() or _built_engine()
+    if result is None:
         pytest.skip("no llama.cpp: run .ci/engine, or set PLACE_ENGINE to a folder with its programs")
-    return found
+    return result
 
 
 def _named_engine() -> Engine | None:
@@ -67,9 +67,9 @@ def fake_engine(tmp_path: Path) -> Callable[..., Engine]:
             f"#!/bin/sh\ncase \"$*\" in *--help*) printf '%s' '{quoted}'; exit 0;; esac\n{body}\n"
         )
         script.chmod(0o755)
-        found = find_engine(tmp_path)
-        assert found is not None
-        return found
+        result = find_engine(tmp_path)
+        assert result is not None
+        return result
 
     return make
 
@@ -92,8 +92,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says how many tests ran a real llama.cpp: a skip there should not go unseen."""
-    found = {
+    results = {
         outcome: sum(ENGINE_TEST in report.user_properties for report in terminalreporter.getreports(outcome))
         for outcome in ("passed", "failed", "skipped")
     }
-    terminalreporter.write_line("engine tests: " + ", ".join(f"{n} {name}" for name, n in found.items()))
+    terminalreporter.write_line("engine tests: " + ", ".join(f"{n} {name}" for name, n in results.items()))

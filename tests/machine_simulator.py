@@ -123,12 +123,12 @@ def placements(
     name: str = "qwen3-30b-a3b-q4", n: int = 40, seed: int = 0, kind: str = "two cards"
 ) -> tuple[Placed, ...]:
     """Random sensible placements of a model: device orders, cuts, experts off their home, ubatches, load modes."""
-    rng, found = random.Random(seed), {}
-    chosen = two_families(name.removesuffix("+")) if name.endswith("+") else model(name)
-    while len(found) < n:
-        each = _random(chosen, rng, len(found), MACHINES[kind]())
-        found.setdefault((each.assignment, each.problem.workload), each)
-    return tuple(found.values())
+    rng, result = random.Random(seed), {}
+    picked = two_families(name.removesuffix("+")) if name.endswith("+") else model(name)
+    while len(result) < n:
+        each = _random(picked, rng, len(result), MACHINES[kind]())
+        result.setdefault((each.assignment, each.problem.workload), each)
+    return tuple(result.values())
 
 
 def _orders(machine: Machine) -> list[tuple[str, ...]]:
@@ -317,7 +317,7 @@ def tuned_choice(
         for each in choose_runs(fits, proposals, turns):
             token, read, seconds = turn(each)
             if surprising(fits, [each], {each.key: seconds}):
-                token, read, seconds = min((token, read, seconds), turn(each), key=lambda found: found[2])
+                token, read, seconds = min((token, read, seconds), turn(each), key=lambda result: result[2])
             rows += [token, read]
             turns[each.key] = seconds
     n_runs = len(turns)

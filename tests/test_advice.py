@@ -86,8 +86,8 @@ def advised(
     of, on = of or model(), on or machine()
     arguments = parse(text)
     assignment = resolve(of, on, arguments)
-    found = advise(of, on, arguments, assignment, planner if plan else None)
-    return {advice.code: advice.message for advice in found}
+    result = advise(of, on, arguments, assignment, planner if plan else None)
+    return {advice.code: advice.message for advice in result}
 
 
 def test_good_arguments_get_no_advice() -> None:
@@ -181,8 +181,8 @@ def test_pipeline_given_up_for_nothing_is_told() -> None:
 
 def test_flash_attention_turned_off_costs_buffers() -> None:
     """What `-fa auto` costs when it gives up is a difference of plans."""
-    found = advised(r"-ngl 99 -ts 8,5 -ot blk\.3\.=CUDA1", plan=True)
-    assert "2.0 MiB more" in found["flash-attention-auto-off"]
+    result = advised(r"-ngl 99 -ts 8,5 -ot blk\.3\.=CUDA1", plan=True)
+    assert "2.0 MiB more" in result["flash-attention-auto-off"]
 
 
 def test_quantised_v_keeps_flash_attention_on() -> None:
@@ -194,8 +194,8 @@ def test_quantised_v_keeps_flash_attention_on() -> None:
 
 def test_host_over_its_cap_is_told() -> None:
     """More in host memory than the CPU may give is told in MiB."""
-    found = advised("-cmoe -lm none", on=machine(cpu_mib=500))
-    assert re.fullmatch(r"the host needs 1,\d\d\d MiB and may give 500: \d+ too many", found["host-memory"])
+    result = advised("-cmoe -lm none", on=machine(cpu_mib=500))
+    assert re.fullmatch(r"the host needs 1,\d\d\d MiB and may give 500: \d+ too many", result["host-memory"])
 
 
 def test_card_over_its_cap_is_told() -> None:
@@ -211,8 +211,8 @@ def test_fit_that_will_act_is_told() -> None:
 def test_latent_attention_needs_one_cache_type() -> None:
     """With latent attention the engine refuses K and V of different types."""
     latent = {"attention.key_length_mla": 192, "attention.value_length_mla": 128}
-    found = advised("-ctk q8_0 -ctv f16", model(architecture="deepseek2", **latent))
-    assert "does not start" in found["kv-types-mixed"]
+    result = advised("-ctk q8_0 -ctv f16", model(architecture="deepseek2", **latent))
+    assert "does not start" in result["kv-types-mixed"]
 
 
 def test_block_must_divide_the_head() -> None:
@@ -244,5 +244,5 @@ def test_what_stops_the_engine_comes_first() -> None:
     """Advice on what does not load precedes advice on speed."""
     of, on = model(), machine()
     arguments = parse("-ngl 99 -b 512 -ub 1024 -sm row")
-    found: list[Advice] = advise(of, on, arguments, resolve(of, on, arguments))
-    assert found[0].code == "split-mode-row"
+    result: list[Advice] = advise(of, on, arguments, resolve(of, on, arguments))
+    assert result[0].code == "split-mode-row"

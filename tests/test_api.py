@@ -86,17 +86,17 @@ def test_check_agrees_with_solve(result: pl.Result) -> None:
 
 def test_lists_are_taken_for_tuples() -> None:
     """What a user writes as a list is one."""
-    found = pl.solve(MODEL, MACHINE, ctx_tokens=1024, ubatch_tokens=512, devices=["CUDA1"])
-    assert {"CUDA1", "Host"} == set(found.best.devices)
+    match = pl.solve(MODEL, MACHINE, ctx_tokens=1024, ubatch_tokens=512, devices=["CUDA1"])
+    assert {"CUDA1", "Host"} == set(match.best.devices)
 
 
 def test_infeasible_is_a_status() -> None:
     """What fits nowhere has no placement and says why; asking for the best is an error with the same words."""
-    found = pl.solve(MODEL, one_card(40, host_mib=100), ctx_tokens=1024)
-    assert ("INFEASIBLE", ()) == (found.status, found.solutions)
-    assert "lacks" in found.message
+    match = pl.solve(MODEL, one_card(40, host_mib=100), ctx_tokens=1024)
+    assert ("INFEASIBLE", ()) == (match.status, match.solutions)
+    assert "lacks" in match.message
     with pytest.raises(pl.PlacementError, match="lacks"):
-        found.best  # noqa: B018
+        match.best  # noqa: B018
 
 
 def test_a_bad_word_is_an_input_error() -> None:

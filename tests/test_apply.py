@@ -309,9 +309,9 @@ def test_measurements_come_from_the_run_records(
 ) -> None:
     """Of all runs on this machine, whatever its name, those of exactly this placement count, with the newest
     one's date and build."""
-    found = measured(replace(resolve_machine("rtx4090-rtx5070ti"), name=name))
-    assert found is not None and found.memory_mib == {"CUDA0": 23001.0}
-    assert (found.engine_build, found.date, found.splits_decode) == ("b11434", "2026-11-23", 3)
+    result = measured(replace(resolve_machine("rtx4090-rtx5070ti"), name=name))
+    assert result is not None and result.memory_mib == {"CUDA0": 23001.0}
+    assert (result.engine_build, result.date, result.splits_decode) == ("b11434", "2026-11-23", 3)
 
 
 def test_measurements_of_a_namesake_do_not_count(measured: Callable[[Machine], Measured | None]) -> None:

@@ -48,8 +48,8 @@ def test_plain_widths() -> None:
 
 def test_head_counts_per_layer() -> None:
     """An array of KV head counts gives every layer its own width."""
-    found = describe(tiny("openelm", attention__head_count_kv=(1, 2, 3, 4))).layers
-    assert [layer.k_width for layer in found] == [64, 128, 192, 256]
+    result = describe(tiny("openelm", attention__head_count_kv=(1, 2, 3, 4))).layers
+    assert [layer.k_width for layer in result] == [64, 128, 192, 256]
 
 
 def test_description_is_kept() -> None:
@@ -151,8 +151,8 @@ def test_step35_loads_nextn_experts() -> None:
 def test_delta_net_interval() -> None:
     """Every fourth layer of Qwen3-Next has attention, the others state."""
     model = tiny("qwen3next", ssm__conv_kernel=4, ssm__inner_size=512, ssm__state_size=64, ssm__group_count=2)
-    found = describe(model).layers
-    assert [layer.is_recurrent for layer in found] == [True, True, True, False]
+    result = describe(model).layers
+    assert [layer.is_recurrent for layer in result] == [True, True, True, False]
 
 
 def test_delta_net_state() -> None:
@@ -178,8 +178,8 @@ def test_nemotron_layers_are_one_thing_each() -> None:
         ssm__inner_size=512,
         ssm__state_size=128,
     )
-    found = describe(model).layers
-    assert [(layer.is_recurrent, len(layer.caches)) for layer in found] == [
+    result = describe(model).layers
+    assert [(layer.is_recurrent, len(layer.caches)) for layer in result] == [
         (True, 0),
         (False, 1),
         (False, 0),
@@ -195,8 +195,8 @@ def test_rwkv_state() -> None:
 
 def test_reused_caches() -> None:
     """Gemma 3n's layers from 20 on read the last windowed or full cache before it."""
-    found = describe(tiny("gemma3n", block_count=30, attention__sliding_window=512)).layers
-    assert [found[20].cache_layer, found[24].cache_layer, found[24].caches] == [20 - 2, 20 - 1, ()]
+    result = describe(tiny("gemma3n", block_count=30, attention__sliding_window=512)).layers
+    assert [result[20].cache_layer, result[24].cache_layer, result[24].caches] == [20 - 2, 20 - 1, ()]
 
 
 def test_indexer_cache() -> None:

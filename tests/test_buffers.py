@@ -31,10 +31,10 @@ def test_counts() -> None:
 @pytest.mark.parametrize("uses_host", [True, False])
 def test_typical_assignment_is_valid(asked: Problem, names: tuple[str, ...], uses_host: bool) -> None:
     """Every card has a layer, in its order; the host is used where the configuration uses it, and only there."""
-    found = typical_assignment(asked, configuration(asked, *names, uses_host=uses_host))
-    assert len(found.homes) == 9
-    assert tuple(dict.fromkeys(home for home in found.homes if home != CPU)) == names
-    assert (CPU in found.homes or any(at == CPU for _, at in found.moved)) is uses_host
+    result = typical_assignment(asked, configuration(asked, *names, uses_host=uses_host))
+    assert len(result.homes) == 9
+    assert tuple(dict.fromkeys(home for home in result.homes if home != CPU)) == names
+    assert (CPU in result.homes or any(at == CPU for _, at in result.moved)) is uses_host
 
 
 def test_typical_assignment_without_gpu() -> None:

@@ -296,7 +296,7 @@ def test_a_file_may_say_that_a_time_is_nothing(decode: tuple[TimingRow, ...], na
 def test_an_overlap_is_never_more_than_all() -> None:
     """Pipelined prompts that are faster than any overlap explains: the machine file still takes what is learned."""
     stages = [{term.stage for term in row.terms if term.stage} for row in pool()[1]]
-    both = [row for row, found in zip(pool()[1], stages, strict=True) if len(found) > 1][:6]
+    both = [row for row, result in zip(pool()[1], stages, strict=True) if len(result) > 1][:6]
     rows = [replace(row, n_copies=4, n_ubatches=8) for row in both]
     fast = [replace(row, measured_s=0.4 * predict_s(row, bare_machine()), noise=0.01) for row in rows]
     fit = calibrate(bare_machine(), fast, PROMPT, with_errors=True)

@@ -32,8 +32,8 @@ def fit(seed: int = 1, n: int = 8) -> Calibration:
 
 def test_runtime_and_growth_are_medians_beside_the_plan() -> None:
     """400 MiB at start and about 60 more later."""
-    (found,) = fit_memory(bare_machine(), samples(455, 460, 470))
-    assert (found.runtime_mib, found.growth_mib, found.most_mib) == (400.0, 60.0, 470.0)
+    (result,) = fit_memory(bare_machine(), samples(455, 460, 470))
+    assert (result.runtime_mib, result.growth_mib, result.most_mib) == (400.0, 60.0, 470.0)
 
 
 def test_a_device_without_samples_has_no_fit() -> None:
@@ -53,8 +53,8 @@ def test_the_stated_chance_is_kept(n: int) -> None:
     """Of 3,000 machines whose takes spread by 40 MiB, at most 1 % need more in the next run than was kept."""
     rng, short = random.Random(n), 0
     for _ in range(3000):
-        (found,) = fit_memory(bare_machine(), samples(*(rng.gauss(500, 40) for _ in range(n))))
-        short += rng.gauss(500, 40) > found.runtime_mib + found.growth_mib + found.margin_mib
+        (result,) = fit_memory(bare_machine(), samples(*(rng.gauss(500, 40) for _ in range(n))))
+        short += rng.gauss(500, 40) > result.runtime_mib + result.growth_mib + result.margin_mib
     assert short / 3000 <= 0.013
 
 
@@ -78,10 +78,10 @@ def test_identified_values_carry_source_date_samples_and_uncertainty() -> None:
 
 def test_what_is_not_identified_is_not_written() -> None:
     """A coefficient at its prior does not claim to be calibrated."""
-    found = fit(n=3)
-    machine, _ = apply_fit(bare_machine(), [found], (), "2026-01-02")
+    result = fit(n=3)
+    machine, _ = apply_fit(bare_machine(), [result], (), "2026-01-02")
     written = {name for name, each in machine.coefficients.items() if each.source == "calibrated"}
-    assert not written & set(found.unidentified)
+    assert not written & set(result.unidentified)
 
 
 def test_a_boundary_without_runs_keeps_its_prior_when_splits_are_learned() -> None:

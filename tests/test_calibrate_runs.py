@@ -34,16 +34,16 @@ def run_of(name: str) -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A solutions folder of one model, without records."""
-    found = tmp_path / "qwen3-30b-a3b-q4--simulated--w"
-    solution_file(found, model(NAME))
-    return found
+    result = tmp_path / "qwen3-30b-a3b-q4--simulated--w"
+    solution_file(result, model(NAME))
+    return result
 
 
 def test_a_run_gives_its_tokens_and_prompts(folder: Path) -> None:
     """Five timings of one run: two decode rows at two depths, three prompt rows."""
     Simulated(1).keep(folder, placements()[0])
-    found = find_runs(folder.parent, bare_machine())
-    assert [row.kind for row in found.rows] == ["decode"] * 2 + ["prompt"] * 3
+    result = find_runs(folder.parent, bare_machine())
+    assert [row.kind for row in result.rows] == ["decode"] * 2 + ["prompt"] * 3
 
 
 def test_rows_have_the_times_of_the_placement_that_was_run(folder: Path) -> None:
@@ -64,10 +64,10 @@ def test_records_of_other_conditions_are_left_out_and_counted(folder: Path, key:
     """Another build, driver or memory clock is not mixed in: the newest conditions count."""
     Simulated(1).keep(folder, placements()[0], **key)
     Simulated(1).keep(folder, placements()[1], round_=2)
-    found = find_runs(folder.parent, bare_machine())
-    assert {row.run for row in found.rows} == {run_of("p1")}
-    assert [n for _, n in found.left_out] == [6]
-    assert next(iter(key.values())) in found.left_out[0][0]
+    result = find_runs(folder.parent, bare_machine())
+    assert {row.run for row in result.rows} == {run_of("p1")}
+    assert [n for _, n in result.left_out] == [6]
+    assert next(iter(key.values())) in result.left_out[0][0]
 
 
 def test_all_conditions_are_fitted_together_when_asked(folder: Path) -> None:
@@ -85,8 +85,8 @@ def test_records_of_another_machine_are_left_out(folder: Path) -> None:
     Simulated(1).keep(folder, placements()[0])
     cards = bare_machine().devices
     other = replace(bare_machine(), devices=(replace(cards[0], description="another"), cards[1]))
-    found = find_runs(folder.parent, other)
-    assert (found.rows, found.left_out) == ((), (("another machine (CUDA0 + CUDA1)", 6),))
+    result = find_runs(folder.parent, other)
+    assert (result.rows, result.left_out) == ((), (("another machine (CUDA0 + CUDA1)", 6),))
 
 
 def test_records_of_a_renamed_machine_count(folder: Path) -> None:
@@ -138,9 +138,9 @@ def test_a_model_that_is_gone_is_skipped_with_a_reason(folder: Path) -> None:
     Simulated(1).keep(folder, placements()[0], model_digest="0" * 16)
     path = folder / "solution.toml"
     path.write_text(path.read_text().replace(model(NAME).digest, "0" * 16))
-    found = find_runs(folder.parent, bare_machine())
-    assert (found.rows, len(found.skipped)) == ((), 1)
-    assert "its model is not found" in found.skipped[0]
+    result = find_runs(folder.parent, bare_machine())
+    assert (result.rows, len(result.skipped)) == ((), 1)
+    assert "its model is not found" in result.skipped[0]
 
 
 def test_runs_without_a_solution_file_are_fitted_too(folder: Path) -> None:
@@ -174,9 +174,9 @@ def test_a_broken_line_is_told_and_the_others_count(folder: Path) -> None:
     path = folder / "runs.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], "{}", *lines[1:], lines[1][:40]]))
-    found = find_runs(folder.parent, bare_machine())
-    assert [row.kind for row in found.rows] == ["decode"] * 2 + ["prompt"] * 3
-    assert len(found.skipped) == 1 and f"{path}: line 2" in found.skipped[0]
+    result = find_runs(folder.parent, bare_machine())
+    assert [row.kind for row in result.rows] == ["decode"] * 2 + ["prompt"] * 3
+    assert len(result.skipped) == 1 and f"{path}: line 2" in result.skipped[0]
 
 
 def test_a_record_counts_once_however_often_it_is_kept(folder: Path) -> None:
@@ -193,8 +193,8 @@ def test_a_placement_is_one_run_in_whatever_folders_it_ran(folder: Path) -> None
     """The same arguments and model under two workloads are left out together, and rounds add up."""
     Simulated(1).keep(folder, placements()[0])
     Simulated(1).keep(folder.with_name("m--simulated--w2"), placements()[0], campaign="later")
-    found = find_runs(folder.parent, bare_machine())
-    assert (len(found.runs), len(found.rows)) == (1, 5)
+    result = find_runs(folder.parent, bare_machine())
+    assert (len(result.runs), len(result.rows)) == (1, 5)
 
 
 def test_models_with_the_same_arguments_are_different_runs(folder: Path) -> None:
@@ -213,8 +213,8 @@ def test_another_depth_is_another_row(folder: Path) -> None:
         if record.phase == "canary":
             deeper = record.timing.model_copy(update={"n_prompt": 16000})
             log.append(record.model_copy(update={"campaign": "deep", "timing": deeper}))
-    found = [row for row in find_runs(folder.parent, bare_machine()).rows if "canary" in row.label]
-    assert [row.kind for row in found] == ["decode", "decode", "prompt", "prompt"]
+    results = [row for row in find_runs(folder.parent, bare_machine()).rows if "canary" in row.label]
+    assert [row.kind for row in results] == ["decode", "decode", "prompt", "prompt"]
 
 
 def test_a_failed_run_of_a_new_build_does_not_hide_what_was_measured(folder: Path) -> None:
@@ -223,9 +223,9 @@ def test_a_failed_run_of_a_new_build_does_not_hide_what_was_measured(folder: Pat
     failed = RunLog(folder).read()[0]
     key = failed.key.model_copy(update={"engine_build": "b2"})
     RunLog(folder).append(failed.model_copy(update={"key": key, "at": "2027-01-01", "outcome": "crash"}))
-    found = find_runs(folder.parent, bare_machine())
-    assert found.conditions.engine_build == "b1"
-    assert len(found.rows) == 5 and [n for _, n in found.left_out] == [1]
+    result = find_runs(folder.parent, bare_machine())
+    assert result.conditions.engine_build == "b1"
+    assert len(result.rows) == 5 and [n for _, n in result.left_out] == [1]
 
 
 def test_rounds_of_a_noisy_run_are_not_taken_for_disturbed(folder: Path) -> None:

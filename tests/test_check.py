@@ -136,9 +136,9 @@ def test_device_use_is_what_check_shows() -> None:
 def choice_beside(text: str) -> Solution:
     """What place itself chooses for the problem of these arguments."""
     settings = resolve(MODEL, one_card(4000), parse(text)).settings
-    found = our_choice(Problem(MODEL, one_card(4000), settings, Workload(1000, 200, 1024)))
-    assert found is not None
-    return found
+    result = our_choice(Problem(MODEL, one_card(4000), settings, Workload(1000, 200, 1024)))
+    assert result is not None
+    return result
 
 
 def test_choice_keeps_both_cache_types() -> None:
@@ -167,8 +167,8 @@ def test_choice_keeps_what_the_cache_is_made_of(text: str, field: str, kept: obj
 def test_choice_has_the_checked_context_memory() -> None:
     """A mixed cache without flash attention takes as much in the choice as in what was checked."""
     text = "-c 4096 -ngl 99 -np 1 -ctk q8_0 -ctv f16 -fa off"
-    checked, chosen = run(text).devices, choice_beside(text).devices
-    assert sum(use.context_mib for use in chosen.values()) == sum(use.context_mib for use in checked.values())
+    checked, picked = run(text).devices, choice_beside(text).devices
+    assert sum(use.context_mib for use in picked.values()) == sum(use.context_mib for use in checked.values())
 
 
 def test_choice_of_one_cache_has_one_type() -> None:

@@ -81,9 +81,9 @@ def test_cpu_layers_are_limited() -> None:
 
 def test_kept_arguments_stay() -> None:
     """Placement arguments to keep act as the engine reads them: first match wins, the rest is solved."""
-    found = solved(keep=r"-ot blk\.2\.ffn_.*_exps=CPU,blk\.[12]\.ffn_.*_exps=CUDA0 -ub 256 --jinja")
-    best = found.solutions[0]
-    assert ("--jinja",) == found.extra_args
+    result = solved(keep=r"-ot blk\.2\.ffn_.*_exps=CPU,blk\.[12]\.ffn_.*_exps=CUDA0 -ub 256 --jinja")
+    best = result.solutions[0]
+    assert ("--jinja",) == result.extra_args
     assert {"CPU"} == devices_of(best, "blk.2.ffn_up_exps")
     assert {"CUDA0"} == devices_of(best, "blk.1.ffn_up_exps")
     assert 256 == best.assignment.settings.ubatch_tokens

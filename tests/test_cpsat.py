@@ -182,9 +182,9 @@ def test_excluded_answers_and_those_alike(frame: Frame, data: st.DataObject) -> 
     if not left:
         assert result.status == "INFEASIBLE"
         return
-    found = placing.answer(result.values)
-    assert min(left) == result.objective == sum(times_us(frame, found))
-    assert not any(is_alike(frame, found, each) for each in out)
+    match = placing.answer(result.values)
+    assert min(left) == result.objective == sum(times_us(frame, match))
+    assert not any(is_alike(frame, match, each) for each in out)
 
 
 @given(frame=frames(), most=st.integers(3, 40))

@@ -40,23 +40,23 @@ def blocks(page: str, language: str) -> list[str]:
 
 def commands(command: click.Command = cli, name: str = "place") -> dict[str, click.Command]:
     """`place` and every command and subcommand by what is typed."""
-    found = {name: command}
+    results = {name: command}
     if isinstance(command, click.Group):
         context = click.Context(command)
         for word in command.list_commands(context):
             below = command.get_command(context, word)
             assert below is not None
-            found |= commands(below, f"{name} {word}")
-    return found
+            results |= commands(below, f"{name} {word}")
+    return results
 
 
 def resolved(words: list[str]) -> tuple[click.Command, list[str]]:
     """The command that words after `place` name, and the words that are left for it."""
     command: click.Command = cli
     while isinstance(command, click.Group) and words:
-        found = command.get_command(click.Context(command), words[0])
-        assert found is not None, words
-        command, words = found, words[1:]
+        result = command.get_command(click.Context(command), words[0])
+        assert result is not None, words
+        command, words = result, words[1:]
     return command, words
 
 
@@ -76,12 +76,12 @@ def anchors(text: str) -> set[str]:
 
 def links() -> list[tuple[str, str]]:
     """(page, target) of every link and picture within the repository."""
-    found = [
+    results = [
         (page, target)
         for page, text in PAGES.items()
         for target in re.findall(r"\]\(([^)\s]+)\)", _BLOCK.sub("", text))
     ]
-    return [(page, target) for page, target in found if "://" not in target]
+    return [(page, target) for page, target in results if "://" not in target]
 
 
 def named_paths() -> list[str]:
@@ -108,13 +108,13 @@ def test_every_command_shows_an_example() -> None:
 
 def test_every_option_says_what_it_does() -> None:
     """No option of any command stands without a help text."""
-    found = [
+    results = [
         f"{name} {option.opts[0]}"
         for name, command in commands().items()
         for option in command.params
         if isinstance(option, click.Option) and not option.help
     ]
-    assert found == []
+    assert results == []
 
 
 @pytest.mark.parametrize("line", examples())

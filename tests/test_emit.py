@@ -393,7 +393,7 @@ def assignments(draw: st.DrawFn) -> tuple[Model, Machine, Assignment]:
     )
     kv_type = st.sampled_from(["f16", "q8_0", "q4_0"])
     n_slots = draw(st.integers(1, 6))
-    chosen = Settings(
+    picked = Settings(
         ctx_tokens=draw(st.integers(1, 10**6)),
         n_slots=n_slots,
         is_kv_unified=n_slots > 1 and draw(st.booleans()),
@@ -409,7 +409,7 @@ def assignments(draw: st.DrawFn) -> tuple[Model, Machine, Assignment]:
         has_overrides=bool(moved) or draw(st.booleans()),
         n_threads=draw(st.sampled_from([None, 8])),
     )
-    return model, on, Assignment(tuple(devices), homes, moved, chosen)
+    return model, on, Assignment(tuple(devices), homes, moved, picked)
 
 
 @given(assignments())

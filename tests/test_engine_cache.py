@@ -25,9 +25,9 @@ ARGUMENTS = ["-c", "4096", "-ts", "1,1"]
 
 
 def reading() -> PlanReading:
-    found = read_plan(LOG)
-    assert found is not None
-    return found
+    result = read_plan(LOG)
+    assert result is not None
+    return result
 
 
 def model(name: str = "a", shape: tuple[int, ...] = (4, 4)) -> Model:

@@ -26,25 +26,25 @@ def folder_with(folder: Path, *programs: str, body: str = "exit 0") -> Path:
 
 def test_folder(tmp_path: Path) -> None:
     """A folder with a llama.cpp program is an engine, with exactly the programs that it has."""
-    found = find_engine(folder_with(tmp_path, "llama-server", "llama-bench", "ls"))
-    assert found is not None
-    assert set(found.binaries) == {"llama-server", "llama-bench"}
+    result = find_engine(folder_with(tmp_path, "llama-server", "llama-bench", "ls"))
+    assert result is not None
+    assert set(result.binaries) == {"llama-server", "llama-bench"}
 
 
 def test_program_names_its_folder(tmp_path: Path) -> None:
     """A program stands for the folder it is in."""
     folder_with(tmp_path, "llama-fit-params", "llama-server")
-    found = find_engine(tmp_path / "llama-server")
-    assert found is not None
-    assert found.program("llama-fit-params") == tmp_path / "llama-fit-params"
+    result = find_engine(tmp_path / "llama-server")
+    assert result is not None
+    assert result.program("llama-fit-params") == tmp_path / "llama-fit-params"
 
 
 def test_checkout(tmp_path: Path) -> None:
     """A llama.cpp checkout stands for its build folder."""
     folder_with(tmp_path / "build" / "bin", "llama-server")
-    found = find_engine(tmp_path)
-    assert found is not None
-    assert found.folder == tmp_path / "build" / "bin"
+    result = find_engine(tmp_path)
+    assert result is not None
+    assert result.folder == tmp_path / "build" / "bin"
 
 
 def test_off() -> None:
@@ -61,16 +61,16 @@ def test_environment_before_path(tmp_path: Path) -> None:
     """PLACE_ENGINE is taken before PATH."""
     named = folder_with(tmp_path / "named", "llama-server")
     on_path = folder_with(tmp_path / "path", "llama-server")
-    found = find_engine("auto", {"PLACE_ENGINE": str(named), "PATH": str(on_path)})
-    assert found is not None
-    assert found.folder == named
+    result = find_engine("auto", {"PLACE_ENGINE": str(named), "PATH": str(on_path)})
+    assert result is not None
+    assert result.folder == named
 
 
 def test_path(tmp_path: Path) -> None:
     """Without PLACE_ENGINE the PATH is searched."""
-    found = find_engine(None, {"PATH": str(folder_with(tmp_path, "llama-fit-params"))})
-    assert found is not None
-    assert found.folder == tmp_path
+    result = find_engine(None, {"PATH": str(folder_with(tmp_path, "llama-fit-params"))})
+    assert result is not None
+    assert result.folder == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -96,27 +96,27 @@ def test_not_executable(tmp_path: Path) -> None:
 
 def test_missing_program(tmp_path: Path) -> None:
     """Asking for a program that the engine has not names both."""
-    found = find_engine(folder_with(tmp_path, "llama-server"))
-    assert found is not None
+    result = find_engine(folder_with(tmp_path, "llama-server"))
+    assert result is not None
     with pytest.raises(EngineMissing, match=r"has no llama-bench"):
-        found.program("llama-bench")
+        result.program("llama-bench")
 
 
 def test_fingerprint_follows_the_build(tmp_path: Path) -> None:
     """Another build in the same folder has another fingerprint; the same one keeps it."""
-    found = find_engine(folder_with(tmp_path, "llama-server"))
-    assert found is not None
-    before = found.fingerprint()
-    assert before == found.fingerprint()
+    result = find_engine(folder_with(tmp_path, "llama-server"))
+    assert result is not None
+    before = result.fingerprint()
+    assert before == result.fingerprint()
     (tmp_path / "libggml.so").write_text("new")
-    assert before != found.fingerprint()
+    assert before != result.fingerprint()
 
 
 def test_device_list(tmp_path: Path) -> None:
     """Devices keep the engine's order; an RPC worker's description is its address."""
-    found = find_engine(folder_with(tmp_path, "llama-server", body=f"cat <<'X'\n{DEVICES}X"))
-    assert found is not None
-    assert list_devices(found) == (
+    result = find_engine(folder_with(tmp_path, "llama-server", body=f"cat <<'X'\n{DEVICES}X"))
+    assert result is not None
+    assert list_devices(result) == (
         ListedDevice("CUDA0", "NVIDIA GeForce RTX 4090", 24077, 23000),
         ListedDevice("RPC0", "10.0.0.2:50052", 16384, 100),
     )
@@ -124,10 +124,10 @@ def test_device_list(tmp_path: Path) -> None:
 
 def test_device_list_of_something_else(tmp_path: Path) -> None:
     """A program that prints no device list is not believed to have no devices."""
-    found = find_engine(folder_with(tmp_path, "llama-server"))
-    assert found is not None
+    result = find_engine(folder_with(tmp_path, "llama-server"))
+    assert result is not None
     with pytest.raises(EngineOutputError, match="printed no device list"):
-        list_devices(found)
+        list_devices(result)
 
 
 @pytest.mark.parametrize(
@@ -141,18 +141,18 @@ def test_device_list_of_something_else(tmp_path: Path) -> None:
 def test_versions(tmp_path: Path, printed: str, build: int | None, commit: str | None) -> None:
     """Old and new version lines are read; a build without a number has None, not 0."""
     body = f"cat <<'X'\n{printed}\n{DEVICES}-m, --model FNAME   x\nX"
-    found = find_engine(folder_with(tmp_path, "llama-server", body=body))
-    assert found is not None
-    info = describe_engine(found)
+    result = find_engine(folder_with(tmp_path, "llama-server", body=body))
+    assert result is not None
+    info = describe_engine(result)
     assert (build, commit) == (info.build, info.commit)
 
 
 def test_lacking_flags_are_named(tmp_path: Path) -> None:
     """What an old build has not is listed per program."""
     body = f"cat <<'X'\nversion: 5000 (abc)\n{DEVICES}-m,  --model FNAME   x\n-lv, --verbosity N   x\nX"
-    found = find_engine(folder_with(tmp_path, "llama-server", body=body))
-    assert found is not None
-    lacks = describe_engine(found).lacks
+    result = find_engine(folder_with(tmp_path, "llama-server", body=body))
+    assert result is not None
+    lacks = describe_engine(result).lacks
     assert "-fit" in lacks["llama-server"]
     assert "-lv" not in lacks["llama-server"]
     assert lacks["llama-fit-params"] == ("the program itself",)

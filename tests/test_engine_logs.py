@@ -139,8 +139,8 @@ def test_buffers_of_a_run(
 ) -> None:
     """The buffers that a run allocates are summed per device, the host's kinds together."""
     reading = run_of(name)
-    found = reading.devices[device]
-    assert memory == pytest.approx((found.weights_mib, found.context_mib, found.compute_mib))
+    result = reading.devices[device]
+    assert memory == pytest.approx((result.weights_mib, result.context_mib, result.compute_mib))
     assert splits == (reading.splits_prompt, reading.splits_decode)
 
 

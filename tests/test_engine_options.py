@@ -55,13 +55,13 @@ def sources() -> Iterator[tuple[str, set[str]]]:
 
 def test_names_are_the_tables_alone() -> None:
     """No other module holds two names of one option: it would be a second table."""
-    found = [
+    results = [
         (where, option.name)
         for where, texts in sources()
         for option in OPTIONS
         if len(texts & set(option.names)) > 1 or len(texts & set(option.off_names)) > 1
     ]
-    assert found == []
+    assert results == []
 
 
 def test_variables_are_the_tables_alone() -> None:

@@ -48,11 +48,11 @@ def test_every_solution_is_the_engines_own_plan(
 ) -> None:
     """Solutions shown with an engine carry its figures, fit its caps, and plan the same when asked again."""
     model, machine = resolve_model("qwen3-30b-a3b-q4"), cluster(workers, 7000.0)
-    found = solve_request(
+    result = solve_request(
         model, machine, Request(ctx_tokens=16384), make_engine_planner(engine, machine, "llama-server")
     )
-    assert found.solutions
-    for solution in found.solutions:
+    assert result.solutions
+    for solution in result.solutions:
         again = plan(engine, model, solution.args, program="llama-server", cache=PlanCache(engine, tmp_path))
         assert solution.label == "planned"
         assert (solution.splits_prompt, solution.splits_decode) == (again.splits_prompt, again.splits_decode)
@@ -72,13 +72,13 @@ def test_graph_without_a_rule_is_planned_by_probes(
     """An architecture whose graph nobody has described is solved on the engine's plans, and the probes are counted."""
     monkeypatch.delitem(ROWS, "qwen3moe")
     machine = cluster(workers, 12000.0)
-    found = solve_request(
+    result = solve_request(
         resolve_model("qwen3-30b-a3b-q4"), machine, Request(ctx_tokens=8192, ubatch_tokens=512),
         make_engine_planner(engine, machine, "llama-server"),
     )  # fmt: skip
-    assert found.solutions[0].label == "planned"
-    assert "probe plans in" in found.warnings[-1]
-    assert int(found.warnings[-1].split("planned it, ")[1].split(" probe")[0]) > 0
+    assert result.solutions[0].label == "planned"
+    assert "probe plans in" in result.warnings[-1]
+    assert int(result.warnings[-1].split("planned it, ")[1].split(" probe")[0]) > 0
 
 
 def test_candidate_over_a_cap_is_searched_anew() -> None:
@@ -98,10 +98,10 @@ def test_candidate_over_a_cap_is_searched_anew() -> None:
         return verdicts
 
     model, machine = expert_model(), two_cards(500.0, 400.0)
-    found = solve_request(model, machine, Request(), engine_planner)
-    assert found.solutions
-    assert len(asked) > len(found.solutions)
-    for solution in found.solutions:
+    result = solve_request(model, machine, Request(), engine_planner)
+    assert result.solutions
+    assert len(asked) > len(result.solutions)
+    for solution in result.solutions:
         assert all(use.headroom_mib >= 0 for use in solution.devices.values())
         assert solution.label == "planned"
 

@@ -82,8 +82,8 @@ def numbers_named() -> list[tuple[str, str, int]]:
 )
 def test_a_number_of_the_engine_is_named_in_its_home(words: tuple[str, ...], home: str) -> None:
     """No second module gives one of these numbers a name of its own."""
-    found = {file for file, name, _ in numbers_named() if all(word in name for word in words)}
-    assert found == {home}
+    results = {file for file, name, _ in numbers_named() if all(word in name for word in words)}
+    assert results == {home}
 
 
 @given(SIZES)

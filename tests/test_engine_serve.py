@@ -127,9 +127,9 @@ def limited(engine: Engine, folder: Path, limit_kib: int) -> Engine:
     script = folder / "llama-server"
     script.write_text(f'#!/bin/sh\nulimit -v {limit_kib}\nexec {engine.program("llama-server")} "$@"\n')
     script.chmod(0o755)
-    found = find_engine(folder)
-    assert found is not None
-    return found
+    result = find_engine(folder)
+    assert result is not None
+    return result
 
 
 def test_memory_that_is_refused(engine: Engine, moe: Path, tmp_path: Path) -> None:

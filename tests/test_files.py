@@ -64,9 +64,9 @@ def test_nearest_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     (tmp_path / "models").mkdir()
     (tmp_path / "config" / "place" / "models").mkdir(parents=True)
-    found = [folder.resolve() for folder in search_folders("models")]
-    assert found[:2] == [tmp_path / "models", tmp_path / "config" / "place" / "models"]
-    assert (found[2] / "glm-flash.toml").is_file()
+    results = [folder.resolve() for folder in search_folders("models")]
+    assert results[:2] == [tmp_path / "models", tmp_path / "config" / "place" / "models"]
+    assert (results[2] / "glm-flash.toml").is_file()
 
 
 def test_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

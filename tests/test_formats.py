@@ -145,8 +145,8 @@ def test_compose_mounts_the_models_folder() -> None:
 
 def _systemd_words(line: str) -> list[str]:
     """The words of an ExecStart= as systemd reads it: quotes and C escapes, then %% and $$."""
-    found = re.findall(r'"((?:\\.|[^"\\])*)"|(\S+)', line)
-    raw = [re.sub(r"\\(.)", r"\1", quoted) if quoted else bare for quoted, bare in found]
+    result = re.findall(r'"((?:\\.|[^"\\])*)"|(\S+)', line)
+    raw = [re.sub(r"\\(.)", r"\1", quoted) if quoted else bare for quoted, bare in result]
     return [word.replace("%%", "%").replace("$$", "$") for word in raw]
 
 

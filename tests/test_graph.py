@@ -92,8 +92,8 @@ def test_product_shapes() -> None:
     graph = Graph()
     weight, rows = graph.new("F16", 64, 32), graph.new("F32", 64, 7)
     assert graph.mul_mat(weight, rows).ne == (32, 7, 1, 1)
-    experts, chosen = graph.new("F16", 64, 32, 8), graph.new("I32", 2, 7)
-    assert graph.mul_mat_id(experts, graph.reshape(rows, 64, 1, 7), chosen).ne == (32, 2, 7, 1)
+    experts, picked = graph.new("F16", 64, 32, 8), graph.new("I32", 2, 7)
+    assert graph.mul_mat_id(experts, graph.reshape(rows, 64, 1, 7), picked).ne == (32, 2, 7, 1)
 
 
 # --- what CUDA runs

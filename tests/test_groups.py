@@ -44,8 +44,8 @@ def test_stays_at_home(name: str) -> None:
 
 def test_dense_path_beside_experts_stays() -> None:
     """A layer with experts keeps its dense feed-forward tensors at home."""
-    found = groups_of("blk.0.ffn_up.weight", "blk.0.ffn_down_exps.weight")
-    assert found == [("down", ["blk.0.ffn_down_exps.weight"])]
+    result = groups_of("blk.0.ffn_up.weight", "blk.0.ffn_down_exps.weight")
+    assert result == [("down", ["blk.0.ffn_down_exps.weight"])]
 
 
 @pytest.mark.parametrize("name", ["qwen3-coder-q5", "gpt-oss-120b", "glm-flash"])

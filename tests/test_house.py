@@ -138,12 +138,12 @@ def test_a_public_name_means_one_thing() -> None:
     for name in files():
         for node in tree(name).body:
             targets = node.targets if isinstance(node, ast.Assign) else []
-            found = [each.id for each in targets if isinstance(each, ast.Name)]
+            results = [each.id for each in targets if isinstance(each, ast.Name)]
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
-                found.append(node.name)
+                results.append(node.name)
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                found.append(node.target.id)
-            for each in found:
+                results.append(node.target.id)
+            for each in results:
                 if not each.startswith("_") and each != "command":
                     places[each].add(name)
     assert {name: sorted(where) for name, where in places.items() if len(where) > 1} == {}
@@ -173,26 +173,26 @@ def test_a_library_imported_is_a_dependency() -> None:
 
 def test_only_the_command_line_prints_or_exits() -> None:
     """No print, exit or SystemExit outside cli."""
-    found = [
+    results = [
         f"{name}:{line}"
         for name in files()
         for line, call in calls(name)
         if wing_of(name) != "cli"
         and ast.unparse(call.func) in ("print", "exit", "sys.exit", "SystemExit", "os._exit")
     ]
-    assert found == []
+    assert results == []
 
 
 def test_nothing_goes_through_a_shell() -> None:
     """Programs get their arguments as a list: no shell=True and no os.system."""
-    found = [
+    results = [
         f"{name}:{line}"
         for name in files()
         for line, call in calls(name)
         if ast.unparse(call.func) in ("os.system", "os.popen")
         or any(word.arg == "shell" for word in call.keywords)
     ]
-    assert found == []
+    assert results == []
 
 
 def test_everything_public_is_documented() -> None:

@@ -47,9 +47,9 @@ OTHERS = [
 OLD = "host/ddc76b15"  # of `here()`, as records had it before they kept the identity
 
 
-def is_same(known: Machine, found: Machine) -> bool:
+def is_same(known: Machine, result: Machine) -> bool:
     """Whether two machines are one."""
-    return is_same_machine(machine_identity(known), machine_identity(found))
+    return is_same_machine(machine_identity(known), machine_identity(result))
 
 
 @pytest.mark.parametrize("change", OTHERS)
@@ -108,5 +108,5 @@ def test_old_records_are_told_apart_by_their_digests() -> None:
 
 def test_words_are_the_cards_or_the_processor() -> None:
     """A line names what a reader can see in the machine."""
-    found = [machine_identity(each).words() for each in (here(), bare_machine(), here(devices=()))]
-    assert found == ["card 0 + card 1", "CUDA0 + CUDA1", "a processor"]
+    results = [machine_identity(each).words() for each in (here(), bare_machine(), here(devices=()))]
+    assert results == ["card 0 + card 1", "CUDA0 + CUDA1", "a processor"]

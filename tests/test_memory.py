@@ -153,8 +153,8 @@ def test_context_in_host_memory() -> None:
 def test_tied_copy_is_on_the_output_device() -> None:
     """The second copy of a tied embedding is the output's, the first the host's."""
     model = tiny("llama")
-    found = tensor_devices(model, MACHINE, spread(model, *["CUDA0"] * 4, "CUDA1"))
-    assert found == {"token_embd.weight": CPU, "output.weight": "CUDA1"}
+    result = tensor_devices(model, MACHINE, spread(model, *["CUDA0"] * 4, "CUDA1"))
+    assert result == {"token_embd.weight": CPU, "output.weight": "CUDA1"}
 
 
 def test_tied_embedding_on_the_cpu_is_one() -> None:
@@ -173,8 +173,8 @@ def test_moved_tied_embedding_is_one() -> None:
 def test_rope_factors_are_on_every_device_with_layers() -> None:
     """Rope frequencies have a copy on each device that has layers."""
     model = tiny("llama", {"rope_freqs.weight": (32,)})
-    found = placed_tensors(model, MACHINE, spread(model, "CUDA0", "CUDA0", "CUDA1", CPU, CPU))
-    assert [device for placed, device in found if placed.is_shared] == ["CUDA0", "CUDA1", CPU]
+    result = placed_tensors(model, MACHINE, spread(model, "CUDA0", "CUDA0", "CUDA1", CPU, CPU))
+    assert [device for placed, device in result if placed.is_shared] == ["CUDA0", "CUDA1", CPU]
 
 
 def test_read_bytes_are_padded() -> None:

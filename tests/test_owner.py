@@ -57,15 +57,15 @@ def test_decode_splits_are_those_of_the_owners_log(name: str, text: str, splits:
 @pytest.mark.parametrize(("name", "text", "measured"), TOKENS_PER_S)
 def test_speed_is_within_six_percent_of_the_owners(name: str, text: str, measured: float) -> None:
     """The owner measured this many tokens per second; the prediction is within 6 %."""
-    found = check_arguments(resolve_model(name), MACHINE, parse(text), workload=PROMPT_AND_ANSWER)
-    assert found.speed.decode_tps == pytest.approx(measured, rel=0.06)
+    result = check_arguments(resolve_model(name), MACHINE, parse(text), workload=PROMPT_AND_ANSWER)
+    assert result.speed.decode_tps == pytest.approx(measured, rel=0.06)
 
 
 @pytest.mark.parametrize(("name", "text", "measured"), CUDA0_MIB)
 def test_first_card_is_within_300_mib_of_nvidia_smi(name: str, text: str, measured: float) -> None:
     """The plan with the runtime is within 300 MiB of what nvidia-smi showed on the card without a desktop."""
-    found = check_arguments(resolve_model(name), MACHINE, parse(text))
-    assert abs(found.devices["CUDA0"].used_mib - measured) <= 300
+    result = check_arguments(resolve_model(name), MACHINE, parse(text))
+    assert abs(result.devices["CUDA0"].used_mib - measured) <= 300
 
 
 def test_no_coefficient_is_beyond_the_hardware() -> None:

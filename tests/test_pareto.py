@@ -66,17 +66,17 @@ def shown(name: str, **asked: object) -> tuple[Solution, ...]:
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_shown_is_beaten_by_another(name: str) -> None:
     """No point of the front is as good as another nowhere and worse somewhere; at most twelve are shown."""
-    found = shown(name)
-    assert len(found) <= MAX_SHOWN
-    assert [each.name for each in found[:2]] == ["aggressive", "moderate"]
-    for one, other in itertools.permutations(found[2:], 2):
+    result = shown(name)
+    assert len(result) <= MAX_SHOWN
+    assert [each.name for each in result[:2]] == ["aggressive", "moderate"]
+    for one, other in itertools.permutations(result[2:], 2):
         assert not is_dominated(merit(one), [merit(other)])
-    assert min(each.speed.turn_s for each in found) >= found[0].speed.turn_s * 0.999
+    assert min(each.speed.turn_s for each in result) >= result[0].speed.turn_s * 0.999
 
 
 def fitting(model: Model, machine: Machine, n: int) -> list[tuple[Merit, tuple[float, ...]]]:
     """Placements tried at random that fit: their merits, and the share of each card's total that is free."""
-    asked, random, found = problem(model, machine), Random(5), []
+    asked, random, results = problem(model, machine), Random(5), []
     for names in (("CUDA0", "CUDA1"), ("CUDA0",), ("CUDA1", "CUDA0")):
         for ubatch in (256, 512, 1024):
             table = table_of(asked, configuration(asked, *names, load_mode="none", ubatch_tokens=ubatch))
@@ -90,8 +90,8 @@ def fitting(model: Model, machine: Machine, n: int) -> list[tuple[Merit, tuple[f
                 cards = [use[name] for name in names]
                 free = tuple(each.headroom_mib / each.total_mib for each in cards)
                 head = min(each.headroom_mib for each in cards)
-                found.append(((speed.decode_tps, speed.prompt_tps or 0.0, head), free))
-    return found
+                results.append(((speed.decode_tps, speed.prompt_tps or 0.0, head), free))
+    return results
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -101,11 +101,11 @@ def test_every_placement_has_a_point_that_is_nearly_as_good(name: str) -> None:
     search = Search(problem(model, machine), time_limit_s=60.0)
     points = list(walk(search, SearchSpace(), lambda _text: None))
     merits = []
-    for found in points:
-        use = device_use(search.problem, found.assignment, found.plan)
-        cards = [use[each] for each in found.assignment.devices]
+    for result in points:
+        use = device_use(search.problem, result.assignment, result.plan)
+        cards = [use[each] for each in result.assignment.devices]
         free = min((each.headroom_mib / each.total_mib for each in cards), default=1.0)
-        merits.append((found.speed.decode_tps, found.speed.prompt_tps or 0.0, free))
+        merits.append((result.speed.decode_tps, result.speed.prompt_tps or 0.0, free))
     tried = fitting(model, machine, 12)
     assert len(tried) >= 5
     for (decode, prompt, _), free in tried:
@@ -126,11 +126,11 @@ def test_best_different_are_the_best() -> None:
     search = Search(asked, time_limit_s=60.0)
     first = search.best(space, search.lower_bounds(space), gap=0.0)
     assert first is not None
-    found = best_different(search, space, first, 5, lambda _text: None)
-    assert [each.objective for each in found] == pytest.approx(brute_force(search, space, 5), rel=0.003)
+    result = best_different(search, space, first, 5, lambda _text: None)
+    assert [each.objective for each in result] == pytest.approx(brute_force(search, space, 5), rel=0.003)
     frame = search.subproblem(search.lower_bounds(space)[0].configuration, space)
     assert frame is not None
-    for one, other in itertools.combinations(found, 2):
+    for one, other in itertools.combinations(result, 2):
         assert not is_alike(frame.table.frame, one.answer, other.answer)
 
 
@@ -158,10 +158,10 @@ def brute_force(search: Search, space: SearchSpace, n: int) -> list[int]:
 
 def test_top_adds_the_best() -> None:
     """Asked for the four best, at least four placements are shown, none twice, and the named ones stay."""
-    found = shown("experts", n_best=4, ubatch_tokens=512)
-    turns = sorted(each.speed.turn_s for each in found)
-    assert len({each.args for each in found}) == len(found) >= 4
-    assert [each.name for each in found[:2]] == ["aggressive", "moderate"]
+    result = shown("experts", n_best=4, ubatch_tokens=512)
+    turns = sorted(each.speed.turn_s for each in result)
+    assert len({each.args for each in result}) == len(result) >= 4
+    assert [each.name for each in result[:2]] == ["aggressive", "moderate"]
     assert turns[3] <= turns[0] * 1.05
 
 
@@ -172,9 +172,9 @@ def test_top_adds_the_best() -> None:
 )
 def test_spread_keeps_the_first(merits: list[Merit], n_kept: int, n: int) -> None:
     """So many points are shown as there may be, each once, the first among them."""
-    chosen = spread(merits, n_kept, n)
-    assert len(chosen) == len(set(chosen)) == min(n, len(merits))
-    assert set(range(min(n_kept, len(merits)))) <= set(chosen)
+    picked = spread(merits, n_kept, n)
+    assert len(picked) == len(set(picked)) == min(n, len(merits))
+    assert set(range(min(n_kept, len(merits)))) <= set(picked)
 
 
 def test_spread_prefers_what_is_far() -> None:

@@ -149,25 +149,25 @@ def test_a_deep_cache_takes_much_of_a_token_and_fits(usable_mib: float) -> None:
 def test_a_probe_finds_the_machines_truth(bench: tuple[Engine, Simulated]) -> None:
     """Bandwidths, link, splits and boundaries come out within a fifth."""
     engine, simulated = bench
-    found = probe(bare_machine(), engine, "2026-01-02")
-    values = {each.name: each.new.value for each in found.changes}
+    result = probe(bare_machine(), engine, "2026-01-02")
+    values = {each.name: each.new.value for each in result.changes}
     for name in (
         "read_efficiency.CUDA0", "read_efficiency.CUDA1", "cpu_read_efficiency", "split_us", "boundary_us", "node_us",
         "kv_read_efficiency.CPU",
         "pinned_link_efficiency.CUDA0", "pageable_link_efficiency.CUDA0", "cpu_tflops_per_thread",
     ):  # fmt: skip
         assert values[name] == pytest.approx(simulated.machine.coefficients[name].value, rel=0.2), name
-    assert found.failed == ()
+    assert result.failed == ()
 
 
 def test_what_is_detected_says_so_and_is_the_next_prior(bench: tuple[Engine, Simulated]) -> None:
     """Source, date, an uncertainty of at least a tenth, and a history of what was there."""
-    found = probe(bare_machine(), bench[0], "2026-01-02")
-    kept = found.machine.coefficients["cpu_read_efficiency"]
+    result = probe(bare_machine(), bench[0], "2026-01-02")
+    kept = result.machine.coefficients["cpu_read_efficiency"]
     assert (kept.source, kept.date) == ("detected", "2026-01-02")
     assert kept.uncertainty is not None and kept.uncertainty >= 0.1 * kept.value
-    assert prior_of(found.machine, "cpu_read_efficiency") == kept
-    assert [each.coefficient.value for each in found.machine.history if each.name == "split_us"] == [45.0]
+    assert prior_of(result.machine, "cpu_read_efficiency") == kept
+    assert [each.coefficient.value for each in result.machine.history if each.name == "split_us"] == [45.0]
 
 
 def test_what_runs_have_taught_is_not_overwritten(bench: tuple[Engine, Simulated]) -> None:
@@ -190,9 +190,9 @@ def test_a_real_engine_is_probed_on_two_workers(engine: Engine) -> None:
         pytest.skip("this engine has no llama-bench")
     with rpc_workers(engine, 2) as workers:
         machine = cluster(*(each.endpoint for each in workers), usable_mib=300)
-        found = probe(machine, engine, "2026-01-02", budget_s=20)
-    assert {row.kind for row in found.rows} == {"decode", "prompt"}
-    assert found.machine.coefficients["read_efficiency.RPC0"].source == "detected"
+        result = probe(machine, engine, "2026-01-02", budget_s=20)
+    assert {row.kind for row in result.rows} == {"decode", "prompt"}
+    assert result.machine.coefficients["read_efficiency.RPC0"].source == "detected"
 
 
 def test_a_host_without_a_gpu_is_not_taken_for_the_reference_machine(

@@ -36,39 +36,39 @@ def _review(machine: Machine, text: str, defaults: str = "", **mapping: str) -> 
 
 def test_first_users_profiles_all_have_a_cost(machine: Machine) -> None:
     """Each of the four finds its model by its name and is checked."""
-    found = _review(machine, CONF)
-    assert [each.problem for each in found] == [None] * 4
-    assert [each.model.name for each in found if each.model] == [each.section.name for each in found]
+    result = _review(machine, CONF)
+    assert [each.problem for each in result] == [None] * 4
+    assert [each.model.name for each in result if each.model] == [each.section.name for each in result]
 
 
 def test_cache_type_comes_from_the_description(machine: Machine) -> None:
     """A section without -ctk runs with its description's type, and a note says so."""
-    (found,) = _review(machine, "[gpt-oss-120b]\nCTX_SIZE=8192\nEXTRA_ARGS=-np 1\n")
-    assert found.now and found.now.assignment.settings.kv_type_k == "q8_0"
-    assert any("taken from the description" in note for note in found.notes)
+    (result,) = _review(machine, "[gpt-oss-120b]\nCTX_SIZE=8192\nEXTRA_ARGS=-np 1\n")
+    assert result.now and result.now.assignment.settings.kv_type_k == "q8_0"
+    assert any("taken from the description" in note for note in result.notes)
 
 
 def test_defaults_beat_the_description(machine: Machine) -> None:
     """--defaults says what the profiles run with."""
-    (found,) = _review(machine, "[gpt-oss-120b]\nEXTRA_ARGS=-np 1\n", "-ctk q4_0 -ctv q4_0 -c 4096")
-    assert found.now and found.now.assignment.settings.kv_type_v == "q4_0"
-    assert found.now.assignment.settings.ctx_tokens == 4096
-    assert not any("taken from" in note for note in found.notes)
+    (result,) = _review(machine, "[gpt-oss-120b]\nEXTRA_ARGS=-np 1\n", "-ctk q4_0 -ctv q4_0 -c 4096")
+    assert result.now and result.now.assignment.settings.kv_type_v == "q4_0"
+    assert result.now.assignment.settings.ctx_tokens == 4096
+    assert not any("taken from" in note for note in result.notes)
 
 
 def test_section_beats_the_defaults(machine: Machine) -> None:
     """What a section says itself counts."""
-    (found,) = _review(
+    (result,) = _review(
         machine, "[gpt-oss-120b]\nCTX_SIZE=8192\nEXTRA_ARGS=-np 1 -ctk f16 -ctv f16\n", "-ctk q4_0"
     )
-    assert found.now and found.now.assignment.settings.kv_type_k == "f16"
+    assert result.now and result.now.assignment.settings.kv_type_k == "f16"
 
 
 def test_fit_that_gives_up_is_said(machine: Machine) -> None:
     """FIT=on beside N_GPU_LAYERS=99 is costed as written, and advice says that the fit gives up."""
-    found = _review(machine, CONF)[0]
-    assert found.now and set(found.now.assignment.homes) == {"CUDA0", "CUDA1"}
-    assert "fit-left-on" in [each.code for each in found.now.advice]
+    result = _review(machine, CONF)[0]
+    assert result.now and set(result.now.assignment.homes) == {"CUDA0", "CUDA1"}
+    assert "fit-left-on" in [each.code for each in result.now.advice]
 
 
 def test_unreadable_sections_do_not_stop_the_others(machine: Machine) -> None:
@@ -77,28 +77,28 @@ def test_unreadable_sections_do_not_stop_the_others(machine: Machine) -> None:
         "[a]\nnonsense\n[b]\nCTX_SIZE=many\n[glm-flash]\nEXTRA_ARGS=-ctk q9\n[never-heard-of]\nFIT=off\n"
         "[gpt-oss-120b]\nEXTRA_ARGS=-np 1\n"
     )
-    found = _review(machine, text, b="glm-flash")
-    assert [each.problem is None for each in found] == [False, False, False, False, True]
-    assert "--map never-heard-of=MODEL" in str(found[3].problem)
+    result = _review(machine, text, b="glm-flash")
+    assert [each.problem is None for each in result] == [False, False, False, False, True]
+    assert "--map never-heard-of=MODEL" in str(result[3].problem)
 
 
 def test_mapping_beats_the_name(machine: Machine) -> None:
     """--map says which model a section runs."""
-    (found,) = _review(machine, "[coder]\nEXTRA_ARGS=-np 1\n", coder="qwen3-coder-q5")
-    assert found.model and found.model.name == "qwen3-coder-q5"
+    (result,) = _review(machine, "[coder]\nEXTRA_ARGS=-np 1\n", coder="qwen3-coder-q5")
+    assert result.model and result.model.name == "qwen3-coder-q5"
 
 
 def test_model_is_found_by_its_files_name(machine: Machine) -> None:
     """-m /somewhere/gpt-oss-120b-00001-of-00002.gguf is gpt-oss-120b, though the file is not here."""
-    (found,) = _review(machine, "[x]\nEXTRA_ARGS=-np 1 -m /far/gpt-oss-120b-00001-of-00002.gguf\n")
-    assert found.model and found.model.name == "gpt-oss-120b"
+    (result,) = _review(machine, "[x]\nEXTRA_ARGS=-np 1 -m /far/gpt-oss-120b-00001-of-00002.gguf\n")
+    assert result.model and result.model.name == "gpt-oss-120b"
 
 
 def test_automatic_slots_are_solved_as_one(machine: Machine) -> None:
     """Without -np four slots share the cache; one slot keeps all of the context."""
-    (found,) = _review(machine, "[gpt-oss-120b]\nCTX_SIZE=8192\n")
-    assert found.request.n_slots == 1 and found.request.ctx_tokens == 8192
-    assert any("4 slots" in note for note in found.notes)
+    (result,) = _review(machine, "[gpt-oss-120b]\nCTX_SIZE=8192\n")
+    assert result.request.n_slots == 1 and result.request.ctx_tokens == 8192
+    assert any("4 slots" in note for note in result.notes)
 
 
 def test_mapping_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +132,8 @@ def test_applied_solution_is_found_equal(machine: Machine, tmp_path: Path) -> No
 def test_table_shows_now_and_place(machine: Machine, tmp_path: Path) -> None:
     """A row for what a profile costs, one for what place would do, and the problem of the unreadable one."""
     conf = parse_models_conf(f"[bad]\n?\n{CONF}".encode())
-    found = list(review(conf, machine, ModelFinder(), sections=conf.sections[:2], root=tmp_path))
-    lines = review_lines(found)
+    results = list(review(conf, machine, ModelFinder(), sections=conf.sections[:2], root=tmp_path))
+    lines = review_lines(results)
     assert [line.split()[:2] for line in lines[2:5]] == [
         ["bad", "cannot"],
         ["glm-flash-q4", "now"],

@@ -29,29 +29,29 @@ def test_largest_is_the_last_possible(low: int, width: int, limit: int) -> None:
 def test_largest_context_fits_and_the_next_does_not() -> None:
     """The context found keeps everything on the GPUs; 1,024 tokens more do not."""
     model, machine = dense_model(), one_card(190.0)
-    found, words = max_context(model, machine, Request())
-    assert found is not None
-    assert found.ctx_tokens is not None
+    result, words = max_context(model, machine, Request())
+    assert result is not None
+    assert result.ctx_tokens is not None
     assert "everything on the GPUs" == words
 
     def host_layers(ctx_tokens: int) -> int | None:
-        problem, _ = make_problem(model, machine, replace(found, ctx_tokens=ctx_tokens))
+        problem, _ = make_problem(model, machine, replace(result, ctx_tokens=ctx_tokens))
         best = best_choice(problem, Request())
         return None if best is None else best.n_host_layers()
 
-    assert 0 == host_layers(found.ctx_tokens)
-    assert found.ctx_tokens < 32768
-    assert 0 != host_layers(found.ctx_tokens + 1024)
+    assert 0 == host_layers(result.ctx_tokens)
+    assert result.ctx_tokens < 32768
+    assert 0 != host_layers(result.ctx_tokens + 1024)
 
 
 def test_headroom_keeps_the_speed_asked_for() -> None:
     """The largest reserve still decodes as fast as asked for, and is larger than none."""
     fastest = solve_request(MODEL, TIGHT, Request()).solutions[0].speed.decode_tps
     asked = Request(min_decode_tps=fastest * 0.7)
-    found = max_headroom(MODEL, TIGHT, asked)
-    assert found is not None
-    assert found.reserve_mib > 0
-    best = solve_request(MODEL, TIGHT, found).solutions[0]
+    result = max_headroom(MODEL, TIGHT, asked)
+    assert result is not None
+    assert result.reserve_mib > 0
+    best = solve_request(MODEL, TIGHT, result).solutions[0]
     assert best.speed.decode_tps >= fastest * 0.7 * 0.999
     assert best.headroom_mib >= 0
 
@@ -67,8 +67,8 @@ def test_impossible_speed_is_said() -> None:
 
 def test_roomy_machine_keeps_the_best_kv_type() -> None:
     """With memory to spare the KV cache stays f16 unless a smaller type is over 5 % faster."""
-    chosen, words = choose_kv_type(MODEL, two_cards(4000.0, 4000.0), Request())
-    assert "f16" == chosen
+    picked, words = choose_kv_type(MODEL, two_cards(4000.0, 4000.0), Request())
+    assert "f16" == picked
     assert "q8_0" in words
 
 

@@ -40,8 +40,8 @@ def test_a_streamed_byte_takes_the_links_time() -> None:
     """Of 25 GB/s, 95 % where memory is pinned and 45 % where it is mapped."""
     machine = one_card(1000)
     links = [link_place(machine, ("CUDA0",), Settings(load_mode=mode)) for mode in ("none", "mmap")]
-    found = [stream_s_per_byte(machine, link) for link in links if link is not None]
-    assert found == pytest.approx([1 / 25e9 / 0.95, 1 / 25e9 / 0.45])
+    results = [stream_s_per_byte(machine, link) for link in links if link is not None]
+    assert results == pytest.approx([1 / 25e9 / 0.95, 1 / 25e9 / 0.45])
 
 
 def test_unknown_throughput_is_guessed_from_bandwidth() -> None:

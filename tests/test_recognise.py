@@ -38,8 +38,8 @@ def test_the_file_that_has_learned_of_this_machine_is_used_and_named(folder: Pat
     """Coefficients, history and speeds are the file's; one line says which file it is."""
     save_machine(replace(knowing(here()), name="mine"), folder / "any.toml")
     said: list[str] = []
-    found = with_learned(here(), said.append)
-    assert (found.name, found.coefficients) == ("mine", {"split_us": SPLIT})
+    result = with_learned(here(), said.append)
+    assert (result.name, result.coefficients) == ("mine", {"split_us": SPLIT})
     assert len(said) == 1 and str(folder / "any.toml") in said[0]
 
 
@@ -48,8 +48,8 @@ def test_no_device_is_filled_beyond_what_is_free_now(folder: Path) -> None:
     known = changed(1, usable_mib=9000.0)(knowing(here()))
     save_machine(known, folder / "host.toml")
     said: list[str] = []
-    found = with_learned(changed(0, usable_mib=20000.0)(here()), said.append)
-    assert [each.usable_mib for each in found.devices] == [20000.0, 9000.0]
+    result = with_learned(changed(0, usable_mib=20000.0)(here()), said.append)
+    assert [each.usable_mib for each in result.devices] == [20000.0, 9000.0]
     assert "caps CUDA1 at 9,000 of 15,800 MiB free" in said[0]
 
 

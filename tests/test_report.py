@@ -28,7 +28,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 def test_every_solution_has_a_row(outcome: Outcome) -> None:
     """The table names every solution, its label, and the layers of its cards."""
     text = solutions_text(outcome)
-    for each in outcome.found.solutions:
+    for each in outcome.solution_set.solutions:
         assert each.name in text
         for name in each.assignment.devices:
             assert f"{name} {each.assignment.homes.count(name)}" in text
@@ -42,7 +42,7 @@ def test_exact_command_is_one_line(outcome: Outcome) -> None:
 
 def test_fullness_is_explained(outcome: Outcome) -> None:
     """Every full device has a line that says what fills it."""
-    best = outcome.found.solutions[0]
+    best = outcome.solution_set.solutions[0]
     lines = full_lines(best)
     assert lines
     assert all("is full" in line and "weights" in line and "compute buffers" in line for line in lines)
@@ -50,7 +50,7 @@ def test_fullness_is_explained(outcome: Outcome) -> None:
 
 def of(use: DeviceUse, outcome: Outcome) -> Solution:
     """The recommended solution with this use of CUDA0 alone."""
-    return dataclasses.replace(outcome.found.solutions[0], devices={"CUDA0": use})
+    return dataclasses.replace(outcome.solution_set.solutions[0], devices={"CUDA0": use})
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_full_begins_at_97_percent(compute_mib: float, is_full: bool, outcome: O
 
 def test_markup_in_names_is_printed(outcome: Outcome) -> None:
     """A model or machine whose name looks like markup is printed as it is called."""
-    found = dataclasses.replace(outcome.found, model="[/red]", machine="[bold]x")
-    text = solutions_text(dataclasses.replace(outcome, found=found))
+    result = dataclasses.replace(outcome.solution_set, model="[/red]", machine="[bold]x")
+    text = solutions_text(dataclasses.replace(outcome, solution_set=result))
     assert "[/red] on [bold]x" in text
 
 
@@ -116,7 +116,7 @@ def test_solve_on_an_unmirrored_backend_says_so_once(tmp_path: Path) -> None:
     """Every row's label is coarse; one line below the table says why."""
     outcome = run_solve(expert_model(2), unmirrored(), ASKED, engine=NO_ENGINE, out_folder=str(tmp_path))
     text = solutions_text(outcome)
-    assert text.count("estimated (coarse)") == len(outcome.found.solutions)
+    assert text.count("estimated (coarse)") == len(outcome.solution_set.solutions)
     assert text.count("backend is not mirrored here") == 1
 
 

@@ -41,9 +41,9 @@ def test_equal_cards_are_interchangeable() -> None:
 
 def test_two_equal_of_three() -> None:
     """Of two equal cards and another, no order appears with the equal ones exchanged."""
-    found = orders(card("CUDA0", 400), card("CUDA1", 400), card("CUDA2", 800))
+    result = orders(card("CUDA0", 400), card("CUDA1", 400), card("CUDA2", 800))
     kinds = {"CUDA0": "a", "CUDA1": "a", "CUDA2": "b"}
-    patterns = [tuple(kinds[name] for name in order) for order in found]
+    patterns = [tuple(kinds[name] for name in order) for order in result]
     assert len(patterns) == len(set(patterns)) == 2 + 3 + 3
 
 
@@ -61,23 +61,23 @@ def test_many_cards_have_few_orders() -> None:
 def test_configurations_without_gpu() -> None:
     """Without a GPU there is the host, in each load mode and ubatch."""
     asked = problem(dense_model(2), Machine("host", (), TWO.cpu))
-    found = list(configurations(asked, SearchSpace()))
-    assert {each.devices for each in found} == {()}
-    assert all(each.uses_host for each in found)
+    results = list(configurations(asked, SearchSpace()))
+    assert {each.devices for each in results} == {()}
+    assert all(each.uses_host for each in results)
 
 
 def test_batch_holds_the_ubatch() -> None:
     """No configuration has an ubatch over its batch."""
-    found = list(configurations(EXPERTS, SearchSpace()))
-    assert all(each.settings.ubatch_tokens <= each.settings.batch_tokens for each in found)
-    assert {each.settings.ubatch_tokens for each in found} <= set(UBATCHES)
+    results = list(configurations(EXPERTS, SearchSpace()))
+    assert all(each.settings.ubatch_tokens <= each.settings.batch_tokens for each in results)
+    assert {each.settings.ubatch_tokens for each in results} <= set(UBATCHES)
 
 
 def test_only_several_cards_pipeline() -> None:
     """A pipeline needs two cards and no host."""
-    found = [each for each in configurations(EXPERTS, SearchSpace()) if each.is_pipelined]
-    assert found
-    assert all(len(each.devices) > 1 and not each.uses_host for each in found)
+    results = [each for each in configurations(EXPERTS, SearchSpace()) if each.is_pipelined]
+    assert results
+    assert all(len(each.devices) > 1 and not each.uses_host for each in results)
 
 
 def test_ubatches_beyond_the_prompt_are_left_out() -> None:
@@ -104,24 +104,24 @@ def test_lower_bounds_are_sorted(search: Search) -> None:
 
 def test_best_is_above_its_bound(search: Search) -> None:
     """What is found is no better than its proof allows, and within the gap of it."""
-    found = search.best(SearchSpace(), search.lower_bounds(SearchSpace()))
-    assert found is not None
-    assert found.bound <= found.objective <= found.bound * 1.005
-    assert found.is_proven
+    result = search.best(SearchSpace(), search.lower_bounds(SearchSpace()))
+    assert result is not None
+    assert result.bound <= result.objective <= result.bound * 1.005
+    assert result.is_proven
 
 
 def test_best_is_what_evaluate_says(search: Search) -> None:
     """The frame's objective of what is found is the turn that `evaluate` predicts, within a thousandth."""
-    found = search.best(SearchSpace(), search.lower_bounds(SearchSpace()))
-    assert found is not None
-    assert found.objective == pytest.approx(found.speed.turn_s * 1e6, rel=0.001)
+    result = search.best(SearchSpace(), search.lower_bounds(SearchSpace()))
+    assert result is not None
+    assert result.objective == pytest.approx(result.speed.turn_s * 1e6, rel=0.001)
 
 
 def test_no_configuration_has_a_better_greedy_answer(search: Search) -> None:
     """No configuration's greedy answer, taken as it is, beats what was found by more than the gap."""
     lower_bounds = search.lower_bounds(SearchSpace())
-    found = search.best(SearchSpace(), lower_bounds)
-    assert found is not None
+    result = search.best(SearchSpace(), lower_bounds)
+    assert result is not None
     for lower_bound in lower_bounds:
         if (subproblem := search.subproblem(lower_bound.configuration, SearchSpace())) is None:
             continue
@@ -133,14 +133,14 @@ def test_no_configuration_has_a_better_greedy_answer(search: Search) -> None:
         plan = search.plan(assignment)
         if all(use.headroom_mib >= 0 for use in device_use(EXPERTS, assignment, plan).values()):
             speed = evaluate(EXPERTS, assignment, graph_counts(plan))
-            assert speed.turn_s >= found.speed.turn_s * 0.995
+            assert speed.turn_s >= result.speed.turn_s * 0.995
 
 
 def test_plans_are_kept(search: Search) -> None:
     """A placement is planned once."""
-    found = search.best(SearchSpace(), search.lower_bounds(SearchSpace()))
-    assert found is not None
-    assert search.plan(found.assignment) is search.plan(found.assignment)
+    result = search.best(SearchSpace(), search.lower_bounds(SearchSpace()))
+    assert result is not None
+    assert search.plan(result.assignment) is search.plan(result.assignment)
 
 
 @pytest.mark.parametrize("limit", [0, 2])
@@ -149,16 +149,16 @@ def test_host_layers_can_be_limited(limit: int) -> None:
     asked = problem(expert_model(8), one_card(700))
     space = SearchSpace(ubatches=(512,), max_host_layers=limit)
     search = Search(asked)
-    found = search.best(space, search.lower_bounds(space))
+    result = search.best(space, search.lower_bounds(space))
     free = Search(asked)
     anything = free.best(SearchSpace(ubatches=(512,)), free.lower_bounds(SearchSpace(ubatches=(512,))))
     assert anything is not None
     n_free = len({name.split(".")[1] for name, at in anything.assignment.moved if at == "CPU"})
-    if found is None:
+    if result is None:
         assert n_free > limit
         return
-    on_host = {int(name.split(".")[1]) for name, at in found.assignment.moved if at == "CPU"}
-    on_host |= {i for i, home in enumerate(found.assignment.homes) if home == "CPU"}
+    on_host = {int(name.split(".")[1]) for name, at in result.assignment.moved if at == "CPU"}
+    on_host |= {i for i, home in enumerate(result.assignment.homes) if home == "CPU"}
     assert len(on_host) <= limit
 
 
@@ -183,10 +183,10 @@ def threads_of(machine: Machine, **settings: int) -> tuple[set[int | None], int 
     asked = dataclasses.replace(asked, settings=dataclasses.replace(asked.settings, **settings))
     space = SearchSpace(ubatches=(512,))
     search = Search(asked)
-    found = search.best(space, search.lower_bounds(space))
-    assert found is not None
+    result = search.best(space, search.lower_bounds(space))
+    assert result is not None
     tried = {each.settings.n_threads for each in configurations(asked, space) if each.uses_host}
-    return tried, found.assignment.settings.n_threads
+    return tried, result.assignment.settings.n_threads
 
 
 def test_threads_are_the_engines_by_default() -> None:

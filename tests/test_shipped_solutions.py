@@ -60,19 +60,19 @@ def test_same_model(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_same_answer(path: Path) -> None:
     """Solving again gives the same solutions by name, argument for argument."""
-    found = solved_again(path)
+    result = solved_again(path)
     assert {each["name"]: each["args"] for each in kept(path)["solutions"]} == {
-        each.name: list(each.args) for each in found.solutions
+        each.name: list(each.args) for each in result.solutions
     }
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_proven_and_within_the_caps(path: Path) -> None:
     """Every recommended placement is proven within 1 %, and no placement is over a cap."""
-    found = solved_again(path)
-    assert found.solutions[0].gap is not None
-    assert found.solutions[0].gap <= 0.01
-    assert all(use.headroom_mib >= 0 for each in found.solutions for use in each.devices.values())
+    result = solved_again(path)
+    assert result.solutions[0].gap is not None
+    assert result.solutions[0].gap <= 0.01
+    assert all(use.headroom_mib >= 0 for each in result.solutions for use in each.devices.values())
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)

@@ -58,11 +58,11 @@ def shown() -> SolutionSet:
 @settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 def test_never_over_a_cap(model: Model, first: int, second: int, host: int) -> None:
     """On any two cards and host, every solution shown keeps within every cap, or nothing fits and a cap is named."""
-    found = solved(model, two_cards(first, second, host_mib=host))
-    assert all(use.headroom_mib >= 0 for each in found.solutions for use in each.devices.values())
-    if not found.solutions:
-        assert found.status == "INFEASIBLE"
-        assert "lacks" in found.message
+    result = solved(model, two_cards(first, second, host_mib=host))
+    assert all(use.headroom_mib >= 0 for each in result.solutions for use in each.devices.values())
+    if not result.solutions:
+        assert result.status == "INFEASIBLE"
+        assert "lacks" in result.message
 
 
 @pytest.mark.parametrize("model", [EXPERTS, DENSE], ids=["experts", "dense"])
@@ -70,8 +70,8 @@ def test_never_over_a_cap(model: Model, first: int, second: int, host: int) -> N
 def test_nothing_at_random_is_better(model: Model, sizes: tuple[int, int]) -> None:
     """No placement tried at random that fits has a shorter turn than the recommended one, its gap aside."""
     machine = two_cards(*sizes)
-    found = solved(model, machine, ubatch_tokens=512)
-    best = found.solutions[0]
+    result = solved(model, machine, ubatch_tokens=512)
+    best = result.solutions[0]
     assert best.gap is not None
     asked, _ = make_problem(model, machine, ASKED)
     random, n_fitting = Random(1), 0
@@ -164,8 +164,8 @@ def test_reserve_is_kept() -> None:
 
 def test_fixed_ubatch() -> None:
     """A fixed ubatch is the only one shown."""
-    found = solved(EXPERTS, two_cards(500, 400), ubatch_tokens=1024).solutions
-    assert {each.assignment.settings.ubatch_tokens for each in found} == {1024}
+    result = solved(EXPERTS, two_cards(500, 400), ubatch_tokens=1024).solutions
+    assert {each.assignment.settings.ubatch_tokens for each in result} == {1024}
 
 
 def test_objectives() -> None:
@@ -200,9 +200,9 @@ def test_three_cards() -> None:
 @pytest.mark.parametrize(("card_mib", "host_mib"), [(40, 200), (100, 100), (400, 300)])
 def test_infeasible_names_the_caps(card_mib: int, host_mib: int) -> None:
     """Where card and host together are too small, the message says which lacks how much."""
-    found = solved(EXPERTS, one_card(card_mib, host_mib))
-    assert (found.status, found.solutions) == ("INFEASIBLE", ())
-    assert re.search(r"(CPU|CUDA0) lacks [\d,]+ MiB", found.message)
+    result = solved(EXPERTS, one_card(card_mib, host_mib))
+    assert (result.status, result.solutions) == ("INFEASIBLE", ())
+    assert re.search(r"(CPU|CUDA0) lacks [\d,]+ MiB", result.message)
 
 
 def test_useless_card_is_left_out() -> None:
@@ -213,8 +213,8 @@ def test_useless_card_is_left_out() -> None:
 
 def test_what_is_lacking_makes_it_fit() -> None:
     """Given the MiB that the message names, and a little for rounding, the same question has an answer."""
-    found = solved(EXPERTS, Machine("host", (), dataclasses.replace(one_card(1).cpu, usable_mib=500.0)))
-    lacking = float(found.message.split("CPU lacks ")[1].split(" MiB")[0].replace(",", ""))
+    result = solved(EXPERTS, Machine("host", (), dataclasses.replace(one_card(1).cpu, usable_mib=500.0)))
+    lacking = float(result.message.split("CPU lacks ")[1].split(" MiB")[0].replace(",", ""))
     enough = dataclasses.replace(one_card(1).cpu, usable_mib=501.0 + lacking)
     short = dataclasses.replace(one_card(1).cpu, usable_mib=490.0 + lacking)
     assert solved(EXPERTS, Machine("host", (), enough)).solutions

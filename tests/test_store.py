@@ -38,11 +38,11 @@ ROW: dict[str, Any] = {
 @given(st.text())
 def test_slug_is_safe(text: str) -> None:
     """A slug is never empty, never hidden, has no separators, and is short enough for any file system."""
-    found = slug(text)
-    assert found
-    assert found[0] not in ".-"
-    assert not set(found) & set("/\\: \0\n")
-    assert len(found) <= 80
+    result = slug(text)
+    assert result
+    assert result[0] not in ".-"
+    assert not set(result) & set("/\\: \0\n")
+    assert len(result) <= 80
 
 
 @given(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,78}[A-Za-z0-9]", fullmatch=True))
@@ -53,8 +53,8 @@ def test_slug_keeps_good_names(name: str) -> None:
 
 def test_folder_names_the_question() -> None:
     """The folder is MODEL--MACHINE--WORKLOAD."""
-    found = solution_folder(Path("s"), PROBLEM)
-    assert found == Path("s/tiny-experts--one-card--ctx4096-q8_0-np1-p1000-g200-d1024")
+    result = solution_folder(Path("s"), PROBLEM)
+    assert result == Path("s/tiny-experts--one-card--ctx4096-q8_0-np1-p1000-g200-d1024")
 
 
 MIXED = dataclasses.replace(PROBLEM, settings=dataclasses.replace(PROBLEM.settings, kv_type_v="f16"))
@@ -62,15 +62,15 @@ MIXED = dataclasses.replace(PROBLEM, settings=dataclasses.replace(PROBLEM.settin
 
 def test_mixed_cache_has_a_folder_of_its_own() -> None:
     """K q8_0 with V f16 is another question than q8_0 for both."""
-    found = solution_folder(Path("s"), MIXED)
-    assert found == Path("s/tiny-experts--one-card--ctx4096-q8_0-f16-np1-p1000-g200-d1024")
+    result = solution_folder(Path("s"), MIXED)
+    assert result == Path("s/tiny-experts--one-card--ctx4096-q8_0-f16-np1-p1000-g200-d1024")
 
 
 @pytest.mark.parametrize(("asked", "kv_type"), [(PROBLEM, "q8_0"), (MIXED, "q8_0/f16")])
 def test_row_names_both_cache_types(asked: Problem, kv_type: str) -> None:
     """The workload of a set says V's type where it is not K's."""
-    found = SolutionSet("m", "digest", "n", asked.workload, "INFEASIBLE", ())
-    assert solution_set_row(asked, found, {})["workload"]["kv_type"] == kv_type
+    result = SolutionSet("m", "digest", "n", asked.workload, "INFEASIBLE", ())
+    assert solution_set_row(asked, result, {})["workload"]["kv_type"] == kv_type
 
 
 def test_folders_of_other_names_differ_in_the_machine_alone(tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def save(path: Path, row: dict[str, Any] = ROW, asked: Problem = PROBLEM) -> boo
 def test_reads_what_was_written(tmp_path: Path) -> None:
     """A file has the row, without what is None, and who wrote it of which model."""
     save(tmp_path / "s.toml")
-    found = read_solutions(tmp_path / "s.toml")
-    assert found["solutions"] == [{"name": "aggressive", "args": ["-ngl", "3"]}]
-    assert (found["place_version"], found["model_digest"]) == (__version__, PROBLEM.model.digest)
+    result = read_solutions(tmp_path / "s.toml")
+    assert result["solutions"] == [{"name": "aggressive", "args": ["-ngl", "3"]}]
+    assert (result["place_version"], result["model_digest"]) == (__version__, PROBLEM.model.digest)
 
 
 def test_same_again_is_left_alone(tmp_path: Path) -> None:

@@ -221,8 +221,8 @@ def choices_of(asked: Problem, layer: int, home: int, pins: Pins) -> set[tuple[i
 
 def test_choices_of_a_layer() -> None:
     """Both groups at home, both on one other position, or one of them there."""
-    found = choices_of(PROBLEMS["experts on two cards"], 4, 1, Pins())
-    assert found == {(1, 1), (0, 0), (0, 1), (1, 0), (2, 2), (2, 1), (1, 2)}
+    result = choices_of(PROBLEMS["experts on two cards"], 4, 1, Pins())
+    assert result == {(1, 1), (0, 0), (0, 1), (1, 0), (2, 2), (2, 1), (1, 2)}
 
 
 def test_pinned_group() -> None:

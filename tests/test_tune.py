@@ -86,9 +86,9 @@ def test_the_first_run_is_of_what_is_predicted_best() -> None:
     """Then what tells most, never what was measured."""
     known, each = fits(1, 4), proposals()
     turns = forecast_turns(known, each).turns_s
-    chosen = choose_runs(known, each, {}, 3)
-    assert chosen[0] is each[int(turns.argmin())]
-    assert len({one.key for one in chosen}) == 3
+    picked = choose_runs(known, each, {}, 3)
+    assert picked[0] is each[int(turns.argmin())]
+    assert len({one.key for one in picked}) == 3
 
 
 def test_nothing_measured_is_chosen_again() -> None:
@@ -101,15 +101,15 @@ def test_nothing_measured_is_chosen_again() -> None:
 def test_the_second_run_tells_most_once_the_first_is_known() -> None:
     """Of what is not far slower than the best, nothing leaves less variance on what may be the best."""
     known, each = fits(2, 2), proposals()
-    found = forecast_turns(known, each)
+    result = forecast_turns(known, each)
     from placement.measure.calibrate.choosing import SLOWEST, _after, _gain
 
     first, second = choose_runs(known, each, {}, 2)
-    covariance = _after(known, found, each.index(first), found.covariance, each)
+    covariance = _after(known, result, each.index(first), result.covariance, each)
     gains = {
-        i: _gain(known, found, i, covariance, each)
+        i: _gain(known, result, i, covariance, each)
         for i in range(len(each))
-        if found.turns_s[i] <= SLOWEST * found.turns_s.min() and each[i] is not first
+        if result.turns_s[i] <= SLOWEST * result.turns_s.min() and each[i] is not first
     }
     assert each.index(second) == max(gains, key=lambda i: gains[i])
 
@@ -190,7 +190,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         problem = replace(outcome.problem, machine=self.base)
         named = [self._with_own_name(each) for each in solutions]
         calls.append([each.name for each in named])
-        candidates = make_candidates(named, self.base, outcome.found.extra_args)
+        candidates = make_candidates(named, self.base, outcome.solution_set.extra_args)
         known = {(r.run_id, r.round) for r in read_runs(folder, problem)}
         for round_ in range(1, rounds + 1):
             for each in candidates:
@@ -221,11 +221,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         build["engine_build"] = engine_build
         request = Request(ctx_tokens=16384, ubatch_tokens=512, time_limit_s=3.0)
         engine = Engine(tmp_path, {})
-        found = tune(
+        result = tune(
             model(NAME), machine or bare_machine(), tmp_path / "m.gguf", engine, request, NO_ENGINE,
             tmp_path / "solutions", Options(), Lines(), said.append,
         )  # fmt: skip
-        return found, calls, said
+        return result, calls, said
 
     return go
 

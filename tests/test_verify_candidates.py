@@ -22,24 +22,24 @@ CARDS = Machine("cards", (Device("CUDA0", 24576, 24000, 480, 1008, 25),), Cpu(60
 
 def test_moderate_comes_first() -> None:
     """The order is moderate, aggressive, the others as they stood."""
-    found = [solution(name, name) for name in ("aggressive", "moderate", "b", "a")]
-    assert [each.name for each in choose(found, 3)] == ["moderate", "aggressive", "b"]
+    results = [solution(name, name) for name in ("aggressive", "moderate", "b", "a")]
+    assert [each.name for each in choose(results, 3)] == ["moderate", "aggressive", "b"]
 
 
 def test_same_arguments_run_once() -> None:
     """Where moderate is aggressive one run serves both, and it is called aggressive."""
-    found = [solution("aggressive", "x"), solution("moderate", "x"), solution("b", "y")]
-    assert [each.name for each in choose(found, 9)] == ["aggressive", "b"]
+    results = [solution("aggressive", "x"), solution("moderate", "x"), solution("b", "y")]
+    assert [each.name for each in choose(results, 9)] == ["aggressive", "b"]
 
 
 def test_fit_follows_the_named() -> None:
     """--fit at the memory of moderate and aggressive runs before the others, so that a budget includes it."""
-    found = [
+    results = [
         solution("moderate", "-ngl", "1"),
         solution("aggressive", "-ngl", "2"),
         solution("b", "-ngl", "3"),
     ]
-    names = [each.name for each in make_candidates(found, CARDS, ())]
+    names = [each.name for each in make_candidates(results, CARDS, ())]
     assert names == ["moderate", "aggressive", "fit:moderate", "fit:aggressive", "b"]
 
 
@@ -95,8 +95,8 @@ def test_free_memory_does_not_change_the_identity() -> None:
 
 def test_profile_arguments_are_kept() -> None:
     """The owner's own arguments go to every candidate, --fit included."""
-    found = make_candidates([solution("aggressive", "-ngl", "2")], cluster("h:1"), ("--jinja",))
-    assert all("--jinja" in each.arguments for each in found)
+    result = make_candidates([solution("aggressive", "-ngl", "2")], cluster("h:1"), ("--jinja",))
+    assert all("--jinja" in each.arguments for each in result)
 
 
 def test_fit_may_use_the_workers_that_a_placement_leaves_alone() -> None:
@@ -104,7 +104,7 @@ def test_fit_may_use_the_workers_that_a_placement_leaves_alone() -> None:
     machine = cluster("h:1", "h:2")
     alone = solution("aggressive", "-ngl", "0")
     both = solution("other", "--rpc", "h:1,h:2", "-ngl", "2", devices=("RPC0", "RPC1"))
-    found = {each.name: each.arguments for each in make_candidates([alone, both], machine, ())}
-    assert found["aggressive"] == ("-ngl", "0")
-    assert found["fit:aggressive"] == ("--rpc", "h:1,h:2", "-fit", "on")
-    assert "fit:other" not in found
+    results = {each.name: each.arguments for each in make_candidates([alone, both], machine, ())}
+    assert results["aggressive"] == ("-ngl", "0")
+    assert results["fit:aggressive"] == ("--rpc", "h:1,h:2", "-fit", "on")
+    assert "fit:other" not in results

@@ -30,9 +30,9 @@ def verdict(*runs: list[Record]) -> Verdict:
     return decide([each for run in runs for each in run], WORKLOAD)
 
 
-def chosen(*runs: list[Record]) -> str | None:
-    found = verdict(*runs).recommended
-    return None if found is None else found.name
+def picked(*runs: list[Record]) -> str | None:
+    result = verdict(*runs).recommended
+    return None if result is None else result.name
 
 
 FIT = rounds("fit:aggressive", 0.05, 0.05)
@@ -55,23 +55,23 @@ def test_turn_follows_depth() -> None:
 
 def test_fastest_stable_wins() -> None:
     """Of three stable candidates the one with the shortest turn is recommended."""
-    assert chosen(
+    assert picked(
         rounds("moderate", 0.03, 0.03), rounds("other", 0.01, 0.01), rounds("aggressive", 0.02, 0.02), FIT
     ) == ("other")
 
 
 def test_tie_goes_to_aggressive() -> None:
     """A difference inside the noise is a tie, and aggressive wins it."""
-    found = verdict(rounds("moderate", 0.0100, 0.0104), rounds("aggressive", 0.0102, 0.0105), FIT)
-    assert found.recommended is not None and found.recommended.name == "aggressive"
-    assert found.ties == ("moderate", "aggressive")
+    result = verdict(rounds("moderate", 0.0100, 0.0104), rounds("aggressive", 0.0102, 0.0105), FIT)
+    assert result.recommended is not None and result.recommended.name == "aggressive"
+    assert result.ties == ("moderate", "aggressive")
 
 
 def test_difference_beyond_the_noise_is_no_tie() -> None:
     """When the rounds agree closely a difference of 5 % decides against aggressive."""
     run = (rounds("moderate", 0.0100, 0.0100, 0.0100), rounds("aggressive", 0.0110, 0.0110, 0.0110), FIT)
     assert verdict(*run).ties == ()
-    assert chosen(*run) == "moderate"
+    assert picked(*run) == "moderate"
 
 
 def test_more_rounds_tell_less_apart() -> None:
@@ -89,49 +89,49 @@ def test_more_rounds_tell_less_apart() -> None:
 )  # fmt: skip
 def test_failing_candidate_is_out(phase: str, outcome: str) -> None:
     """Whatever fails in every round is never recommended, and the reason names the outcome."""
-    found = verdict(rounds("moderate", 0.03, 0.03), failed("aggressive", phase, outcome), FIT)
-    assert found.recommended is not None and found.recommended.name == "moderate"
-    assert f"aggressive is out: {outcome}" in found.reasons
+    result = verdict(rounds("moderate", 0.03, 0.03), failed("aggressive", phase, outcome), FIT)
+    assert result.recommended is not None and result.recommended.name == "moderate"
+    assert f"aggressive is out: {outcome}" in result.reasons
 
 
 def test_intermittent_oom_goes_to_moderate() -> None:
     """Aggressive out of memory in one round of two makes moderate the choice, a faster other notwithstanding."""
     run = [*good_round("aggressive", 1), *failed("aggressive", "canary", "oom-in-inference", 2)]
-    found = verdict(rounds("moderate", 0.03, 0.03), run, rounds("other", 0.02, 0.02), FIT)
-    statuses = {each.name: each.status for each in found.results}
+    result = verdict(rounds("moderate", 0.03, 0.03), run, rounds("other", 0.02, 0.02), FIT)
+    statuses = {each.name: each.status for each in result.results}
     assert statuses["aggressive"] == "oom-intermittent"
-    assert found.recommended is not None and found.recommended.name == "moderate"
+    assert result.recommended is not None and result.recommended.name == "moderate"
 
 
 @pytest.mark.parametrize("slower", [0.0501, 0.06, 0.5])
 def test_slower_than_fit_is_never_recommended(slower: float) -> None:
     """A candidate that measured slower than --fit, be it within the noise, loses to --fit's own arguments."""
-    found = verdict(rounds("aggressive", slower, slower), rounds("fit:aggressive", 0.05, 0.05))
-    assert found.recommended is not None and found.recommended.name == "fit:aggressive"
-    assert any("--fit is recommended" in reason for reason in found.reasons)
+    result = verdict(rounds("aggressive", slower, slower), rounds("fit:aggressive", 0.05, 0.05))
+    assert result.recommended is not None and result.recommended.name == "fit:aggressive"
+    assert any("--fit is recommended" in reason for reason in result.reasons)
 
 
 def test_intermittent_rule_does_not_override_fit() -> None:
     """Moderate is not chosen for an unsure aggressive when it is slower than --fit."""
     run = [*good_round("aggressive", 1), *failed("aggressive", "start", "oom-at-start", 2)]
-    assert chosen(rounds("moderate", 0.06, 0.06), run, FIT) == "fit:aggressive"
+    assert picked(rounds("moderate", 0.06, 0.06), run, FIT) == "fit:aggressive"
 
 
 def test_failed_fit_is_no_baseline() -> None:
     """Where --fit itself fails the fastest stable is recommended, and that it is not compared is said."""
-    found = verdict(rounds("aggressive", 0.5, 0.5), failed("fit:aggressive", "start", "oom-at-start"))
-    assert found.recommended is not None and found.recommended.name == "aggressive"
-    assert any("no --fit baseline" in reason for reason in found.reasons)
+    result = verdict(rounds("aggressive", 0.5, 0.5), failed("fit:aggressive", "start", "oom-at-start"))
+    assert result.recommended is not None and result.recommended.name == "aggressive"
+    assert any("no --fit baseline" in reason for reason in result.reasons)
 
 
 def test_nothing_stable_is_no_recommendation() -> None:
     """When all fail nothing is recommended."""
-    assert chosen(failed("aggressive", "start", "crash"), failed("fit:aggressive", "start", "crash")) is None
+    assert picked(failed("aggressive", "start", "crash"), failed("fit:aggressive", "start", "crash")) is None
 
 
 def test_unfinished_round_is_not_stability() -> None:
     """A round without its stop is not finished, and a candidate with no other is not recommended."""
-    assert chosen(good_round("aggressive")[:-1], FIT) == "fit:aggressive"
+    assert picked(good_round("aggressive")[:-1], FIT) == "fit:aggressive"
 
 
 def test_later_attempt_replaces_a_transient_failure() -> None:
@@ -173,15 +173,15 @@ def test_a_disturbed_repeat_does_not_count() -> None:
         )
         for i, seconds in enumerate(times_s)
     ]
-    found = result_of([*run[:3], *shorts, *run[4:]], WORKLOAD)
-    assert found.decode_tps == pytest.approx(100, rel=0.01)
+    result = result_of([*run[:3], *shorts, *run[4:]], WORKLOAD)
+    assert result.decode_tps == pytest.approx(100, rel=0.01)
 
 
 def test_one_round_has_no_noise() -> None:
     """With one round each the noise is unknown, not 0, and that is said."""
-    found = verdict(good_round("aggressive"), good_round("fit:aggressive", 1, 0.05))
-    assert found.noise is None
-    assert any("the noise is unknown" in reason for reason in found.reasons)
+    result = verdict(good_round("aggressive"), good_round("fit:aggressive", 1, 0.05))
+    assert result.noise is None
+    assert any("the noise is unknown" in reason for reason in result.reasons)
 
 
 def table_report() -> VerifyReport:

@@ -67,9 +67,9 @@ def run_on_cpu(
 ) -> VerifyReport:
     """Verify two hand-made solutions on the CPU."""
     problem = problem_of(read_model(model_file), cpu_machine())
-    found = set_of(problem, solution("aggressive", *CPU_ARGS), solution("other", *OTHER_ARGS))
+    result = set_of(problem, solution("aggressive", *CPU_ARGS), solution("other", *OTHER_ARGS))
     options = quick(tmp_path, **more)
-    return verify(problem, found, model_file, engine, tmp_path / "runs", options, listener)
+    return verify(problem, result, model_file, engine, tmp_path / "runs", options, listener)
 
 
 def statuses(report: VerifyReport) -> dict[str, str]:
@@ -102,11 +102,11 @@ def test_speed_is_what_the_server_measures(engine: Engine, dense: Path, tmp_path
 def test_phases_are_repeated_for_a_while(engine: Engine, dense: Path, tmp_path: Path) -> None:
     """Small models are asked again until a phase took its seconds; a rerun that wants more adds what is missing."""
     problem = problem_of(read_model(dense), cpu_machine())
-    found = set_of(problem, solution("aggressive", *CPU_ARGS))
+    result = set_of(problem, solution("aggressive", *CPU_ARGS))
     counts = []
     for seconds in (0.2, 0.4):
         options = replace(quick(tmp_path, has_fit=False), asked=replace(SMALL, least_s=seconds))
-        report = verify(problem, found, dense, engine, tmp_path / "runs", options, Lines())
+        report = verify(problem, result, dense, engine, tmp_path / "runs", options, Lines())
         timed = [each for each in RunLog(tmp_path / "runs").read() if each.timing is not None]
         for phase in ("short prompt", "long prompt", "canary"):
             mine = [each for each in timed if each.phase == phase]
@@ -129,12 +129,12 @@ def test_moe_model_on_two_workers(engine: Engine, moe: Path, tmp_path: Path) -> 
             ctx_tokens=1024, prompt_tokens=200, generate_tokens=20, load_modes=("auto",), time_limit_s=3
         )
         problem, _ = make_problem(model, machine, asked)
-        found = solve_request(model, machine, asked)
-        report = verify(problem, found, moe, engine, tmp_path / "runs", quick(tmp_path, top=1), Lines())
+        result = solve_request(model, machine, asked)
+        report = verify(problem, result, moe, engine, tmp_path / "runs", quick(tmp_path, top=1), Lines())
     assert set(statuses(report).values()) == {"ok"}
-    chosen, fit = report.verdict.recommended, report.verdict.results[-1]
-    assert chosen is not None and chosen.turn_s is not None and fit.turn_s is not None
-    assert (fit.role, chosen.turn_s <= fit.turn_s) == ("fit", True)
+    picked, fit = report.verdict.recommended, report.verdict.results[-1]
+    assert picked is not None and picked.turn_s is not None and fit.turn_s is not None
+    assert (fit.role, picked.turn_s <= fit.turn_s) == ("fit", True)
     ours = report.verdict.results[0]
     assert ours.predicted is not None and ours.predicted.label == "planned"
     assert ours.splits_decode == ours.predicted.splits_decode
@@ -148,8 +148,8 @@ def test_fit_keeps_to_the_cap(engine: Engine, moe: Path, tmp_path: Path) -> None
         machine = cluster(workers[0].endpoint, usable_mib=cap_mib)
         problem = problem_of(problem_model, machine)
         args = ("--rpc", workers[0].endpoint, *CPU_ARGS)
-        found = set_of(problem, solution("aggressive", *args))
-        verify(problem, found, moe, engine, tmp_path / "runs", quick(tmp_path), Lines())
+        result = set_of(problem, solution("aggressive", *args))
+        verify(problem, result, moe, engine, tmp_path / "runs", quick(tmp_path), Lines())
     run = [each for each in RunLog(tmp_path / "runs").read() if each.role == "fit"]
     start = next(each for each in run if each.phase == "start")
     assert start.buffers_mib is not None
@@ -184,12 +184,12 @@ def test_starved_worker_is_out_of_memory_at_start(engine: Engine, moe: Path, tmp
         machine = cluster(endpoint)
         problem = problem_of(read_model(moe), machine)
         args = ("--rpc", endpoint, "-ngl", "99", "-np", "1", "-t", "1", "-fa", "on", "-fit", "off")
-        found = set_of(
+        result = set_of(
             problem,
             solution("aggressive", *args, "-c", "131072", devices=("RPC0",)),
             solution("other", *args, "-c", "1024", devices=("RPC0",)),
         )
-        report = verify(problem, found, moe, engine, tmp_path / "runs", quick(tmp_path), Lines())
+        report = verify(problem, result, moe, engine, tmp_path / "runs", quick(tmp_path), Lines())
     assert statuses(report)["aggressive"] == "oom-at-start"
     assert statuses(report)["other"] == "ok"
     failed = [each for each in RunLog(tmp_path / "runs").read() if each.outcome == "oom-at-start"]
@@ -210,9 +210,9 @@ def test_refused_memory_in_inference(
 
     problem = problem_of(read_model(dense), cpu_machine(), 4096)
     args = [word.replace("1024", "4096") for word in CPU_ARGS]
-    found = set_of(problem, solution("aggressive", *args), solution("other", *args, "-ub", "256"))
+    result = set_of(problem, solution("aggressive", *args), solution("other", *args, "-ub", "256"))
     options = replace(quick(tmp_path), asked=replace(SMALL, long_prompt=2000))
-    report = verify(problem, found, dense, engine, tmp_path / "runs", options, Lines(starve))
+    report = verify(problem, result, dense, engine, tmp_path / "runs", options, Lines(starve))
     assert statuses(report)["aggressive"] == "oom-in-inference"
     assert statuses(report)["other"] == "ok"
     failed = [each for each in RunLog(tmp_path / "runs").read() if each.outcome != "ok"]
@@ -259,8 +259,8 @@ def test_engine_without_the_device_is_a_wrong_build(engine: Engine, dense: Path,
 
     card = Device("CUDA0", 24576, 24000, 480, 1008, 25)
     problem = problem_of(read_model(dense), replace(workers(), devices=(card,)))
-    found = set_of(problem, solution("aggressive", *CPU_ARGS, devices=("CUDA0",)))
-    report = verify(problem, found, dense, engine, tmp_path / "runs", quick(tmp_path), Lines())
+    result = set_of(problem, solution("aggressive", *CPU_ARGS, devices=("CUDA0",)))
+    report = verify(problem, result, dense, engine, tmp_path / "runs", quick(tmp_path), Lines())
     assert set(statuses(report).values()) == {"wrong-build"}
     assert report.verdict.recommended is None
 

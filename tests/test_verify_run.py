@@ -45,11 +45,11 @@ def run(tmp_path: Path, model_file: Path) -> Any:
         model = read_model(model_file)
         problem = problem_of(model, cpu_machine())
         wanted = names.split() or [name for name in modes if "." not in name and name != "fit"]
-        found = set_of(problem, *(solution(name, "-ngl", name) for name in wanted))
+        result = set_of(problem, *(solution(name, "-ngl", name) for name in wanted))
         engine = fake_engine(tmp_path / "engine", **modes)
         return verify(
             problem,
-            found,
+            result,
             model_file,
             engine,
             tmp_path / "runs",
@@ -66,10 +66,10 @@ def run_on(tmp_path: Path, model_file: Path) -> Any:
 
     def go(machine: Machine, listener: Lines) -> VerifyReport:
         problem = problem_of(read_model(model_file), machine)
-        found = set_of(problem, solution("aggressive", "-ngl", "aggressive"))
+        result = set_of(problem, solution("aggressive", "-ngl", "aggressive"))
         engine = fake_engine(tmp_path / "engine", aggressive="ok")
         folder = solution_folder(tmp_path / "solutions", problem)
-        return verify(problem, found, model_file, engine, folder, quick(tmp_path), listener)
+        return verify(problem, result, model_file, engine, folder, quick(tmp_path), listener)
 
     return go
 
@@ -224,10 +224,10 @@ def test_wrong_model_file_is_named(run: Any, tmp_path: Path, model_file: Path) -
     model = read_model(model_file)
     other = write_model(tmp_path / "other.gguf", n_layer=2, n_embd=64)
     problem = problem_of(model, cpu_machine())
-    found = set_of(problem, solution("aggressive", "-ngl", "aggressive"))
+    result = set_of(problem, solution("aggressive", "-ngl", "aggressive"))
     engine = fake_engine(tmp_path / "engine")
     listener = Lines()
-    report = verify(problem, found, other, engine, tmp_path / "runs", quick(tmp_path), listener)
+    report = verify(problem, result, other, engine, tmp_path / "runs", quick(tmp_path), listener)
     assert set(statuses(report).values()) == {"model-mismatch"}
     assert report.verdict.recommended is None
     assert not (tmp_path / "engine" / "starts").exists()
@@ -238,10 +238,10 @@ def test_show_prefers_what_was_measured(run: Any, tmp_path: Path, model_file: Pa
     """A later try with a wrong file does not hide the table of what was measured."""
     report = run(aggressive="ok")
     problem = problem_of(read_model(model_file), cpu_machine())
-    found = set_of(problem, solution("aggressive", "-ngl", "aggressive"))
+    result = set_of(problem, solution("aggressive", "-ngl", "aggressive"))
     other = write_model(tmp_path / "other.gguf", n_layer=2, n_embd=64)
     engine = fake_engine(tmp_path / "engine", aggressive="ok")
-    verify(problem, found, other, engine, tmp_path / "runs", quick(tmp_path), Lines())
+    verify(problem, result, other, engine, tmp_path / "runs", quick(tmp_path), Lines())
     assert decide_again(tmp_path / "runs", problem).verdict == report.verdict
 
 
@@ -250,9 +250,9 @@ def test_other_name_in_the_header_is_the_same_model(run: Any, tmp_path: Path, mo
     model = read_model(model_file)
     renamed = replace(model, metadata={**model.metadata, "general.name": "another"})
     problem = problem_of(renamed, cpu_machine())
-    found = set_of(problem, solution("aggressive", "-ngl", "aggressive"))
+    result = set_of(problem, solution("aggressive", "-ngl", "aggressive"))
     engine = fake_engine(tmp_path / "engine")
-    report = verify(problem, found, model_file, engine, tmp_path / "runs", quick(tmp_path), Lines())
+    report = verify(problem, result, model_file, engine, tmp_path / "runs", quick(tmp_path), Lines())
     assert statuses(report)["aggressive"] == "ok"
 
 

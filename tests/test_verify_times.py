@@ -24,11 +24,11 @@ def test_it_is_the_tenth_percentile(seconds: list[float], expected: float) -> No
 
 def test_what_comes_and_goes_does_not_move_it() -> None:
     """Forty starts in which a third to two thirds of the repeats are held up differ by a few per cent."""
-    found = []
+    results = []
     for seed in range(40):
         rng = random.Random(seed)
         held_up = rng.uniform(0.3, 0.7)
-        found.append(
+        results.append(
             undisturbed(
                 [
                     rng.gauss(1.0, 0.01) + (rng.expovariate(2) if rng.random() < held_up else 0)
@@ -36,7 +36,7 @@ def test_what_comes_and_goes_does_not_move_it() -> None:
                 ]
             )
         )
-    assert max(found) / min(found) <= 1.06
+    assert max(results) / min(results) <= 1.06
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,9 @@ def visit_of(least_s: float) -> Visit:
 
 def timings(*generate_s: float) -> dict[str, list[Timing]]:
     """The short prompt's repeats; the other phases took long enough once."""
-    found = [Timing(n_prompt=1, prompt_s=0, n_generated=1, generate_s=each) for each in generate_s]
+    results = [Timing(n_prompt=1, prompt_s=0, n_generated=1, generate_s=each) for each in generate_s]
     once = [Timing(n_prompt=1, prompt_s=50, n_generated=1, generate_s=50)]
-    return {SHORT: found, LONG: once, CANARY: once}
+    return {SHORT: results, LONG: once, CANARY: once}
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def cards(**uuids: str) -> Machine:
 
 def test_cards_are_matched_by_uuid() -> None:
     """The UUID decides which NVML card a device is, whatever the order and the names."""
-    found = nvml_handles(cards(CUDA0="GPU-bus1", CUDA1="GPU-bus2"), fake_nvml({}))
-    assert found == {"CUDA0": "bus1", "CUDA1": "bus2"}
+    result = nvml_handles(cards(CUDA0="GPU-bus1", CUDA1="GPU-bus2"), fake_nvml({}))
+    assert result == {"CUDA0": "bus1", "CUDA1": "bus2"}
 
 
 def test_cards_are_matched_by_name() -> None:

@@ -59,7 +59,7 @@ def _add_vocabulary(writer: Any) -> int:
 
 def _tensors(is_moe: bool, n_layers: int, n_vocab: int) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes, outermost dimension first as numpy has it."""
-    found: list[tuple[str, tuple[int, ...]]] = [
+    results: list[tuple[str, tuple[int, ...]]] = [
         ("token_embd", (n_vocab, N_EMBD)),
         ("output_norm", (N_EMBD,)),
         ("output", (n_vocab, N_EMBD)),
@@ -84,8 +84,8 @@ def _tensors(is_moe: bool, n_layers: int, n_vocab: int) -> list[tuple[str, tuple
         else:
             layer |= {f"ffn_{kind}": (1536, N_EMBD) for kind in ("up", "gate")}
             layer |= {"ffn_down": (N_EMBD, 1536)}
-        found += [(f"blk.{i}.{name}", shape) for name, shape in layer.items()]
-    return found
+        results += [(f"blk.{i}.{name}", shape) for name, shape in layer.items()]
+    return results
 
 
 def _add_tensor(writer: Any, random: Any, name: str, shape: tuple[int, ...]) -> None:

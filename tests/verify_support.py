@@ -307,9 +307,9 @@ def fake_engine(folder: Path, **modes: Any) -> Engine:
     if not script.exists():  # a new file would be a new build
         script.write_text(FAKE_SERVER.format(python=sys.executable, folder=str(folder)))
         script.chmod(0o755)
-    found = find_engine(folder)
-    assert found is not None
-    return found
+    result = find_engine(folder)
+    assert result is not None
+    return result
 
 
 __all__ = ["KEY", "DevicePeak", "HostPeak", "Predicted", "Record", "Timing"]

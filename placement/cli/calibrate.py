@@ -57,7 +57,7 @@ def command(
     _show(report, path, is_written, ending, is_json)
     if failure is not None:
         raise failure
-    if not report.found.rows:
+    if not report.data.rows:
         raise click.exceptions.Exit(1)
 
 
@@ -73,7 +73,7 @@ def _show(report: CalibrationReport, path: Path, is_written: bool, ending: str |
 
 
 def _ending(report: CalibrationReport, path: Path, is_dry: bool) -> str:
-    if not report.found.rows:
+    if not report.data.rows:
         return "no runs of this machine: run place verify or place tune first"
     if not report.changes:
         return f"{path}: nothing changes"

@@ -66,8 +66,8 @@ def _echo(machine: object, is_json: bool) -> None:
     from placement.inputs.machine import Machine
     from placement.inputs.machine_files import machine_toml
 
-    found = cast(Machine, machine)
+    result = cast(Machine, machine)
     if is_json:
-        options.echo_json(dataclasses.asdict(found))
+        options.echo_json(dataclasses.asdict(result))
     else:
-        click.echo(machine_toml(found), nl=False)
+        click.echo(machine_toml(result), nl=False)

@@ -43,9 +43,9 @@ class Finite(click.FloatRange):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The number."""
-        if not math.isfinite(found := super().convert(value, param, ctx)):
+        if not math.isfinite(result := super().convert(value, param, ctx)):
             self.fail(f"{value} is not a finite number.", param, ctx)
-        return found
+        return result
 
 
 class Ubatch(click.ParamType):  # type: ignore[type-arg]
@@ -181,10 +181,10 @@ def machine_of(name: str | None, rpc: Sequence[str] = ()) -> Machine:
 
     if name is not None:
         return resolve_machine(name)
-    found, reason = _machine_here(bool(rpc))
-    if found is None:
+    result, reason = _machine_here(bool(rpc))
+    if result is None:
         return _reference_machine(reason)
-    return found if rpc else with_learned(found, warn)
+    return result if rpc else with_learned(result, warn)
 
 
 def weights_path(model: Model, model_file: str | None) -> Path:
@@ -233,16 +233,16 @@ def keep_learned(machine: Machine, path: Path, is_wanted: bool) -> tuple[bool, P
 
 def detected_machine() -> Machine:
     """The machine here as its driver describes it; without a GPU the reference machine, and a line says so."""
-    found, reason = _machine_here(has_rpc=False)
-    return _reference_machine(reason) if found is None else found
+    result, reason = _machine_here(has_rpc=False)
+    return _reference_machine(reason) if result is None else result
 
 
 def _machine_here(has_rpc: bool) -> tuple[Machine | None, str]:
     from placement.inputs.detect import detect_cpu, detect_hardware
     from placement.inputs.machine import Machine
 
-    found, reason = detect_hardware()
-    return (Machine("rpc", (), detect_cpu()) if found is None and has_rpc else found), reason
+    result, reason = detect_hardware()
+    return (Machine("rpc", (), detect_cpu()) if result is None and has_rpc else result), reason
 
 
 def _reference_machine(reason: str) -> Machine:

@@ -42,35 +42,35 @@ def command(machine_name: str | None, engine_name: str, budget_s: float, is_dry:
     from placement.measure.probe import probe
 
     machine = options.own_machine(machine_name)
-    found = probe(machine, running_engine(engine_name), options.now(), budget_s, options.warn)
+    result = probe(machine, running_engine(engine_name), options.now(), budget_s, options.warn)
     path = learned_path(machine_name, machine)
-    is_written, failure = options.keep_learned(found.machine, path, bool(found.changes) and not is_dry)
+    is_written, failure = options.keep_learned(result.machine, path, bool(result.changes) and not is_dry)
     if is_json:
-        options.echo_json(probe_row(found, str(path), is_written))
+        options.echo_json(probe_row(result, str(path), is_written))
     else:
-        _print(found, path if is_written or is_dry else None, is_dry)
+        _print(result, path if is_written or is_dry else None, is_dry)
     if failure is not None:
         raise failure
 
 
-def _print(found: Probed, path: Path | None, is_dry: bool) -> None:
-    for each in found.changes:
+def _print(result: Probed, path: Path | None, is_dry: bool) -> None:
+    for each in result.changes:
         old = "-" if each.old is None else f"{each.old.value:g}"
         spread = "" if each.new.uncertainty is None else f" ± {each.new.uncertainty:.2g}"
         click.echo(f"{each.name}: {old} → {each.new.value:g}{spread} {each.new.unit}")
     if path is not None:
-        click.echo(f"{path}: {len(found.changes)} values {'would change' if is_dry else 'written'}")
+        click.echo(f"{path}: {len(result.changes)} values {'would change' if is_dry else 'written'}")
 
 
-def probe_row(found: Probed, path: str, is_written: bool) -> dict[str, Any]:
+def probe_row(result: Probed, path: str, is_written: bool) -> dict[str, Any]:
     """The probe as JSON."""
     return {
-        "machine": found.machine.name,
+        "machine": result.machine.name,
         "path": path,
         "is_written": is_written,
-        "wall_s": round(found.wall_s, 1),
-        "timings": [{"case": row.label, "kind": row.kind, "seconds": row.measured_s} for row in found.rows],
-        "failed": list(found.failed),
+        "wall_s": round(result.wall_s, 1),
+        "timings": [{"case": row.label, "kind": row.kind, "seconds": row.measured_s} for row in result.rows],
+        "failed": list(result.failed),
         "changes": [
             {
                 "name": each.name,
@@ -80,6 +80,6 @@ def probe_row(found: Probed, path: str, is_written: bool) -> dict[str, Any]:
                 "uncertainty": each.new.uncertainty,
                 "source": each.new.source,
             }
-            for each in found.changes
+            for each in result.changes
         ],
     }

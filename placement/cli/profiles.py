@@ -58,12 +58,12 @@ def command(
 
     conf = read_models_conf(file)
     sections = [conf.section(name) for name in names] or None
-    found = review(
+    result = review(
         conf, options.machine_of(machine_name), finder_of(file, pairs), Defaults.of_text(defaults_text),
         options.request_of(given), sections=sections, is_solved=not no_solve, root=Path(root),
         is_fresh=is_fresh, progress=lambda name: click.echo(f"place: [{name}]", err=True),
     )  # fmt: skip
-    profiles = list(found)
+    profiles = list(result)
     _print(file, conf.problems, profiles, is_json)
     if any(each.problem is not None for each in profiles):
         raise click.exceptions.Exit(2)

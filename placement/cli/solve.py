@@ -132,7 +132,7 @@ def command(
             out_folder=out_folder, warn=options.warn, progress=tell,
         )  # fmt: skip
     _print(outcome, is_json)
-    if not outcome.found.solutions:
+    if not outcome.solution_set.solutions:
         raise click.exceptions.Exit(1)
 
 

@@ -110,10 +110,12 @@ def _verify(model: Model, machine: Machine, path: Path, given: dict[str, Any], i
         engine=EngineChoice(given["engine_name"]), out_folder=given["out_folder"], warn=options.warn,
     )  # fmt: skip
     if outcome.path is None:
-        raise InputError("verify", f"there is no solution to run: {outcome.found.message}")
+        raise InputError("verify", f"there is no solution to run: {outcome.solution_set.message}")
     with ended_by_signals(), progress_listener(is_json) as listener:
         wanted = _options(given, outcome.problem)
-        return verify(outcome.problem, outcome.found, path, engine, outcome.path.parent, wanted, listener)
+        return verify(
+            outcome.problem, outcome.solution_set, path, engine, outcome.path.parent, wanted, listener
+        )
 
 
 def running_engine(name: str) -> Engine:
@@ -161,9 +163,9 @@ def print_verify(report: VerifyReport, model_path: str) -> None:
     Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(grid)
     for line in table.verify_summary(report):
         click.echo(f"- {line}")
-    chosen = report.verdict.recommended
-    if chosen is not None:
-        click.echo(f"\nrecommended: {chosen.name}\n{table.command(chosen, model_path)}")
+    picked = report.verdict.recommended
+    if picked is not None:
+        click.echo(f"\nrecommended: {picked.name}\n{table.command(picked, model_path)}")
 
 
 @contextlib.contextmanager

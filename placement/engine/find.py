@@ -164,8 +164,8 @@ def _search(variables: Mapping[str, str]) -> Engine:
 
 def _candidates(variables: Mapping[str, str]) -> Iterator[Path]:
     for program in _PLANNERS:
-        if found := shutil.which(program, path=variables.get("PATH", "")):
-            yield Path(found).parent
+        if result := shutil.which(program, path=variables.get("PATH", "")):
+            yield Path(result).parent
     if (package := _package_folder()) is not None:
         yield package / "bin"
         yield package

@@ -75,8 +75,8 @@ def read_flags(help_text: str) -> Flags:
         if not head.startswith("-"):
             continue
         head = re.split(r"\s{2,}(?=[^-\s])|\s{2,}(?=- )|\t", head)[0]
-        found = _FLAG.findall(re.sub(r"[<{\[(].*", "", head))
-        names.update(found)
-        if found and re.fullmatch(r"(?:--?[\w-]+(?:,\s*|\s+)?)+", head):
-            bare.update(found)
+        result = _FLAG.findall(re.sub(r"[<{\[(].*", "", head))
+        names.update(result)
+        if result and re.fullmatch(r"(?:--?[\w-]+(?:,\s*|\s+)?)+", head):
+            bare.update(result)
     return Flags(frozenset(names), frozenset(bare))

@@ -141,17 +141,17 @@ def read_plan(text: str) -> PlanReading | None:
 
     With a draft model or MTP layers llama-server measures that one too: its memory is added.
     """
-    found = list(_breakdowns(text))
-    if not found:
+    results = list(_breakdowns(text))
+    if not results:
         rows = [(match["name"], _memory(match.groupdict())) for match in _FITP_ROW.finditer(text)]
         return _reading(text, rows) if _has_host(rows) else None
     extra_from = text.find(_EXTRA_MODEL)
-    main = [item for item in found if extra_from < 0 or item[0] < extra_from] or found[:1]
-    begins = [0, *(end for end, _ in found)]
+    main = [item for item in results if extra_from < 0 or item[0] < extra_from] or results[:1]
+    begins = [0, *(end for end, _ in results)]
     end, rows = main[-1]
-    if found[-1][0] > end:
-        rows = rows + _extra(rows, found[-1][1], text)
-    return _reading(text[begins[found.index(main[-1])] : end], rows, whole=text)
+    if results[-1][0] > end:
+        rows = rows + _extra(rows, results[-1][1], text)
+    return _reading(text[begins[results.index(main[-1])] : end], rows, whole=text)
 
 
 def is_whole(text: str, reading: PlanReading) -> bool:

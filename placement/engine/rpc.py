@@ -42,11 +42,11 @@ class RpcWorker:
 
 def endpoints_of(arguments: Sequence[str]) -> tuple[str, ...]:
     """Return the "host:port" of every worker that the arguments' last `--rpc` names."""
-    found: tuple[str, ...] = ()
+    results: tuple[str, ...] = ()
     for flag, value in itertools.pairwise(arguments):
         if flag in ("--rpc", "-rpc"):
-            found = tuple(part for part in value.split(",") if part)
-    return found
+            results = tuple(part for part in value.split(",") if part)
+    return results
 
 
 @contextlib.contextmanager

@@ -302,10 +302,10 @@ def _command(engine: Engine, path: Path, arguments: Sequence[str]) -> list[str |
 
 
 def _start(command: Sequence[str | Path], log: Path, port: int | None) -> Server:
-    chosen = port if port is not None else free_port()
+    picked = port if port is not None else free_port()
     alias = f"place-{uuid.uuid4().hex[:12]}"  # another server on this port must not be taken for ours
-    full = [*command, "--port", str(chosen), "--alias", alias]
+    full = [*command, "--port", str(picked), "--alias", alias]
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(f"$ {shlex.join(os.fspath(part) for part in full)}\n")
     began_s = time.monotonic()
-    return Server(start_logged(full, log), chosen, alias, log, began_s)
+    return Server(start_logged(full, log), picked, alias, log, began_s)

@@ -34,14 +34,14 @@ class Group:
 
 @functools.lru_cache(maxsize=8)
 def _groups_of(tensors: tuple[Tensor, ...], n_layers: int) -> tuple[tuple[Group, ...], ...]:
-    found: list[dict[str, list[Tensor]]] = [{} for _ in range(n_layers)]
+    results: list[dict[str, list[Tensor]]] = [{} for _ in range(n_layers)]
     for tensor in tensors:
         layer = tensor.layer
         if layer is None or layer >= n_layers:
             continue
         for kind, pattern in _MOVABLE:
             if pattern.match(tensor.name):
-                found[layer].setdefault(kind, []).append(tensor)
+                results[layer].setdefault(kind, []).append(tensor)
                 break
     return tuple(
         tuple(
@@ -50,7 +50,7 @@ def _groups_of(tensors: tuple[Tensor, ...], n_layers: int) -> tuple[tuple[Group,
             # a layer with experts keeps its few dense feed-forward tensors (a shared path) at home
             if not (kind == DENSE_FFN and EXPERTS_DOWN in kinds)
         )
-        for layer, kinds in enumerate(found)
+        for layer, kinds in enumerate(results)
     )
 
 

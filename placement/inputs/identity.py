@@ -53,17 +53,17 @@ def machine_identity(machine: Machine) -> MachineIdentity:
     return MachineIdentity(devices, machine.cpu.threads, machine.cpu.description)
 
 
-def is_same_machine(known: Known, found: Known) -> bool:
+def is_same_machine(known: Known, result: Known) -> bool:
     """Whether both are one machine: every device in order, and the processor.
 
     Of an old record only a digest is known; it says nothing of addresses, and allows no small differences.
     """
-    if isinstance(known, str) or isinstance(found, str):
-        return _digest(known) == _digest(found)
+    if isinstance(known, str) or isinstance(result, str):
+        return _digest(known) == _digest(result)
     return (
-        len(known.devices) == len(found.devices)
-        and all(map(_is_same_device, known.devices, found.devices))
-        and _is_same_cpu(known, found)
+        len(known.devices) == len(result.devices)
+        and all(map(_is_same_device, known.devices, result.devices))
+        and _is_same_cpu(known, result)
     )
 
 

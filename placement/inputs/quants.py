@@ -70,10 +70,10 @@ def block(type: str) -> tuple[int, int]:
     Raises:
         InputError: ggml has no such type.
     """
-    found = BLOCKS.get(type) or BLOCKS.get(type.upper())
-    if found is None:
+    result = BLOCKS.get(type) or BLOCKS.get(type.upper())
+    if result is None:
         raise InputError("ggml type", "must be one of " + ", ".join(BLOCKS), value=type)
-    return found
+    return result
 
 
 def row_bytes(type: str, n_elements: int) -> int:

@@ -21,7 +21,7 @@ LEARNED_SOURCES = ("detected", "calibrated")
 TOLD_CAP = 0.95  # of what is free: a file that allows less is told
 
 
-def learned_file(found: Machine, tell: Callable[[str], None]) -> tuple[Path, Machine] | None:
+def learned_file(result: Machine, tell: Callable[[str], None]) -> tuple[Path, Machine] | None:
     """The user's file of this machine that has learned something: of the nearest folder, the newest there.
 
     What is shipped is no machine of the user's. A file that cannot be read is told and passed over.
@@ -29,14 +29,14 @@ def learned_file(found: Machine, tell: Callable[[str], None]) -> tuple[Path, Mac
     for folder in machine_folders():
         if folder == PACKAGE_DATA / "machines":
             continue
-        known = [each for each in _readable(folder, tell) if _is_same(each[1], found) and _dates(each[1])]
+        known = [each for each in _readable(folder, tell) if _is_same(each[1], result) and _dates(each[1])]
         if known:
             return max(known, key=lambda each: max(_dates(each[1])))
     return None
 
 
-def _is_same(known: Machine, found: Machine) -> bool:
-    return is_same_machine(machine_identity(known), machine_identity(found))
+def _is_same(known: Machine, result: Machine) -> bool:
+    return is_same_machine(machine_identity(known), machine_identity(result))
 
 
 def _readable(folder: Path, tell: Callable[[str], None]) -> Iterator[tuple[Path, Machine]]:
@@ -52,13 +52,13 @@ def _dates(machine: Machine) -> list[str]:
     return [each.date or "" for each in machine.coefficients.values() if each.source in LEARNED_SOURCES]
 
 
-def with_learned(found: Machine, tell: Callable[[str], None]) -> Machine:
+def with_learned(result: Machine, tell: Callable[[str], None]) -> Machine:
     """The machine found here as its own file knows it, and one line that names the file; else as it is."""
-    learned = learned_file(found, tell)
+    learned = learned_file(result, tell)
     if learned is None:
-        return found
+        return result
     path, known = learned
-    free = {device.name: device.usable_mib for device in found.devices}
+    free = {device.name: device.usable_mib for device in result.devices}
     capped = [
         f"{each.name} at {each.usable_mib:,.0f} of {free[each.name]:,.0f} MiB free"
         for each in known.devices

@@ -128,13 +128,13 @@ class _Planner:
     def _estimated(self) -> ComputePlan:
         """What sizes alone tell."""
         context = self._context()
-        found = coarse.estimate(self.facts, self.assignment, context, self._prompt_batch(context))
+        result = coarse.estimate(self.facts, self.assignment, context, self._prompt_batch(context))
         return ComputePlan(
-            compute_bytes={**found.device_bytes, HOST: found.host_bytes},
-            splits_prompt=found.n_splits,
-            splits_decode=found.n_splits,
-            n_nodes_prompt=found.n_nodes,
-            n_nodes_decode=found.n_nodes,
+            compute_bytes={**result.device_bytes, HOST: result.host_bytes},
+            splits_prompt=result.n_splits,
+            splits_decode=result.n_splits,
+            n_nodes_prompt=result.n_nodes,
+            n_nodes_decode=result.n_nodes,
             n_copies=self.backends.n_copies,
             is_exact=False,
             notes=(f"{self.model.architecture}: no graph rule, compute buffers and splits are estimates",),

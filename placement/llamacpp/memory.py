@@ -68,7 +68,7 @@ def placed_tensors(model: Model, machine: Machine, assignment: Assignment) -> li
     homes = assignment.homes
     architecture = describe(model)
     cuda = {device.name for device in machine.devices if device.is_cuda}
-    found: list[tuple[PlacedTensor, str]] = []
+    results: list[tuple[PlacedTensor, str]] = []
     for placed in architecture.tensors:
         override = moved.get(placed.tensor.name) if moved and not placed.is_lazy else None
         if override is not None:
@@ -79,14 +79,14 @@ def placed_tensors(model: Model, machine: Machine, assignment: Assignment) -> li
             targets = [CPU if placed.layer is None else homes[placed.layer]]
         for device in targets:
             is_kept = override is None and device in cuda and not placed.has_cuda_kernel
-            found.append((placed, CPU if is_kept else device))
-    return found if architecture.rule.is_tied_copy_separate else _merge_tied(found)
+            results.append((placed, CPU if is_kept else device))
+    return results if architecture.rule.is_tied_copy_separate else _merge_tied(results)
 
 
-def _merge_tied(found: list[tuple[PlacedTensor, str]]) -> list[tuple[PlacedTensor, str]]:
+def _merge_tied(result: list[tuple[PlacedTensor, str]]) -> list[tuple[PlacedTensor, str]]:
     """Drop the copy of a tied embedding where the first one is on the same device."""
-    taken = {(placed.tensor.name, device) for placed, device in found if not placed.is_copy}
-    return [pair for pair in found if not (pair[0].is_copy and (pair[0].tensor.name, pair[1]) in taken)]
+    taken = {(placed.tensor.name, device) for placed, device in result if not placed.is_copy}
+    return [pair for pair in result if not (pair[0].is_copy and (pair[0].tensor.name, pair[1]) in taken)]
 
 
 def has_one_kv_type(architecture: Architecture) -> bool:

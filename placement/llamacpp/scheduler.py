@@ -136,15 +136,15 @@ class Scheduler:
         return -1
 
     def _from_weight(self, i: int, place: int) -> int:
-        found = place if self.supports(i, place) else -1
+        result = place if self.supports(i, place) else -1
         backends = self.backends
-        if backends.is_op_offloaded and found == self.cpu and backends.is_host_memory_host:
+        if backends.is_op_offloaded and result == self.cpu and backends.is_host_memory_host:
             batch = cuda.offload_batch(self.flat.tensors[i])
             if batch >= MIN_OFFLOAD_TOKENS:
                 for b in range(self.cpu):
                     if backends.is_cuda[b] and self.supports(i, b):
                         return b
-        return found
+        return result
 
     def _spread(self) -> None:
         """Pass 2: neighbours take over the backend, GPUs first."""

@@ -175,13 +175,13 @@ def probe(
                 failed.append(f"{case.name}: the budget of {budget_s:g} s was spent")
                 continue
             try:
-                found = run_case(case, base, engine, Path(folder), min(left_s, CASE_TIMEOUT_S))
+                result = run_case(case, base, engine, Path(folder), min(left_s, CASE_TIMEOUT_S))
             except EngineError as error:
                 failed.append(f"{case.name}: {error}")
                 tell(f"place: {failed[-1]}")
                 continue
-            rows += found
-            tell(f"place: {case.name}: " + ", ".join(map(_words, found)))
+            rows += result
+            tell(f"place: {case.name}: " + ", ".join(map(_words, result)))
     if not rows:
         raise EngineFailed(f"no probe ran: {failed[0] if failed else 'the machine has no device'}")
     fits = fit_both(base, FitData(rows=tuple(rows)), with_errors=False, is_trusted=True)

@@ -112,7 +112,7 @@ def check_arguments(
     def planner(other: Assignment) -> ComputePlan:
         return plan if other == assignment else plan_compute(model, machine, other, program)
 
-    found = Check(
+    result = Check(
         model=model.name,
         machine=machine.name,
         label=ESTIMATED,
@@ -127,17 +127,17 @@ def check_arguments(
         notes=(*plan.notes, *coarse),
     )
     if engine_planner is not None:
-        found = _with_engine_plan(found, problem, engine_planner(problem, [assignment])[0])
+        result = _with_engine_plan(result, problem, engine_planner(problem, [assignment])[0])
     if our_choice is not None:
-        found = replace(found, advice=(*found.advice, *_against(found, problem, our_choice(problem))))
-    return found
+        result = replace(result, advice=(*result.advice, *_against(result, problem, our_choice(problem))))
+    return result
 
 
-def _with_engine_plan(found: Check, problem: Problem, verdict: PlannedPlacement) -> Check:
+def _with_engine_plan(result: Check, problem: Problem, verdict: PlannedPlacement) -> Check:
     """The check with the engine's own memory, splits and nodes."""
-    speed = evaluate(problem, found.assignment, graph_counts(verdict.plan))
+    speed = evaluate(problem, result.assignment, graph_counts(verdict.plan))
     return replace(
-        found,
+        result,
         label=PLANNED,
         devices=verdict.devices,
         splits_prompt=verdict.plan.splits_prompt,
@@ -145,7 +145,7 @@ def _with_engine_plan(found: Check, problem: Problem, verdict: PlannedPlacement)
         speed=speed,
         is_exact=True,
         notes=verdict.plan.notes,
-        differences=differences(found.devices, (found.splits_prompt, found.splits_decode), verdict),
+        differences=differences(result.devices, (result.splits_prompt, result.splits_decode), verdict),
     )
 
 
@@ -153,29 +153,29 @@ def differences(
     estimated: dict[str, DeviceUse], splits: tuple[int, int], verdict: PlannedPlacement
 ) -> tuple[str, ...]:
     """Where a plan is not what was estimated, beyond its rounding: "CUDA0 compute +12 MiB"."""
-    found = []
+    results = []
     for name, planned in verdict.devices.items():
         for what in ("weights", "context", "compute"):
             more = getattr(planned, f"{what}_mib") - getattr(estimated[name], f"{what}_mib")
             if not -2.0 < more < 1.0:  # the engine rounds its figures down
-                found.append(f"{name} {what} {more:+,.0f} MiB")
+                results.append(f"{name} {what} {more:+,.0f} MiB")
     for what, guess, real in zip(
         ("prompt", "decode"), splits, (verdict.plan.splits_prompt, verdict.plan.splits_decode), strict=True
     ):
         if real != guess:
-            found.append(f"{what} splits {real - guess:+d}")
-    return tuple(found)
+            results.append(f"{what} splits {real - guess:+d}")
+    return tuple(results)
 
 
-def _against(found: Check, problem: Problem, best: Solution | None) -> tuple[Advice, ...]:
+def _against(result: Check, problem: Problem, best: Solution | None) -> tuple[Advice, ...]:
     """What the arguments cost beside the solver's own choice of the same context, KV type and slots."""
-    if best is None or (best.speed.turn_s >= found.speed.turn_s * 0.99 and found.fits):
+    if best is None or (best.speed.turn_s >= result.speed.turn_s * 0.99 and result.fits):
         return ()
-    turn, mine, theirs = problem.workload, best.speed, found.speed
+    turn, mine, theirs = problem.workload, best.speed, result.speed
     words = f"place's own choice for this context takes {mine.turn_s:.1f} s for a turn of {turn.prompt_tokens:,} tokens"
     words += f" in and {turn.generate_tokens:,} out at depth {turn.depth_tokens:,}"
     words += f" ({mine.decode_tps:.1f} t/s decode, {mine.prompt_tps or 0:,.0f} prompt, {best.splits_decode} splits)"
-    if found.fits:
+    if result.fits:
         more = theirs.turn_s / mine.turn_s - 1.0
         words += f"; these arguments take {theirs.turn_s:.1f} s, {more:.0%} more"
     else:

@@ -75,8 +75,8 @@ class CostModel:
 
     def seconds(self, phase: Phase, load: Load, where: str) -> float:
         """Seconds of a phase's load that a device, the CPU or the graph holds: of a token, or of the whole prompt."""
-        found: float = sum(map(mul, load.amounts, self.rates.at(phase, where)))
-        return found
+        result: float = sum(map(mul, load.amounts, self.rates.at(phase, where)))
+        return result
 
     def fixed_s(self, n_nodes_decode: int, n_nodes_prompt: int) -> tuple[float, float]:
         """(decode, prompt) seconds that every placement takes: launches, and the token's fixed time."""

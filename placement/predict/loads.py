@@ -47,8 +47,8 @@ class Load:
     @property
     def amounts(self) -> tuple[float, ...]:
         """In the order of QUANTITIES."""
-        found: tuple[float, ...] = _AMOUNTS(self)
-        return found
+        result: tuple[float, ...] = _AMOUNTS(self)
+        return result
 
 
 QUANTITIES = tuple(field.name for field in fields(Load))

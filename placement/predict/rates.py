@@ -31,20 +31,20 @@ class Rates:
 
 def rates(machine: Machine, devices: tuple[str, ...], settings: Settings, is_offloaded: bool = True) -> Rates:
     """The rates of the devices that the engine is given, in its order."""
-    found = places(machine, devices, settings, is_offloaded)
+    result = places(machine, devices, settings, is_offloaded)
     by_phase = {
         phase: {where: unit_rates(machine, phase, place) for where, place in mine.items()}
-        for phase, mine in found.items()
+        for phase, mine in result.items()
     }
-    return Rates(by_phase, found[PROMPT][CPU].name != CPU)
+    return Rates(by_phase, result[PROMPT][CPU].name != CPU)
 
 
 def unit_rates(machine: Machine, phase: Phase, place: Place) -> RateVector:
     """Seconds per unit of each quantity at a place."""
-    found = dict.fromkeys(QUANTITIES, 0.0)
+    result = dict.fromkeys(QUANTITIES, 0.0)
     for product in products(phase, place):
-        found[product.quantity] += product.unit_s(machine)
-    return tuple(found.values())
+        result[product.quantity] += product.unit_s(machine)
+    return tuple(result.values())
 
 
 def places(
@@ -55,14 +55,14 @@ def places(
     `is_offloaded`: ubatches are large enough for a prompt to compute what the host holds on the first CUDA device.
     """
     threads = cpu_threads(machine, settings)
-    found = {name: _device(machine.device(name)) for name in devices}
-    found[CPU] = _host(machine, threads)
-    found[GRAPH] = Place(GRAPH, ("graph",), {"us": 1e6, "thread_us": 1e6 / threads})
+    results = {name: _device(machine.device(name)) for name in devices}
+    results[CPU] = _host(machine, threads)
+    results[GRAPH] = Place(GRAPH, ("graph",), {"us": 1e6, "thread_us": 1e6 / threads})
     link = link_place(machine, devices, settings) if is_offloaded else None
     if link is None:
-        return {DECODE: found, PROMPT: found}
-    streamed = replace(link, kinds=(*found[link.name].kinds, *link.kinds))
-    return {DECODE: found, PROMPT: {**found, CPU: streamed}}
+        return {DECODE: results, PROMPT: results}
+    streamed = replace(link, kinds=(*results[link.name].kinds, *link.kinds))
+    return {DECODE: results, PROMPT: {**results, CPU: streamed}}
 
 
 def _device(device: Device) -> Place:

@@ -98,10 +98,10 @@ def pin_constraint(model: Model, machine: Machine, text: str) -> Constraint:
 def _pinned(
     model: Model, pattern: str, device: str, option: str, text: str
 ) -> Callable[[SearchSpace], SearchSpace]:
-    found = [tensor.name for tensor in model.tensors if compile_pattern(pattern).search(tensor.name)]
-    if not found:
+    results = [tensor.name for tensor in model.tensors if compile_pattern(pattern).search(tensor.name)]
+    if not results:
         raise InputError(option, "matches no tensor of the model", value=text)
-    homes, groups = _reach(model, set(found), device)
+    homes, groups = _reach(model, set(results), device)
     if not homes and not groups and device != CPU:
         raise InputError(option, "matches only tensors that the engine keeps on the CPU", value=text)
     return lambda space: replace(space, pins=_merged(space.pins, homes, groups))
@@ -171,11 +171,11 @@ def ts_constraint(
     Raises:
         InputError: more shares than devices.
     """
-    found = selected_devices(engine_devices(machine, rpc_servers(machine)), devices)
-    if len(shares) > len(found):
-        raise InputError("--ts", f"must have at most {len(found)} numbers, one a device", value=shares)
-    padded = (*shares, *[0.0] * (len(found) - len(shares)))
-    homes = layer_homes(describe(model).n_layer_all, n_gpu_layers, padded, found)
+    result = selected_devices(engine_devices(machine, rpc_servers(machine)), devices)
+    if len(shares) > len(result):
+        raise InputError("--ts", f"must have at most {len(result)} numbers, one a device", value=shares)
+    padded = (*shares, *[0.0] * (len(result) - len(shares)))
+    homes = layer_homes(describe(model).n_layer_all, n_gpu_layers, padded, result)
     text = "--ts " + ",".join(f"{share:g}" for share in shares)
     return _homes_constraint(text, {i: frozenset({home}) for i, home in enumerate(homes)})
 
@@ -189,8 +189,8 @@ def devices_constraint(machine: Machine, names: Sequence[str]) -> Constraint:
     text = "--devices " + ",".join(names)
     if [name.lower() for name in names] == ["none"]:
         return Constraint(text, lambda space: replace(space, orders=((),)))
-    chosen = selected_devices(engine_devices(machine, rpc_servers(machine)), names)
-    order = tuple(each.device.name for each in chosen)
+    picked = selected_devices(engine_devices(machine, rpc_servers(machine)), names)
+    order = tuple(each.device.name for each in picked)
     return Constraint(text, lambda space: replace(space, orders=(order,)))
 
 
@@ -209,8 +209,8 @@ def kept_constraints(model: Model, machine: Machine, arguments: Arguments) -> li
     if arguments.devices is not None:
         constraints.append(devices_constraint(machine, arguments.devices or ("none",)))
     if arguments.split_mode == "none":
-        chosen = model_devices(engine_devices(machine, rpc_servers(machine)), arguments)
-        constraints.append(devices_constraint(machine, [each.dev_name for each in chosen] or ["none"]))
+        picked = model_devices(engine_devices(machine, rpc_servers(machine)), arguments)
+        constraints.append(devices_constraint(machine, [each.dev_name for each in picked] or ["none"]))
     if arguments.tensor_split is not None:
         constraints.append(
             ts_constraint(model, machine, arguments.tensor_split, arguments.devices, arguments.n_gpu_layers)

@@ -90,8 +90,8 @@ def _engine_name(machine: Machine, name: str, plan: EnginePlan) -> str:
     """A device as the plan's rows call it: its name, or the RPC buffer with its address."""
     if name in plan.devices or name == HOST:
         return name
-    found = engine_devices(machine, rpc_servers(machine))
-    return next(each.buffer_name for each in found if each.device.name == name)
+    result = engine_devices(machine, rpc_servers(machine))
+    return next(each.buffer_name for each in result if each.device.name == name)
 
 
 def _memory_of(machine: Machine, plan: EnginePlan, name: str) -> float | None:
@@ -103,17 +103,17 @@ def planned_use(
     problem: Problem, assignment: Assignment, compute: ComputePlan, plan: EnginePlan
 ) -> dict[str, DeviceUse]:
     """Memory of every device with the engine's own figures where it printed them."""
-    found = {}
+    results = {}
     for name, use in device_use(problem, assignment, compute).items():
         row = plan.devices.get(_engine_name(problem.machine, name, plan))
-        found[name] = use if row is None else replace(
+        results[name] = use if row is None else replace(
             use,
             weights_mib=row.weights_mib,
             context_mib=row.context_mib,
             compute_mib=row.compute_mib,
             planned_total_mib=row.total_mib + 1.0,
         )  # fmt: skip
-    return found
+    return results
 
 
 def choose_engine(spec: str, machine: Machine) -> tuple[Engine | None, str]:

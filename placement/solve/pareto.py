@@ -33,11 +33,11 @@ def walk(search: Search, space: SearchSpace, tell: Callable[[str], None]) -> Ite
             prompt_weight=DECODE_FIRST[1],
             reserve_fraction=max(reserve, space.reserve_fraction),
         )
-        while (found := _next(search, limited)) is not None:
-            tell(f"the front: {found.speed.prompt_tps or 0:,.0f} t/s prompt")
-            yield found
+        while (result := _next(search, limited)) is not None:
+            tell(f"the front: {result.speed.prompt_tps or 0:,.0f} t/s prompt")
+            yield result
             # a frame's prompt may be counted a few splits shorter than it is: the limit falls all the same
-            last_s = min(found.speed.prompt_s, limited.max_prompt_s or math.inf)
+            last_s = min(result.speed.prompt_s, limited.max_prompt_s or math.inf)
             limited = replace(limited, max_prompt_s=last_s * FASTER)
 
 
@@ -49,14 +49,14 @@ def best_different(
     search: Search, space: SearchSpace, first: Candidate, n: int, tell: Callable[[str], None]
 ) -> list[Candidate]:
     """The `n` best placements that differ in a range of layers or in two layers' groups, the first one included."""
-    lower_bounds, found = search.lower_bounds(space), [first]
-    while len(found) < n:
-        tell(f"the best {len(found) + 1}")
-        following = search.best(space, lower_bounds, taken=found)
+    lower_bounds, results = search.lower_bounds(space), [first]
+    while len(results) < n:
+        tell(f"the best {len(results) + 1}")
+        following = search.best(space, lower_bounds, taken=results)
         if following is None:
             break
-        found.append(following)
-    return found
+        results.append(following)
+    return results
 
 
 def is_dominated(merit: Merit, by: Sequence[Merit]) -> bool:

@@ -51,9 +51,9 @@ def answered(
         request = replace(request, kv_type=kv_type or KV_QUALITY_ORDER[-1])
         told.append(words)
     if is_max_ctx or maximize == "context":
-        found, words = max_context(model, machine, request, say)
-        told.append(words if found is None else _context_words(found, words))
-        request = found or request
+        result, words = max_context(model, machine, request, say)
+        told.append(words if result is None else _context_words(result, words))
+        request = result or request
     if maximize == "headroom" and (roomy := max_headroom(model, machine, request, say)) is not None:
         request = roomy
         told.append(f"the largest reserve on every GPU: {roomy.reserve_mib:,.0f} MiB")
@@ -135,9 +135,9 @@ def choose_kv_type(
     if not turns:
         return None, "no KV type fits"
     fastest = min(turns.values())
-    chosen = next(kv for kv in KV_QUALITY_ORDER if turns.get(kv, float("inf")) <= fastest * (1 + KV_SLACK))
+    picked = next(kv for kv in KV_QUALITY_ORDER if turns.get(kv, float("inf")) <= fastest * (1 + KV_SLACK))
     told = ", ".join(f"{name} {turns[kv]:.1f} s" for kv, name in names.items())
-    return chosen, f"KV {names[chosen]}: the best quality within {KV_SLACK:.0%} of the fastest turn ({told})"
+    return picked, f"KV {names[picked]}: the best quality within {KV_SLACK:.0%} of the fastest turn ({told})"
 
 
 @dataclass(frozen=True, slots=True)

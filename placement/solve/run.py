@@ -45,7 +45,7 @@ class Solved:
 
     request: Request
     problem: Problem
-    found: SolutionSet
+    solution_set: SolutionSet
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Outcome:
     """A solve with where it was kept; `is_new` is False when the same inputs had given the same file before."""
 
     problem: Problem
-    found: SolutionSet
+    solution_set: SolutionSet
     path: Path | None
     is_new: bool
     reasons: tuple[str, ...] = ()  # what more memory would give, where it was asked for
 
     def row(self) -> dict[str, Any]:
         """The JSON object of the contract."""
-        row = solution_set_row(self.problem, self.found, commands(self.problem, self.found))
+        row = solution_set_row(self.problem, self.solution_set, commands(self.problem, self.solution_set))
         return {**row, "why": list(self.reasons)} if self.reasons else row
 
 
@@ -87,10 +87,10 @@ def find_solutions(
     if answer:
         tell(f"place: {answer}")
     problem, _ = make_problem(model, machine, request)
-    found = solve_request(model, machine, request, engine_planner, progress)
-    for warning in found.warnings:
+    result = solve_request(model, machine, request, engine_planner, progress)
+    for warning in result.warnings:
         tell(f"place: warning: {warning}")
-    return Solved(request, problem, found)
+    return Solved(request, problem, result)
 
 
 def run_solve(
@@ -120,14 +120,14 @@ def run_solve(
         model, machine, request, engine,
         maximize=maximize, is_max_ctx=is_max_ctx, warn=warn, progress=progress,
     )  # fmt: skip
-    problem, found = solved.problem, solved.found
-    if not found.solutions:
-        return Outcome(problem, found, None, False)
+    problem, result = solved.problem, solved.solution_set
+    if not result.solutions:
+        return Outcome(problem, result, None, False)
     path = kept_folder(out_folder, problem, solved.request) / "solution.toml"
-    row = solution_set_row(problem, found, commands(problem, found))
+    row = solution_set_row(problem, result, commands(problem, result))
     is_new = save_solutions(path, problem, row)
-    reasons = tuple(sensitivity(problem, found, solved.request)) if is_why else ()
-    return Outcome(problem, found, path, is_new, reasons)
+    reasons = tuple(sensitivity(problem, result, solved.request)) if is_why else ()
+    return Outcome(problem, result, path, is_new, reasons)
 
 
 def kept_folder(out_folder: str | None, problem: Problem, request: Request) -> Path:

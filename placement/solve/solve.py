@@ -245,9 +245,9 @@ def _points(
     points = [(AGGRESSIVE, _shortest(aggressive, others))]
     if moderate is not None:
         points.append((MODERATE, moderate))
-    points += [("", found) for found in others]
+    points += [("", result) for result in others]
     best = best_different(search, space, points[0][1], n_best, tell)[1:] if n_best else []
-    return points + [(f"best-{number}", found) for number, found in enumerate(best, 2)]
+    return points + [(f"best-{number}", result) for number, result in enumerate(best, 2)]
 
 
 def _shortest(aggressive: Candidate, others: Iterable[Candidate]) -> Candidate:
@@ -263,7 +263,7 @@ def _shortest(aggressive: Candidate, others: Iterable[Candidate]) -> Candidate:
 
 def _shown(problem: Problem, points: list[tuple[str, Candidate]]) -> list[Solution]:
     """The points as solutions: the named ones, then at most so many of the front that no other beats, spread out."""
-    every = [as_solution(problem, found, name) for name, found in points]
+    every = [as_solution(problem, result, name) for name, result in points]
     named = [each for each in every if each.name in (AGGRESSIVE, MODERATE)]
     pareto_front = [*named, *_non_dominated(named, [each for each in every if not each.name])]
     kept = [pareto_front[i] for i in spread([_merit(each) for each in pareto_front], len(named), MAX_SHOWN)]
@@ -288,23 +288,23 @@ def _with_verdict(problem: Problem, solution: Solution, verdict: PlannedPlacemen
     )
 
 
-def as_solution(problem: Problem, found: Candidate, name: str) -> Solution:
+def as_solution(problem: Problem, result: Candidate, name: str) -> Solution:
     """A found placement with its arguments, memory and proof."""
-    args = emit_arguments(problem.model, problem.machine, found.assignment, problem.program)
-    coarse = backend_notes(problem.machine, found.assignment)
+    args = emit_arguments(problem.model, problem.machine, result.assignment, problem.program)
+    coarse = backend_notes(problem.machine, result.assignment)
     return Solution(
         name=name,
         label=ESTIMATED,
-        assignment=found.assignment,
+        assignment=result.assignment,
         args=tuple(args),
-        devices=device_use(problem, found.assignment, found.plan),
-        splits_prompt=found.plan.splits_prompt,
-        splits_decode=found.plan.splits_decode,
-        speed=found.speed,
-        status="OPTIMAL" if found.is_proven else "FEASIBLE",
-        gap=max(0.0, 1.0 - found.bound / found.objective) if math.isfinite(found.bound) else None,
-        is_exact=found.plan.is_exact and not coarse,
-        notes=(*found.plan.notes, *coarse),
+        devices=device_use(problem, result.assignment, result.plan),
+        splits_prompt=result.plan.splits_prompt,
+        splits_decode=result.plan.splits_decode,
+        speed=result.speed,
+        status="OPTIMAL" if result.is_proven else "FEASIBLE",
+        gap=max(0.0, 1.0 - result.bound / result.objective) if math.isfinite(result.bound) else None,
+        is_exact=result.plan.is_exact and not coarse,
+        notes=(*result.plan.notes, *coarse),
     )
 
 
@@ -315,15 +315,15 @@ def _merit(solution: Solution) -> tuple[float, float, float]:
 def _non_dominated(named: list[Solution], others: Iterable[Solution]) -> list[Solution]:
     """Those of the others that no named and no other solution beats in decode, prompt and headroom at once."""
     left = [each for each in others if each.headroom_mib >= 0]
-    found: list[Solution] = []
+    results: list[Solution] = []
     for solution in sorted(left, key=lambda each: each.speed.turn_s):
         merit = _merit(solution)
         strictly = [_merit(each) for each in left if each is not solution and _merit(each) != merit]
-        if not is_dominated(merit, [*map(_merit, (*named, *found))]) and not any(
+        if not is_dominated(merit, [*map(_merit, (*named, *results))]) and not any(
             all(a >= b for a, b in zip(other, merit, strict=True)) for other in strictly
         ):
-            found.append(solution)
-    return found
+            results.append(solution)
+    return results
 
 
 def _named(solutions: list[Solution]) -> list[Solution]:
@@ -344,5 +344,5 @@ def best_choice(problem: Problem, request: Request, gap: float = GAP) -> Solutio
     """The solver's fastest placement of a problem whose settings are given; None where nothing fits."""
     search = Search(problem, request.time_limit_s, request.seed)
     space = apply_constraints(_search_space(request), constraints_of(problem.model, problem.machine, request))
-    found = search.best(space, search.lower_bounds(space), gap)
-    return as_solution(problem, found, AGGRESSIVE) if found is not None else None
+    result = search.best(space, search.lower_bounds(space), gap)
+    return as_solution(problem, result, AGGRESSIVE) if result is not None else None

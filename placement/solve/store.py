@@ -52,20 +52,22 @@ def folders_of_other_names(folder: Path, problem: Problem) -> list[Path]:
     rest = folder.name.removeprefix(f"{model}--{machine}--")
     if rest == folder.name:
         return []
-    found = folder.parent.glob(f"{model}--*--{rest}")
-    return sorted(each for each in found if each != folder and each.is_dir())
+    result = folder.parent.glob(f"{model}--*--{rest}")
+    return sorted(each for each in result if each != folder and each.is_dir())
 
 
-def solution_set_row(problem: Problem, found: SolutionSet, commands: dict[str, str]) -> dict[str, Any]:
+def solution_set_row(problem: Problem, result: SolutionSet, commands: dict[str, str]) -> dict[str, Any]:
     """The set with the contract's keys; the first solution is the recommended one."""
     return {
-        "model": found.model,
-        "machine": found.machine,
+        "model": result.model,
+        "machine": result.machine,
         "workload": workload_row(problem.workload, problem.settings),
-        "status": found.status,
-        "message": found.message,
-        "warnings": list(found.warnings),
-        "solutions": [solution_row(each, commands[each.name], found.extra_args) for each in found.solutions],
+        "status": result.status,
+        "message": result.message,
+        "warnings": list(result.warnings),
+        "solutions": [
+            solution_row(each, commands[each.name], result.extra_args) for each in result.solutions
+        ],
     }
 
 
@@ -119,11 +121,11 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-def commands(problem: Problem, found: SolutionSet) -> dict[str, str]:
+def commands(problem: Problem, result: SolutionSet) -> dict[str, str]:
     """The shell line of each solution by name."""
     path = problem.model.files[0] if problem.model.files else f"{problem.model.name}.gguf"
     program = problem.program if problem.program != "llama-fit-params" else "llama-server"
     return {
-        each.name: shell_command(program, path, list(each.args), list(found.extra_args))
-        for each in found.solutions
+        each.name: shell_command(program, path, list(each.args), list(result.extra_args))
+        for each in result.solutions
     }

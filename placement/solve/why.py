@@ -35,11 +35,11 @@ def next_layer_lines(problem: Problem, solution: Solution) -> Iterator[str]:
         yield f"{name}: the next expert tensors need {size:,.0f} MiB, {left:,.0f} are left"
 
 
-def next_best_line(found: SolutionSet) -> str | None:
+def next_best_line(result: SolutionSet) -> str | None:
     """What the next best of the shown placements costs, in percent of a turn."""
-    if len(found.solutions) < 2:
+    if len(result.solutions) < 2:
         return None
-    best, *others = found.solutions
+    best, *others = result.solutions
     second = min((each for each in others if each.assignment != best.assignment), key=_turn_s, default=None)
     if second is None:
         return None
@@ -51,11 +51,11 @@ def _turn_s(solution: Solution) -> float:
     return solution.speed.turn_s
 
 
-def sensitivity(problem: Problem, found: SolutionSet, request: Request) -> Iterator[str]:
+def sensitivity(problem: Problem, result: SolutionSet, request: Request) -> Iterator[str]:
     """What 500 MiB more on each device would give: the problem solved again."""
-    if not found.solutions:
+    if not result.solutions:
         return
-    turn_s = found.solutions[0].speed.turn_s
+    turn_s = result.solutions[0].speed.turn_s
     for device in problem.machine.devices:
         roomier = replace(
             device, usable_mib=device.usable_mib + MORE_MIB, total_mib=device.total_mib + MORE_MIB
@@ -66,6 +66,6 @@ def sensitivity(problem: Problem, found: SolutionSet, request: Request) -> Itera
         if best is None:
             continue
         gain = 1.0 - best.speed.turn_s / turn_s
-        decode = best.speed.decode_tps / found.solutions[0].speed.decode_tps - 1.0
+        decode = best.speed.decode_tps / result.solutions[0].speed.decode_tps - 1.0
         words = f"{gain:.1%} off a turn ({decode:+.1%} decode)" if gain > NOTABLE_GAIN else "nothing"
         yield f"+{MORE_MIB:.0f} MiB on {device.name} would give {words}"

@@ -77,10 +77,10 @@ def _colour(name: str, letters: Mapping[str, str]) -> str:
 
 
 def _text(parent: ElementTree.Element, x: float, y: float, text: str, kind: str = "") -> None:
-    found = ElementTree.SubElement(parent, "text", {"x": f"{x:g}", "y": f"{y:g}"})
-    found.text = text
+    result = ElementTree.SubElement(parent, "text", {"x": f"{x:g}", "y": f"{y:g}"})
+    result.text = text
     if kind:
-        found.set("class", kind)
+        result.set("class", kind)
 
 
 def _rect(

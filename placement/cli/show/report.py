@@ -116,26 +116,26 @@ def solutions_text(outcome: Outcome, is_terminal: bool = False) -> str:
 
 
 def _solution_parts(outcome: Outcome) -> Iterator[RenderableType]:
-    found, turn, settings = outcome.found, outcome.problem.workload, outcome.problem.settings
+    result, turn, settings = outcome.solution_set, outcome.problem.workload, outcome.problem.settings
     kv_types = "/".join(settings.kv_types)
     yield _head(
-        found.model,
-        found.machine,
+        result.model,
+        result.machine,
         f": {settings.ctx_tokens:,} tokens of context, {kv_types} KV, {settings.n_slots} slot(s); a turn"
         f" reads {turn.prompt_tokens:,} and writes {turn.generate_tokens:,} tokens at depth {turn.depth_tokens:,}",
     )
-    if not found.solutions:
-        yield f"{found.status}: {found.message}"
+    if not result.solutions:
+        yield f"{result.status}: {result.message}"
         return
-    yield solution_table(found.solutions)
-    yield from _note_lines(found.solutions)
-    best = found.solutions[0]
+    yield solution_table(result.solutions)
+    yield from _note_lines(result.solutions)
+    best = result.solutions[0]
     yield from full_lines(best)
     yield from next_layer_lines(outcome.problem, best)
-    if (line := next_best_line(found)) is not None:
+    if (line := next_best_line(result)) is not None:
         yield line
     yield from outcome.reasons
-    yield f"\n{best.name} ({found.status}, within {best.gap or 0:.2%} of the best possible turn):"
+    yield f"\n{best.name} ({result.status}, within {best.gap or 0:.2%} of the best possible turn):"
     yield outcome.row()["solutions"][0]["command"]
     if outcome.path is not None:
         kept = "written" if outcome.is_new else "same inputs as before, unchanged"
@@ -162,9 +162,9 @@ def _check_parts(result: Check) -> Iterator[RenderableType]:
         yield f"- {advice.message}"
 
 
-def _note_lines(found: Iterable[Check | Solution]) -> Iterator[str]:
+def _note_lines(result: Iterable[Check | Solution]) -> Iterator[str]:
     """Why figures are not exact, each reason once."""
-    notes = dict.fromkeys(note for each in found for note in each.notes)
+    notes = dict.fromkeys(note for each in result for note in each.notes)
     return (f"coarse: {note}" for note in notes)
 
 

@@ -96,7 +96,7 @@ def verify_summary(report: VerifyReport) -> list[str]:
 def verify_row(report: VerifyReport, model: str, machine: str, model_path: str) -> dict[str, Any]:
     """Return the report as JSON, every number measured unless its key says predicted."""
     verdict = report.verdict
-    chosen = verdict.recommended
+    picked = verdict.recommended
     return {
         "model": model,
         "machine": machine,
@@ -104,8 +104,8 @@ def verify_row(report: VerifyReport, model: str, machine: str, model_path: str) 
         "campaign": report.campaign,
         "is_complete": report.is_complete,
         "noise": None if verdict.noise is None else round(verdict.noise, 5),
-        "recommended": None if chosen is None else chosen.name,
-        "command": None if chosen is None else command(chosen, model_path),
+        "recommended": None if picked is None else picked.name,
+        "command": None if picked is None else command(picked, model_path),
         "ties": list(verdict.ties),
         "reasons": list(verdict.reasons),
         "results": [_result_row(result) for result in verdict.results],

@@ -92,10 +92,10 @@ def apply_choice(
     """
     section = conf.section(name)
     choice = _with_layers_kept(choice, section)
-    chosen = by_option(choice.args)
+    picked = by_option(choice.args)
     old_block = _block_lines(conf, section)
     bare = _without_block(conf, section)
-    texts, replaced = _rewrite(bare, bare.section(name), chosen)
+    texts, replaced = _rewrite(bare, bare.section(name), picked)
     header, body = _split_header(_with_texts(bare, bare.section(name), texts))
     kept = _kept_lines(old_block, lines_digest(bare, bare.section(name)), replaced)
     written = conf_of_lines([header, *body], conf.where)
@@ -122,36 +122,36 @@ def _with_layers_kept(choice: Choice, section: Section) -> Choice:
 
 
 def _rewrite(
-    conf: ModelsConf, section: Section, chosen: dict[str, OptionPart]
+    conf: ModelsConf, section: Section, picked: dict[str, OptionPart]
 ) -> tuple[dict[int, tuple[int, str | None]], list[str]]:
     """Last line and new text (None: gone) of each entry that changes, by first line; and the old texts."""
     counting = section.current().values()
-    keyed = {entry.option for entry in counting if entry.option in chosen}
+    keyed = {entry.option for entry in counting if entry.option in picked}
     texts: dict[int, tuple[int, str | None]] = {}
     replaced: list[str] = []
     for entry, text in placement_lines(conf, section):
-        if entry.option == "-t" and "-t" not in chosen:
+        if entry.option == "-t" and "-t" not in picked:
             continue
-        value = _new_value(entry, chosen, keyed) if entry in counting else None
+        value = _new_value(entry, picked, keyed) if entry in counting else None
         if value is not None and value == entry.value:
             continue
         texts[entry.first] = (entry.last, None if value is None else entry.written(value))
         replaced += [line.rstrip("\r") for line in text.split("\n")]
     if not any(entry.is_extra_args for entry in section.entries):
-        texts |= _extra_args_added(conf, section, texts, chosen)
+        texts |= _extra_args_added(conf, section, texts, picked)
     return texts, replaced
 
 
-def _new_value(entry: Entry, chosen: dict[str, OptionPart], keyed: set[str]) -> str | None:
+def _new_value(entry: Entry, picked: dict[str, OptionPart], keyed: set[str]) -> str | None:
     if entry.is_extra_args:
         old = words(entry.value)
-        new = [word.raw for word in merged(old, chosen, keyed)]
+        new = [word.raw for word in merged(old, picked, keyed)]
         value = entry.value if new == [word.raw for word in old] else " ".join(new)
         quote = entry.tail[:1] if entry.tail[:1] in ("'", '"') else None
         if quote and quote in value:
             raise InputError("EXTRA_ARGS", f"must not have a {quote} inside {quote}", value=value)
         return value
-    part = chosen.get(entry.option or "")
+    part = picked.get(entry.option or "")
     return part.values[1] if part is not None else None
 
 
@@ -159,11 +159,11 @@ def _extra_args_added(
     conf: ModelsConf,
     section: Section,
     texts: dict[int, tuple[int, str | None]],
-    chosen: dict[str, OptionPart],
+    picked: dict[str, OptionPart],
 ) -> dict[int, tuple[int, str | None]]:
     """The text of the last entry with an EXTRA_ARGS line after it, for what no key of the section says."""
     keyed = {entry.option for entry in section.entries}
-    left = [word.raw for option, part in chosen.items() if option not in keyed for word in part.words]
+    left = [word.raw for option, part in picked.items() if option not in keyed for word in part.words]
     if not left:
         return {}
     first, last = max(((e.first, e.last) for e in section.entries), default=(section.first, section.first))

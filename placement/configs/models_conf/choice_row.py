@@ -39,10 +39,10 @@ def choice_row(
             say(f"solutions from {path}")
             return row
     say(f"solving for {model.name}")
-    found = solve_request(model, machine, request)
-    if not found.solutions:
-        raise PlacementError(f"{model.name} on {machine.name}: {found.message or 'nothing fits'}")
-    row = solution_set_row(problem, found, commands(problem, found))
+    result = solve_request(model, machine, request)
+    if not result.solutions:
+        raise PlacementError(f"{model.name} on {machine.name}: {result.message or 'nothing fits'}")
+    row = solution_set_row(problem, result, commands(problem, result))
     if path is not None:
         save_solutions(path, problem, row)
     return row
@@ -54,10 +54,10 @@ def best_arguments(model: Model, machine: Machine, program: Program = "llama-ser
     Raises:
         PlacementError: nothing fits.
     """
-    found = solve_request(model, machine, Request(program=program))
-    if not found.solutions:
-        raise PlacementError(f"{model.name} on {machine.name}: {found.message or 'nothing fits'}")
-    return found.solutions[0].args
+    result = solve_request(model, machine, Request(program=program))
+    if not result.solutions:
+        raise PlacementError(f"{model.name} on {machine.name}: {result.message or 'nothing fits'}")
+    return result.solutions[0].args
 
 
 def _is_of(row: dict[str, Any], problem: Problem) -> bool:

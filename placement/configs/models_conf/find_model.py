@@ -48,15 +48,15 @@ class ModelFinder:
         )
 
     def _candidates(self, section: Section, model_path: str | None) -> list[tuple[str, str]]:
-        found: list[tuple[str, str]] = []
+        results: list[tuple[str, str]] = []
         if model_path:
             path = Path(model_path).expanduser()
             place = path if path.is_absolute() or self.folder is None else self.folder / path
             if place.is_file():
-                found.append((str(place), "by its model file"))
+                results.append((str(place), "by its model file"))
             named = split_name(path)
-            found.append((named[0] if named else path.stem, "by its model file's name"))
-        return [*found, (section.name, "by its name")]
+            results.append((named[0] if named else path.stem, "by its model file's name"))
+        return [*results, (section.name, "by its name")]
 
 
 def mapping_path() -> Path:

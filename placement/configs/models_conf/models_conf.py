@@ -115,13 +115,13 @@ class ModelsConf:
         Raises:
             InputError: there is none, or more than one.
         """
-        found = [section for section in self.sections if section.name == name]
-        if len(found) == 1:
-            return found[0]
-        if not found:
+        results = [section for section in self.sections if section.name == name]
+        if len(results) == 1:
+            return results[0]
+        if not results:
             known = ", ".join(section.name for section in self.sections) or "none"
             raise InputError(self.where, f"has no section of that name; its sections: {known}", value=name)
-        lines = ", ".join(str(section.line) for section in found)
+        lines = ", ".join(str(section.line) for section in results)
         raise InputError(self.where, f"has this section more than once (lines {lines})", value=name)
 
     @property
@@ -184,16 +184,16 @@ def words(value: str) -> list[Word]:
     Raises:
         InputError: a word begins with a quote that no word ends with.
     """
-    found = []
+    results = []
     for match in _WORD.finditer(value):
         raw = match.group()
         if raw[0] in "'\"":
             if len(raw) < 2 or raw[-1] != raw[0]:
                 raise InputError("EXTRA_ARGS", "must have closed quotes", value=raw)
-            found.append(Word(raw, raw[1:-1]))
+            results.append(Word(raw, raw[1:-1]))
         else:
-            found.append(Word(raw, raw))
-    return found
+            results.append(Word(raw, raw))
+    return results
 
 
 def quoted(value: str) -> str:

@@ -77,12 +77,12 @@ def by_option(tokens: Sequence[str]) -> dict[str, OptionPart]:
     return {part.option or part.values[0]: part for part in parts_of(plain_words(tokens))}
 
 
-def merged(old: Sequence[Word], chosen: dict[str, OptionPart], elsewhere: Iterable[str]) -> list[Word]:
+def merged(old: Sequence[Word], picked: dict[str, OptionPart], elsewhere: Iterable[str]) -> list[Word]:
     """The old words with their placement replaced by the chosen; options in `elsewhere` are said by keys."""
-    left = {option: part for option, part in chosen.items() if option not in set(elsewhere)}
+    left = {option: part for option, part in picked.items() if option not in set(elsewhere)}
     out: list[Word] = []
     for part in parts_of(old):
-        if part.option is None or (part.option in KEPT_UNLESS_CHOSEN and part.option not in chosen):
+        if part.option is None or (part.option in KEPT_UNLESS_CHOSEN and part.option not in picked):
             out += part.words
         elif part.option in left:
             out += _renewed(part, left.pop(part.option))

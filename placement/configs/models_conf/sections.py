@@ -23,10 +23,10 @@ def section_of(conf: ModelsConf, name: str, model: Model, finder: ModelFinder) -
     running = []
     for section in conf.sections:
         try:
-            found, _ = finder.find(section, _model_path(section))
+            result, _ = finder.find(section, _model_path(section))
         except InputError:
             continue
-        if found.digest == model.digest:
+        if result.digest == model.digest:
             running.append(section.name)
     if len(running) == 1:
         return conf.section(running[0])

@@ -69,12 +69,12 @@ def read_model(path: str | Path) -> Model:
 
 def model_names() -> dict[str, Path]:
     """Every model that a name can mean, with the description that it means, in alphabetical order."""
-    found: dict[str, Path] = {}
+    results: dict[str, Path] = {}
     for folder in search_folders("models"):
         for path in folder.glob("*.toml"):
             if _NAME.fullmatch(path.stem):
-                found.setdefault(path.stem, path)
-    return dict(sorted(found.items()))
+                results.setdefault(path.stem, path)
+    return dict(sorted(results.items()))
 
 
 def _suggestion(name: str) -> str:

@@ -31,15 +31,15 @@ def emit_arguments(
             layer, a tensor on a device that is not given).
     """
     servers = rpc_servers(machine) if any(_is_remote(machine, name) for name in assignment.devices) else ()
-    found = engine_devices(machine, servers)
-    by_name = {each.device.name: each for each in found}
+    result = engine_devices(machine, servers)
+    by_name = {each.device.name: each for each in result}
     for name in (*assignment.devices, *(device for _, device in assignment.moved)):
         if name != CPU and name not in by_name:
             raise InputError("assignment", f"must use devices of machine {machine.name}", value=name)
     devices = [by_name[name] for name in assignment.devices]
     return [
         *(["--rpc", ",".join(servers)] if servers else []),
-        *_layer_tokens(assignment, found, devices),
+        *_layer_tokens(assignment, result, devices),
         *_override_tokens(model, assignment, by_name),
         *_setting_tokens(assignment.settings, program),
     ]
@@ -55,7 +55,7 @@ def _is_remote(machine: Machine, name: str) -> bool:
 
 
 def _layer_tokens(
-    assignment: Assignment, found: Sequence[NamedDevice], devices: Sequence[NamedDevice]
+    assignment: Assignment, result: Sequence[NamedDevice], devices: Sequence[NamedDevice]
 ) -> list[str]:
     homes = assignment.homes
     n_gpu = sum(home != CPU for home in homes)
@@ -69,7 +69,7 @@ def _layer_tokens(
     tokens = ["-ngl", str(n_gpu)]
     if n_gpu and len(devices) > 1:
         tokens += ["-ts", ",".join(map(str, counts))]
-    if list(devices) != list(found):
+    if list(devices) != list(result):
         tokens += ["-dev", ",".join(each.dev_name for each in devices) or "none"]
     if assignment.settings.split_mode != "layer":
         tokens += ["-sm", assignment.settings.split_mode]

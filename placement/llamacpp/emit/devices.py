@@ -48,28 +48,28 @@ def rpc_servers(machine: Machine) -> tuple[str, ...]:
     )
 
 
-def selected_devices(found: Sequence[NamedDevice], names: Sequence[str] | None) -> tuple[NamedDevice, ...]:
+def selected_devices(result: Sequence[NamedDevice], names: Sequence[str] | None) -> tuple[NamedDevice, ...]:
     """The devices of `-dev`, in its order and whatever their case; all that were found where it is not given.
 
     Raises:
         InputError: a name that the engine does not know, or one given twice.
     """
     if names is None:
-        return tuple(found)
-    by_name = {each.dev_name.lower(): each for each in found}
-    chosen: list[NamedDevice] = []
+        return tuple(result)
+    by_name = {each.dev_name.lower(): each for each in result}
+    picked: list[NamedDevice] = []
     for name in names:
         each = by_name.get(name.lower())
         if each is None:
-            known = ", ".join(each.dev_name for each in found) or "none"
+            known = ", ".join(each.dev_name for each in result) or "none"
             raise InputError("-dev", f"must name devices of the machine ({known})", value=name)
-        if each in chosen:
+        if each in picked:
             raise InputError("-dev", "must not name a device twice", value=name)
-        chosen.append(each)
-    return tuple(chosen)
+        picked.append(each)
+    return tuple(picked)
 
 
-def buffer_target(found: Sequence[NamedDevice], target: str) -> str:
+def buffer_target(result: Sequence[NamedDevice], target: str) -> str:
     """The machine's name of the device that an `-ot` target means, or "CPU".
 
     Raises:
@@ -77,8 +77,8 @@ def buffer_target(found: Sequence[NamedDevice], target: str) -> str:
     """
     if target == CPU:
         return CPU
-    for each in found:
+    for each in result:
         if each.buffer_name == target:
             return each.device.name
-    known = ", ".join([CPU, *(each.buffer_name for each in found)])
+    known = ", ".join([CPU, *(each.buffer_name for each in result)])
     raise InputError("-ot", f"must end in a buffer type of the machine ({known})", value=target)

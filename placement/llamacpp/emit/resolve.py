@@ -34,15 +34,15 @@ def resolve(
         InputError: a device, target, pattern or index that the engine refuses, or `-sm tensor`, which has no
             placement by device.
     """
-    found = engine_devices(machine, arguments.rpc)
-    devices = model_devices(found, arguments)
+    result = engine_devices(machine, arguments.rpc)
+    devices = model_devices(result, arguments)
     homes = layer_homes(
         describe(model).n_layer_all, arguments.n_gpu_layers, _shares(devices, arguments), devices
     )
     return Assignment(
         devices=tuple(each.device.name for each in devices),
         homes=homes,
-        moved=_moved(model, homes, arguments, found, devices),
+        moved=_moved(model, homes, arguments, result, devices),
         settings=_settings(model, machine, arguments, program),
     )
 
@@ -75,11 +75,11 @@ def _float32(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
-def model_devices(found: Sequence[NamedDevice], arguments: Arguments) -> tuple[NamedDevice, ...]:
+def model_devices(result: Sequence[NamedDevice], arguments: Arguments) -> tuple[NamedDevice, ...]:
     """The devices given to the model, after `-dev`, `-sm none` and `-mg` (llama_prepare_model_devices)."""
     if arguments.split_mode == "tensor":
         raise InputError("-sm", "must not be tensor here: it has no placement by device", value="tensor")
-    devices = selected_devices(found, arguments.devices)
+    devices = selected_devices(result, arguments.devices)
     if arguments.split_mode != "none" or not devices:
         return devices
     index = arguments.main_gpu or 0
@@ -98,13 +98,13 @@ def _moved(
     model: Model,
     homes: Sequence[str],
     arguments: Arguments,
-    found: Sequence[NamedDevice],
+    result: Sequence[NamedDevice],
     devices: Sequence[NamedDevice],
 ) -> tuple[tuple[str, str], ...]:
     """The tensors that overrides put elsewhere than home; the first pattern that matches wins."""
     usable = {CPU, *(each.device.name for each in devices)}
     overrides = [
-        (compile_pattern(o.pattern), buffer_target(found, o.target), o.target) for o in arguments.overrides
+        (compile_pattern(o.pattern), buffer_target(result, o.target), o.target) for o in arguments.overrides
     ]
     copied = (
         {each.tensor.name for each in describe(model).tensors if each.is_copy} if homes[-1] != CPU else ()

@@ -159,14 +159,14 @@ def _block_mask(
     hidden = builder.view_3d(hidden, positions, 1, n, hidden.nb[1], hidden.nb[1], st * n * hidden.nb[1])
     pooled = _pooled(builder, builder.in_place("ADD", score, score, hidden))
     bias = builder.view_3d(bias, n_blocks, 1, n, bias.nb[1], bias.nb[1], st * n * bias.nb[1])
-    chosen = builder.top_k_of(builder.add(pooled, bias), n_chosen)
+    picked = builder.top_k_of(builder.add(pooled, bias), n_chosen)
     nothing = builder.repeat(builder.cast(builder.scale(bias), "F16"), n_blocks, n_head, n, 1)
-    zero = builder.scale(builder.cast(chosen, "F32"))
+    zero = builder.scale(builder.cast(picked, "F32"))
     rows = n_head * n
     kept = builder.set_rows(
         builder.reshape(nothing, 1, n_blocks, rows),
         builder.reshape(zero, 1, n_chosen, rows),
-        builder.reshape(chosen, n_chosen, rows),
+        builder.reshape(picked, n_chosen, rows),
     )
     kept = builder.cont(builder.permute(builder.reshape(kept, n_blocks, n_head, n), 0, 2, 1, 3))
     kept = builder.cont(builder.transpose(builder.reshape(kept, n_blocks, rows)))
@@ -193,8 +193,8 @@ def _decoded(
     hidden = builder.reshape(_position_mask(builder), positions, 1, 1, ns)
     pooled = _pooled(builder, builder.in_place("ADD", score, score, hidden))
     bias = builder.reshape(_bias(builder), positions // block, 1, 1, ns)
-    chosen = builder.top_k_of(builder.add(pooled, bias), n_chosen)
-    first = builder.reshape(builder.scale(builder.cast(chosen, "F32")), 1, n_chosen, n_head, ns)
+    picked = builder.top_k_of(builder.add(pooled, bias), n_chosen)
+    first = builder.reshape(builder.scale(builder.cast(picked, "F32")), 1, n_chosen, n_head, ns)
     steps = builder.reshape(builder.op("ARANGE", "F32", (block, 1, 1, 1)), block, 1, 1)
     spread = builder.add(builder.repeat(first, block, n_chosen, n_head, ns), steps)
     n_rows = block * n_chosen * n_head

@@ -140,8 +140,8 @@ class Builder(Graph):
     def w(self, il: int, name: str) -> GraphTensor | None:
         """The weight `blk.<il>.<name>.weight`; a few files have it without the last part."""
         il = self.block_of(il)
-        found = self.weight(f"blk.{il}.{name}.weight", il)
-        return found if found is not None else self.weight(f"blk.{il}.{name}", il)
+        result = self.weight(f"blk.{il}.{name}.weight", il)
+        return result if result is not None else self.weight(f"blk.{il}.{name}", il)
 
     def b(self, il: int, name: str) -> GraphTensor | None:
         """The bias `blk.<il>.<name>.bias`."""

@@ -29,8 +29,8 @@ def compressed_attention(builder: Builder, il: int, cur: GraphTensor) -> GraphTe
         _compress(builder, il, cur, "attn", "main", kept)
     if index is not None:
         _compress(builder, il, cur, "indexer", "index", index)
-    chosen = None if index is None else _chosen_blocks(builder, il, narrow, cur, index)
-    out = _attend_all(builder, il, q, kv, kept, chosen)
+    picked = None if index is None else _chosen_blocks(builder, il, narrow, cur, index)
+    out = _attend_all(builder, il, q, kv, kept, picked)
     return _grouped_output(builder, il, out, size)
 
 
@@ -51,7 +51,7 @@ def _grouped_output(builder: Builder, il: int, out: GraphTensor, size: int) -> G
 
 
 def _attend_all(
-    builder: Builder, il: int, q: GraphTensor, kv: GraphTensor, kept: Cache | None, chosen: GraphTensor | None
+    builder: Builder, il: int, q: GraphTensor, kv: GraphTensor, kept: Cache | None, picked: GraphTensor | None
 ) -> GraphTensor:
     rotation = cache_rotation(builder, il, "k")
     if rotation is not None:
@@ -65,7 +65,7 @@ def _attend_all(
         compressed = _read_compressed(builder, il, "main", kept)
         more = _compressed_mask(builder, kept)
         k = builder.concat(k, compressed, 2)
-        mask = builder.concat(mask, more if chosen is None else sparse_mask(builder, more, chosen), 0)
+        mask = builder.concat(mask, more if picked is None else sparse_mask(builder, more, picked), 0)
     out = mha(builder, il, q, k, k, mask, sinks=builder.w(il, "attn_sinks"))
     return rotate(builder, out, rotation) if rotation is not None else out
 

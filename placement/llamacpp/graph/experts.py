@@ -203,9 +203,9 @@ def _mask_groups(builder: Builder, scores: GraphTensor, n_expert: int, n_groups:
     best = builder.get_rows(builder.reshape(groups, 1, *groups.ne[:3]), best)
     best = builder.sum_rows(builder.reshape(best, *best.ne[1:]))
     best = builder.reshape(best, *best.ne[1:3])
-    chosen = builder.argsort_top_k(best, builder.integer("expert_group_used_count"))
-    kept = builder.get_rows(groups, chosen)
-    masked = builder.set_rows(builder.like("FILL", groups), kept, chosen)
+    picked = builder.argsort_top_k(best, builder.integer("expert_group_used_count"))
+    kept = builder.get_rows(groups, picked)
+    masked = builder.set_rows(builder.like("FILL", groups), kept, picked)
     return builder.reshape(masked, n_expert, n_tokens)
 
 

@@ -163,14 +163,14 @@ def _select_pools(builder: Builder, il: int, cur: GraphTensor, narrow: GraphTens
     weights = builder.scale(builder.mul_mat(builder.need(builder.w(il, "indexer.proj")), cur))
     score = _pool_scores(builder, q, keys, weights)
     best = _in_order(builder, score, builder.top_k_of(score, _n_top(builder)))
-    chosen = _cells_of(builder, best)
+    picked = _cells_of(builder, best)
     if bool(builder.model.get("attention.indexer.kpool_select_tail", True)):
-        chosen = builder.concat(chosen, _tail_ids_of_pools(builder), 0)
-    builder.expand(chosen)
+        picked = builder.concat(picked, _tail_ids_of_pools(builder), 0)
+    builder.expand(picked)
     mask = builder.mask(il)
-    live = builder.unary(builder.reshape(_gather_mask(builder), chosen.ne[0], builder.n_tokens), "exp")
-    dump = builder.op("ARANGE", "F32", (chosen.ne[0], 1, 1, 1))
-    rows = _unmasked(builder, mask, chosen, live, dump)
+    live = builder.unary(builder.reshape(_gather_mask(builder), picked.ne[0], builder.n_tokens), "exp")
+    dump = builder.op("ARANGE", "F32", (picked.ne[0], 1, 1, 1))
+    rows = _unmasked(builder, mask, picked, live, dump)
     rows = builder.view_2d(rows, mask.ne[0], builder.n_tokens, rows.nb[2])
     return builder.add(rows, builder.reshape(mask, mask.ne[0], builder.n_tokens))
 
@@ -196,15 +196,15 @@ def _cells_of(builder: Builder, pools: GraphTensor) -> GraphTensor:
 
 
 def _unmasked(
-    builder: Builder, mask: GraphTensor, chosen: GraphTensor, live: GraphTensor, dump: GraphTensor
+    builder: Builder, mask: GraphTensor, picked: GraphTensor, live: GraphTensor, dump: GraphTensor
 ) -> GraphTensor:
     """A mask of everything with the chosen cells visible; dead choices go to spare columns."""
-    n, cells, n_sel = builder.n_tokens, mask.ne[0], chosen.ne[0]
+    n, cells, n_sel = builder.n_tokens, mask.ne[0], picked.ne[0]
     everything = builder.like("FILL", builder.new(mask.type, cells + n_sel, 1, 1, 1))
     everything = builder.repeat(everything, cells + n_sel, n, 1, 1)
     zeros = builder.repeat(builder.like("FILL", builder.new(mask.type, n_sel, 1, 1, 1)), n_sel, n, 1, 1)
     rows, zeros = builder.reshape(everything, 1, cells + n_sel, n), builder.reshape(zeros, 1, n_sel, n)
-    ids = builder.cast(chosen, "F32")
+    ids = builder.cast(picked, "F32")
     ids = builder.add(builder.mul(builder.sub(ids, dump), live), dump)
     ids = builder.cast(ids, "I32")
     return builder.set_rows(rows, zeros, builder.reshape(ids, n_sel, n, 1))
@@ -225,11 +225,11 @@ def pool_mask_of(builder: Builder, il: int, cur: GraphTensor) -> GraphTensor:
     weights = builder.like("FILL", builder.new("F32", n_head, n))
     score = _pool_scores(builder, q, keys, weights)
     best = builder.top_k_of(score, _n_top(builder))
-    chosen = builder.concat(_cells_of(builder, best), _tail_ids_of_pools(builder), 0)
-    builder.expand(chosen)
+    picked = builder.concat(_cells_of(builder, best), _tail_ids_of_pools(builder), 0)
+    builder.expand(picked)
     live = _live(builder, score, best)
     dump = builder.scale(builder.op("CUMSUM", "F32", live.ne, builder.like("FILL", live)))
-    rows = _unmasked(builder, mask, chosen, live, dump)
+    rows = _unmasked(builder, mask, picked, live, dump)
     row, per_stream = rows.nb[2], mask.ne[1]
     strides = (row, row * per_stream, row * per_stream * mask.ne[2])
     return builder.add(builder.view(rows, mask.ne, strides), mask)

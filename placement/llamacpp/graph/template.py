@@ -61,16 +61,16 @@ class ModelGraphs:
         """The graph of those layers; `makes` says of each what it is made of, `homes` where it is."""
         shared = self._sharing(layers, homes) if self.row.has_rope_factors else ()
         key = (context, batch, tuple(makes), shared)
-        found = self.kept.pop(key, None)
-        if found is None:
+        result = self.kept.pop(key, None)
+        if result is None:
             builder = self._builder(context, batch)
             builder.homes = homes
             build(builder, layers)
-            found = Template(builder, layers)
+            result = Template(builder, layers)
             if len(self.kept) >= MAX_KEPT_GRAPHS:
                 del self.kept[next(iter(self.kept))]
-        self.kept[key] = found
-        return found
+        self.kept[key] = result
+        return result
 
     def _sharing(self, layers: Sequence[int], homes: Sequence[int]) -> tuple[int, ...]:
         """Which layers are on the same device, whichever it is."""

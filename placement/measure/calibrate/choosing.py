@@ -80,41 +80,41 @@ def choose_runs(
     n: int = 2,
 ) -> list[Proposal]:
     """At most `n` proposals not measured yet: the one predicted best first, then those that tell most."""
-    found = forecast_turns(fits, proposals)
+    result = forecast_turns(fits, proposals)
     open_ = [i for i, each in enumerate(proposals) if each.key not in measured]
     if not open_:
         return []
-    best_s = float(found.turns_s.min())
-    first = min(open_, key=lambda i: float(found.turns_s[i]))
-    chosen, covariance = [first], _after(fits, found, first, found.covariance, proposals)
-    while len(chosen) < n:
-        rest = [i for i in open_ if i not in chosen and found.turns_s[i] <= SLOWEST * best_s]
+    best_s = float(result.turns_s.min())
+    first = min(open_, key=lambda i: float(result.turns_s[i]))
+    picked, covariance = [first], _after(fits, result, first, result.covariance, proposals)
+    while len(picked) < n:
+        rest = [i for i in open_ if i not in picked and result.turns_s[i] <= SLOWEST * best_s]
         if not rest:
             break
-        gains = {i: _gain(fits, found, i, covariance, proposals) for i in rest}
+        gains = {i: _gain(fits, result, i, covariance, proposals) for i in rest}
         top = max(rest, key=lambda i: gains[i])
-        chosen.append(top)
-        covariance = _after(fits, found, top, covariance, proposals)
-    return [proposals[i] for i in chosen]
+        picked.append(top)
+        covariance = _after(fits, result, top, covariance, proposals)
+    return [proposals[i] for i in picked]
 
 
 def _gain(
     fits: tuple[Calibration, Calibration],
-    found: TurnForecast,
+    result: TurnForecast,
     i: int,
     covariance: FloatArray,
     proposals: Sequence[Proposal],
 ) -> float:
     """How much a run of proposal i lowers the variance of the turns that matter."""
-    after = _after(fits, found, i, covariance, proposals)
-    fall = np.einsum("ij,jk,ik->i", found.slopes, covariance - after, found.slopes)
-    weights = np.exp(-(found.turns_s / found.turns_s.min() - 1.0) / NEAR)
+    after = _after(fits, result, i, covariance, proposals)
+    fall = np.einsum("ij,jk,ik->i", result.slopes, covariance - after, result.slopes)
+    weights = np.exp(-(result.turns_s / result.turns_s.min() - 1.0) / NEAR)
     return float((weights * fall).sum())
 
 
 def _after(
     fits: tuple[Calibration, Calibration],
-    found: TurnForecast,
+    result: TurnForecast,
     i: int,
     covariance: FloatArray,
     proposals: Sequence[Proposal],
@@ -144,12 +144,12 @@ def is_settled(
     open_ = [i for i, each in enumerate(proposals) if each.key not in measured]
     if len(measured) < LEAST_RUNS or not open_:
         return bool(measured) and not open_
-    found = forecast_turns(fits, proposals)
+    result = forecast_turns(fits, proposals)
     hoped_s = min(
-        float(found.turns_s[i]) * (1.0 - math.hypot(float(found.spreads[i]), MODEL_NOISE[DECODE]))
+        float(result.turns_s[i]) * (1.0 - math.hypot(float(result.spreads[i]), MODEL_NOISE[DECODE]))
         for i in open_
     )
-    predicted = {each.key: float(found.turns_s[i]) for i, each in enumerate(proposals)}
+    predicted = {each.key: float(result.turns_s[i]) for i, each in enumerate(proposals)}
     best_s = min(math.sqrt(seconds * predicted.get(key, seconds)) for key, seconds in measured.items())
     return best_s <= hoped_s * (1.0 + min(noise, MOST_NOISE))
 
@@ -169,8 +169,8 @@ def worth_again(
         middle_s[run], hoped_s[run] = math.sqrt(turn_s * said_s), min(turn_s, said_s)
         near[run] = NEAR_BEST + noise if n == 1 else CLEAR * noise * math.sqrt(2.0 / n)
     best_s = min(middle_s.values(), default=0.0)
-    found = [run for run in rounds_s if hoped_s[run] <= best_s * (1.0 + near[run])]
-    return sorted(found, key=lambda run: middle_s[run])[:MOST_AGAIN]
+    results = [run for run in rounds_s if hoped_s[run] <= best_s * (1.0 + near[run])]
+    return sorted(results, key=lambda run: middle_s[run])[:MOST_AGAIN]
 
 
 def surprising(
@@ -180,9 +180,9 @@ def surprising(
     known = [each for each in proposals if math.isfinite(turns_s.get(each.key, math.inf))]
     if not known:
         return []
-    found = forecast_turns(fits, known)
-    slower = [math.log(turns_s[each.key] / float(found.turns_s[i])) for i, each in enumerate(known)]
-    spreads = [math.hypot(float(spread), MODEL_NOISE[DECODE]) for spread in found.spreads]
+    result = forecast_turns(fits, known)
+    slower = [math.log(turns_s[each.key] / float(result.turns_s[i])) for i, each in enumerate(known)]
+    spreads = [math.hypot(float(spread), MODEL_NOISE[DECODE]) for spread in result.spreads]
     return [each for i, each in enumerate(known) if slower[i] > max(SURPRISE, SURPRISE_Z * spreads[i])]
 
 

@@ -157,7 +157,7 @@ def _samples(rows: Sequence[TimingRow], unknowns: Sequence[Parameter]) -> dict[s
                     runs[name].add(row.run)
         if row.n_copies > 1 and OVERLAP in runs:
             runs[OVERLAP].add(row.run)
-    return {name: len(found) for name, found in runs.items()}
+    return {name: len(result) for name, result in runs.items()}
 
 
 def _errors(

@@ -98,10 +98,10 @@ class FitProblem:
 
         begin = np.clip(x[at], self.lower[at] + 1e-9, self.upper[at] - 1e-9)
         bounds = (self.lower[at], self.upper[at])
-        found: Any = least_squares(
+        result: Any = least_squares(
             residuals, begin, jacobian, bounds=bounds, xtol=1e-7, ftol=1e-7, max_nfev=60
         )
-        return full(found.x)
+        return full(result.x)
 
     def information(self, rows: Sequence[TimingRow], x: FloatArray) -> FloatArray:
         """What the rows add to the precision, doubtful ones less."""
@@ -136,12 +136,12 @@ class FitProblem:
     def cost(self, rows: Sequence[TimingRow], x: FloatArray) -> float:
         """How badly the parameters fit rows and priors together, doubtful rows counting less."""
         off = x - self.start
-        found = float(off @ self.precision @ off)
+        result = float(off @ self.precision @ off)
         if not rows:
-            return found
+            return result
         measured = np.log([row.measured_s or 1.0 for row in rows])
         gaps = (np.log(self.design(rows).seconds(x)[0]) - measured) / self.sigma(rows)
-        return found + float((tamed(gaps, ROBUST_SCALES[-1])[0] ** 2).sum())
+        return result + float((tamed(gaps, ROBUST_SCALES[-1])[0] ** 2).sum())
 
 
 def tamed(off: FloatArray, scale: float) -> tuple[FloatArray, FloatArray]:

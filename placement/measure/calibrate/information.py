@@ -51,13 +51,13 @@ class Information:
 
 def trials(problem: Problem) -> list[Trial]:
     """Simple placements of a problem's model that fit this machine: one card or more, experts here or there."""
-    found = []
+    results = []
     for name, assignment in _assignments(problem):
         plan = plan_compute(problem.model, problem.machine, assignment, problem.program)
         uses = device_use(problem, assignment, plan)
         if all(use.headroom_mib >= 0 for use in uses.values()):
-            found.append(_trial(name, problem, assignment, graph_counts(plan), uses))
-    return found
+            results.append(_trial(name, problem, assignment, graph_counts(plan), uses))
+    return results
 
 
 def _trial(
@@ -155,7 +155,7 @@ def what_would_tell(fit: Calibration, candidates: Sequence[Trial]) -> dict[str, 
     slopes = fit.gradients([row for _, row in pairs])
     after = slopes @ fit.covariance
     noise = np.einsum("ij,ij->i", after, slopes) + MODEL_NOISE[fit.kind] ** 2
-    found: dict[str, Information | None] = {}
+    results: dict[str, Information | None] = {}
     for name in fit.unidentified:
         i = index[name]
         taken = after[:, i] ** 2 / noise / fit.covariance[i, i]
@@ -163,10 +163,10 @@ def what_would_tell(fit: Calibration, candidates: Sequence[Trial]) -> dict[str, 
         trial, row = pairs[best]
         left = fit.left[name] * float(np.sqrt(max(0.0, 1.0 - taken[best])))
         is_informative = taken[best] > LEAST_SHARE
-        found[name] = (
+        results[name] = (
             Information(name, trial.name, trial.arguments, row.label, left) if is_informative else None
         )
-    return found
+    return results
 
 
 def is_enough(information: Information) -> bool:

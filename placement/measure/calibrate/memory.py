@@ -38,12 +38,12 @@ def fit_memory(
     machine: Machine, samples: Sequence[MemorySample], chance: float = CHANCE
 ) -> tuple[MemoryFit, ...]:
     """What the devices with samples take beside their plans."""
-    found = []
+    results = []
     for device in machine.devices:
         mine = [sample for sample in samples if sample.device == device.name]
         if mine:
-            found.append(_fit(device.name, mine, chance))
-    return tuple(found)
+            results.append(_fit(device.name, mine, chance))
+    return tuple(results)
 
 
 def _fit(device: str, samples: Sequence[MemorySample], chance: float) -> MemoryFit:

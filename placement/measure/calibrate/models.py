@@ -27,13 +27,13 @@ class Models:
     @functools.cached_property
     def _tables(self) -> dict[Path, dict[str, Any]]:
         """Every solution.toml that can be read, by its folder."""
-        found = {}
+        results = {}
         for path in sorted(self.root.glob("*/solution.toml")):
             try:
-                found[path.parent] = read_solutions(path)
+                results[path.parent] = read_solutions(path)
             except InputError:
                 continue  # it names no model: the records may
-        return found
+        return results
 
     def find(self, folder: Path, records: Sequence[Record]) -> Model:
         """The model of a run: the file that ran, or the description that was solved for and is laid out alike.

@@ -105,7 +105,7 @@ def _gaps(problem: FitProblem, rows: Sequence[TimingRow]) -> list[_Gap]:
     """For each run its row farthest from what the others predict."""
     if not rows:
         return []
-    free, found = np.ones(len(problem.parameters), dtype=bool), []
+    free, results = np.ones(len(problem.parameters), dtype=bool), []
     runs = list(dict.fromkeys(row.run for row in rows))
     x = problem.solve(rows, free) if len(runs) > MOST_SOLVED else None
     for run in runs:
@@ -119,8 +119,8 @@ def _gaps(problem: FitProblem, rows: Sequence[TimingRow]) -> list[_Gap]:
         gap = np.log([row.measured_s or 1.0 for row in mine]) - np.log(seconds)
         i = int(np.argmax(np.abs(gap) / spread))
         z = abs(float(gap[i])) / float(spread[i])
-        found.append(_Gap(mine[i], float(gap[i]), z, problem.cost(rest, others)))
-    return found
+        results.append(_Gap(mine[i], float(gap[i]), z, problem.cost(rest, others)))
+    return results
 
 
 def _stepped(

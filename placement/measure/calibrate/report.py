@@ -19,7 +19,7 @@ class CalibrationReport:
     """All that `place calibrate` has to say. `told` names the placement that would identify a coefficient."""
 
     machine: str
-    found: FitData
+    data: FitData
     fits: tuple[Calibration, ...]
     memory: tuple[MemoryFit, ...]
     changes: tuple[Change, ...]
@@ -39,14 +39,14 @@ def median_error(errors: Iterable[RunError], is_after: bool) -> float | None:
 
 def calibration_row(report: CalibrationReport) -> dict[str, Any]:
     """The report as JSON: shares are fractions, times seconds."""
-    found = report.found
+    result = report.data
     return {
         "machine": report.machine,
         "date": report.date,
-        "conditions": found.conditions.words() if found.conditions is not None else None,
-        "n_runs": len(found.runs),
-        "left_out": [{"conditions": words, "n_records": n} for words, n in found.left_out],
-        "skipped": list(found.skipped),
+        "conditions": result.conditions.words() if result.conditions is not None else None,
+        "n_runs": len(result.runs),
+        "left_out": [{"conditions": words, "n_records": n} for words, n in result.left_out],
+        "skipped": list(result.skipped),
         "kinds": {fit.kind: _kind_row(fit, report.told) for fit in report.fits},
         "memory": [_memory_row(each) for each in report.memory],
         "changes": [_change_row(each) for each in report.changes],
@@ -134,8 +134,8 @@ def _change_row(change: Change) -> dict[str, Any]:
 
 def calibration_summary(report: CalibrationReport) -> list[str]:
     """What the report comes to, a sentence a line."""
-    lines = [f"{n} records left out: {words}" for words, n in report.found.left_out]
-    lines += [f"skipped: {words}" for words in report.found.skipped]
+    lines = [f"{n} records left out: {words}" for words, n in report.data.left_out]
+    lines += [f"skipped: {words}" for words in report.data.skipped]
     for fit in report.fits:
         lines += _fit_lines(fit)
     lines += [

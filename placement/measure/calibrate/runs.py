@@ -70,9 +70,9 @@ def find_runs(
         )
     ids = {id(record) for record in usable}
     pairs = [(folder, record) for folder, record in kept if id(record) in ids]
-    found = _found(root, pairs, machine)
+    result = _found(root, pairs, machine)
     return replace(
-        found, conditions=conditions, left_out=tuple(left_out.items()), skipped=(*skipped, *found.skipped)
+        result, conditions=conditions, left_out=tuple(left_out.items()), skipped=(*skipped, *result.skipped)
     )
 
 
@@ -112,7 +112,7 @@ def _found(root: Path, pairs: Sequence[tuple[Path, Record]], machine: Machine) -
     for name, mine in runs.items():
         noises[name] = timing_noise([record for _, record in mine])
     usual = statistics.median([each for each in noises.values() if each is not None] or [0.0])
-    found, skipped = FitData(), dict[str, None]()
+    result, skipped = FitData(), dict[str, None]()
     for name, mine in runs.items():
         folder, records = mine[0][0], [record for _, record in mine]
         words = f"{folder.name}/{records[0].candidate}"
@@ -125,13 +125,13 @@ def _found(root: Path, pairs: Sequence[tuple[Path, Record]], machine: Machine) -
             own = noises[name]
             rows = tuple(run_rows(run, records, usual if own is None else max(own, usual / 2)))
             memory = tuple(_memory(name, records, machine))
-            found = replace(
-                found,
-                rows=found.rows + rows,
-                memory=found.memory + memory,
-                runs=found.runs + ((run,) if rows else ()),
+            result = replace(
+                result,
+                rows=result.rows + rows,
+                memory=result.memory + memory,
+                runs=result.runs + ((run,) if rows else ()),
             )
-    return replace(found, skipped=tuple(skipped))
+    return replace(result, skipped=tuple(skipped))
 
 
 def run_name(model_digest: str, run_id: str) -> str:

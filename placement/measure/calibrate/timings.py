@@ -48,11 +48,11 @@ def timing_noise(records: Sequence[Record]) -> float | None:
             key = (record.campaign, record.round, timing.n_prompt)
             times.setdefault(key, []).append(timing.generate_s / timing.n_generated)
     squares = sum(
-        sum((each / statistics.median(found) - 1.0) ** 2 for each in found)
-        for found in times.values()
-        if len(found) > 1
+        sum((each / statistics.median(result) - 1.0) ** 2 for each in result)
+        for result in times.values()
+        if len(result) > 1
     )
-    degrees = sum(len(found) - 1 for found in times.values())
+    degrees = sum(len(result) - 1 for result in times.values())
     return float((squares / degrees) ** 0.5) if degrees else None
 
 
@@ -100,7 +100,7 @@ def _rows_alike(run: Run, phase: str, values: list[_Value], is_prompt: bool) -> 
     by_round: dict[tuple[str, int], list[_Value]] = {}
     for value in values:
         by_round.setdefault(value.round, []).append(value)
-    each_round = {number: _of_round(found) for number, found in by_round.items()}
+    each_round = {number: _of_round(result) for number, result in by_round.items()}
     good = [value for value in each_round.values() if not value.doubt]
     usual_s, most_s = _usual(good)
     calm = [value for value in good if value.seconds <= most_s]

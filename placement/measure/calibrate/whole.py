@@ -20,11 +20,11 @@ MOST_PROBLEMS = 3  # of those run, whose simple placements are weighed
 
 
 def fit_both(
-    machine: Machine, found: FitData, with_errors: bool = True, is_trusted: bool = False
+    machine: Machine, result: FitData, with_errors: bool = True, is_trusted: bool = False
 ) -> tuple[Calibration, Calibration]:
     """The decode fit, and the prompt fit with what the decode fit taught."""
-    decode = calibrate(machine, found.rows, DECODE, None, with_errors, is_trusted)
-    prompt = calibrate(machine, found.rows, PROMPT, decode.values, with_errors, is_trusted)
+    decode = calibrate(machine, result.rows, DECODE, None, with_errors, is_trusted)
+    prompt = calibrate(machine, result.rows, PROMPT, decode.values, with_errors, is_trusted)
     return decode, prompt
 
 
@@ -41,13 +41,13 @@ def calibrate_machine(
     Raises:
         InputError: a file of records is broken.
     """
-    found = find_runs(root, machine, is_mixed)
-    fits = fit_both(machine, found)
-    memory = fit_memory(machine, found.memory, chance)
-    changed, changes = (machine, ()) if not found.rows else apply_fit(machine, fits, memory, date)
+    result = find_runs(root, machine, is_mixed)
+    fits = fit_both(machine, result)
+    memory = fit_memory(machine, result.memory, chance)
+    changed, changes = (machine, ()) if not result.rows else apply_fit(machine, fits, memory, date)
     told: dict[str, Information | None] = {}
-    if with_advice and found.runs:
-        problems = list({run.problem.model.digest: run.problem for run in found.runs}.values())
+    if with_advice and result.runs:
+        problems = list({run.problem.model.digest: run.problem for run in result.runs}.values())
         candidates = [
             trial
             for problem in problems[-MOST_PROBLEMS:]
@@ -55,4 +55,4 @@ def calibrate_machine(
         ]
         for fit in fits:
             told |= what_would_tell(fit, candidates)
-    return changed, CalibrationReport(machine.name, found, fits, memory, changes, told, date)
+    return changed, CalibrationReport(machine.name, result, fits, memory, changes, told, date)

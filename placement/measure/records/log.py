@@ -81,13 +81,13 @@ class RunLog:
             InputError: the file cannot be read.
         """
         lines, torn = self._lines()
-        found, broken = [], []
+        results, broken = [], []
         for number, line in lines:
             try:
-                found.append(self._record(number, line))
+                results.append(self._record(number, line))
             except InputError as error:
                 broken += [] if number in torn else [str(error)]
-        return found, broken
+        return results, broken
 
     def mend(self) -> str | None:
         """Move a torn last line to `runs.jsonl.torn`, so that appending is safe again; say so, or None.

@@ -62,7 +62,7 @@ def what_was_learned(
     before: tuple[Calibration, Calibration], after: tuple[Calibration, Calibration], most: int = 3
 ) -> tuple[str, ...]:
     """The coefficients that a step taught most about: "split_us 45 → 61 ± 4 us"."""
-    found = []
+    results = []
     for old, new in zip(before, after, strict=True):
         spreads = new.uncertainties
         for each in new.parameters:
@@ -70,5 +70,7 @@ def what_was_learned(
             is_moved = abs(b - a) > LEAST_LEARNED * max(abs(a), 1e-9)
             fall = old.left[each.name] - new.left[each.name]
             if is_moved and each.name not in new.unidentified:
-                found.append((fall, f"{each.name} {a:.3g} → {b:.3g} ± {spreads[each.name]:.2g} {each.unit}"))
-    return tuple(words for _, words in sorted(found, reverse=True)[:most])
+                results.append(
+                    (fall, f"{each.name} {a:.3g} → {b:.3g} ± {spreads[each.name]:.2g} {each.unit}")
+                )
+    return tuple(words for _, words in sorted(results, reverse=True)[:most])

@@ -109,30 +109,30 @@ class Tuning:
         """Run what tells most until nothing better is likely: the last fits, why it ended, whether converged."""
         while self.n_steps < MAX_STEPS:
             outcome = self._solve()
-            if not outcome.found.solutions:
-                return fits, f"nothing fits: {outcome.found.message}", False
+            if not outcome.solution_set.solutions:
+                return fits, f"nothing fits: {outcome.solution_set.message}", False
             proposals = self._proposals(outcome)
             known = [each.proposal for each in proposals.values()]
             measured = self._measured(outcome)
             all_s = measured | self._measured_fits()
             if self._is_credible() and is_settled(fits, known, all_s, self._noise()):
                 return fits, "the best measured is within its noise of the best predicted", True
-            chosen = choose_runs(fits, known, measured, PER_STEP)
-            if not chosen:
+            picked = choose_runs(fits, known, measured, PER_STEP)
+            if not picked:
                 return fits, "every proposed placement has been run", False
             self.n_steps += 1
-            is_whole = self._verify(outcome, [proposals[each.key].solution for each in chosen])
-            if again := surprising(fits, chosen, self._measured(outcome)):
+            is_whole = self._verify(outcome, [proposals[each.key].solution for each in picked])
+            if again := surprising(fits, picked, self._measured(outcome)):
                 is_whole = self._verify(outcome, [proposals[each.key].solution for each in again], rounds=2)
             before, fits = fits, self._refit()
-            self._log(self.n_steps, outcome, before, fits, chosen)
+            self._log(self.n_steps, outcome, before, fits, picked)
             if not is_whole or self._is_late():
                 return fits, "the budget ended", False
         return fits, "all steps are made", False
 
     def _is_fit_faster(self) -> bool:
-        chosen = None if self.report is None else self.report.verdict.recommended
-        return chosen is not None and chosen.role == FIT
+        picked = None if self.report is None else self.report.verdict.recommended
+        return picked is not None and picked.role == FIT
 
     def _all_results(self) -> tuple[CandidateResult, ...]:
         """What is known of everything that ran, llama.cpp's own `--fit` included."""
@@ -155,11 +155,11 @@ class Tuning:
         from placement.solve.run import run_solve
 
         if self._solved is None or self._solved[0] is not self.machine:
-            found = run_solve(
+            result = run_solve(
                 self.model, self.machine, self.request,
                 engine=self.planner, out_folder=str(self.root), warn=self.tell,
             )  # fmt: skip
-            self._solved = self.machine, found
+            self._solved = self.machine, result
         return self._solved[1]
 
     def _folder(self, outcome: Outcome) -> Path:
@@ -172,29 +172,29 @@ class Tuning:
 
         Before the first of them the fits are those of the newest other build or driver; the machine stays.
         """
-        found = find_runs(self.root, self.base, conditions=conditions_of(self.key))
-        if not found.rows:
-            found = find_runs(self.root, self.base)
-            if found.conditions is not None and not self.is_told_old:
+        result = find_runs(self.root, self.base, conditions=conditions_of(self.key))
+        if not result.rows:
+            result = find_runs(self.root, self.base)
+            if result.conditions is not None and not self.is_told_old:
                 self.is_told_old = True
-                self.tell(f"place: nothing was run as now yet: starting from {found.conditions.words()}")
-            return fit_both(self.base, found, with_errors=False)
-        fits = fit_both(self.base, found)
+                self.tell(f"place: nothing was run as now yet: starting from {result.conditions.words()}")
+            return fit_both(self.base, result, with_errors=False)
+        fits = fit_both(self.base, result)
         self.error = median_error(fits[0].errors, is_after=True)
-        self._apply(found, fits)
+        self._apply(result, fits)
         return fits
 
-    def _apply(self, found: FitData, fits: tuple[Calibration, Calibration]) -> None:
+    def _apply(self, result: FitData, fits: tuple[Calibration, Calibration]) -> None:
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.machine, self.changes = apply_fit(self.base, fits, fit_memory(self.base, found.memory), date)
+        self.machine, self.changes = apply_fit(self.base, fits, fit_memory(self.base, result.memory), date)
 
     def _proposals(self, outcome: Outcome) -> dict[str, Proposed]:
-        return self._known.of(replace(outcome.problem, machine=self.machine), outcome.found.solutions)
+        return self._known.of(replace(outcome.problem, machine=self.machine), outcome.solution_set.solutions)
 
     def _measured(self, outcome: Outcome) -> dict[str, float]:
         """Measured turns by proposal key; what failed counts as endless."""
         return {
-            " ".join(_placing(result, outcome.found)): result.turn_s or float("inf")
+            " ".join(_placing(result, outcome.solution_set)): result.turn_s or float("inf")
             for result in self._results(outcome)
         }
 
@@ -229,10 +229,10 @@ class Tuning:
         options = replace(
             self.options, top=len(solutions), rounds=rounds, budget_s=left_s, has_fit=has_fit, is_fresh=False
         )
-        found = replace(outcome.found, solutions=tuple(map(self._with_own_name, solutions)))
+        result = replace(outcome.solution_set, solutions=tuple(map(self._with_own_name, solutions)))
         problem = replace(outcome.problem, machine=self.base)
         folder = self._folder(outcome)
-        self.report = verify(problem, found, self.model_file, self.engine, folder, options, self.listener)
+        self.report = verify(problem, result, self.model_file, self.engine, folder, options, self.listener)
         return self.report.is_complete
 
     def _with_own_name(self, solution: Solution) -> Solution:
@@ -250,17 +250,17 @@ class Tuning:
         outcome: Outcome,
         before: tuple[Calibration, Calibration],
         after: tuple[Calibration, Calibration],
-        chosen: list[Proposal],
+        picked: list[Proposal],
     ) -> None:
-        results = {" ".join(_placing(r, outcome.found)): r for r in self._results(outcome)}
-        found, learned = forecast_turns(before, chosen), what_was_learned(before, after)
-        for i, each in enumerate(chosen):
+        results = {" ".join(_placing(r, outcome.solution_set)): r for r in self._results(outcome)}
+        match, learned = forecast_turns(before, picked), what_was_learned(before, after)
+        for i, each in enumerate(picked):
             result = results.get(each.key)
             line = TuneLine(
                 step=step,
                 candidate=result.name if result is not None else each.decode.run,
-                predicted_tps=1.0 / float(found.decode_s[i]),
-                predicted_turn_s=float(found.turns_s[i]),
+                predicted_tps=1.0 / float(match.decode_s[i]),
+                predicted_turn_s=float(match.turns_s[i]),
                 measured_tps=self._tps(result, outcome.problem),
                 measured_turn_s=None if result is None else result.turn_s,
                 status="not run" if result is None else result.status,
@@ -281,7 +281,7 @@ class Tuning:
         """Run what is nearly the best again, `--fit` beside it, so that the choice stands on more than one round;
         whether there was anything to run."""
         outcome = self._solve()
-        if not outcome.found.solutions or not self._results(outcome):
+        if not outcome.solution_set.solutions or not self._results(outcome):
             return False
         self._verify(outcome, self._nearly_best(outcome, fits), LEAST_ROUNDS, has_fit=True)
         self._results(outcome)
@@ -291,7 +291,7 @@ class Tuning:
         """As many more rounds as the noise asks for, and the budget allows, of what they do not tell from the best;
         at last of the choice itself, if it had fewer."""
         outcome = self._solve()
-        if not outcome.found.solutions or not self._results(outcome):
+        if not outcome.solution_set.solutions or not self._results(outcome):
             return
         rounds, again = LEAST_ROUNDS, self._nearly_best(outcome, fits)
         while (wanted := rounds_to_tell(self._round_noise())) > rounds:
@@ -301,9 +301,9 @@ class Tuning:
                 break
             fits = self._refit()
             again = self._nearly_best(outcome, fits)
-        chosen = None if self.report is None else self.report.verdict.recommended
-        if chosen is not None and chosen.role != FIT and chosen.n_good < LEAST_ROUNDS:
-            self._verify(outcome, [self._again(outcome, chosen).solution], LEAST_ROUNDS, has_fit=True)
+        picked = None if self.report is None else self.report.verdict.recommended
+        if picked is not None and picked.role != FIT and picked.n_good < LEAST_ROUNDS:
+            self._verify(outcome, [self._again(outcome, picked).solution], LEAST_ROUNDS, has_fit=True)
         self._refit()
         self._results(outcome)
 
@@ -317,7 +317,9 @@ class Tuning:
     def _nearly_best(self, outcome: Outcome, fits: tuple[Calibration, Calibration]) -> list[Solution]:
         """What may be the fastest of all that was measured, by its own runs and by those of the others."""
         known = {
-            " ".join(_placing(each, outcome.found)): each for each in self._results(outcome) if each.turns_s
+            " ".join(_placing(each, outcome.solution_set)): each
+            for each in self._results(outcome)
+            if each.turns_s
         }
         if not known:
             return []
@@ -333,15 +335,18 @@ class Tuning:
         from placement.llamacpp.arguments import parse
         from placement.llamacpp.emit.resolve import resolve
 
-        arguments, problem = _placing(result, outcome.found), replace(outcome.problem, machine=self.machine)
+        arguments, problem = (
+            _placing(result, outcome.solution_set),
+            replace(outcome.problem, machine=self.machine),
+        )
         assignment = resolve(self.model, problem.machine, parse(list(arguments)), problem.program)
-        first = outcome.found.solutions[0]
+        first = outcome.solution_set.solutions[0]
         return self._known.again(problem, first, result.name, arguments, assignment)
 
 
-def _placing(result: CandidateResult, found: SolutionSet) -> tuple[str, ...]:
+def _placing(result: CandidateResult, match: SolutionSet) -> tuple[str, ...]:
     """The arguments of a result without those of the profile."""
-    n_extra = len(found.extra_args)
+    n_extra = len(match.extra_args)
     return result.arguments[:-n_extra] if n_extra else result.arguments
 
 

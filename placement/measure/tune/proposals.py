@@ -45,17 +45,17 @@ class Proposals:
 
         `problem` has the machine as it is believed now: the speeds of the simple ones are its.
         """
-        found: dict[str, Proposed] = {}
+        results: dict[str, Proposed] = {}
         for each in solutions:
             splits = each.splits_decode, each.splits_prompt
             worked = self._work(problem, each.name, each.args, each.assignment, splits=splits)
-            found.setdefault(worked.proposal.key, Proposed(worked.proposal, each))
+            results.setdefault(worked.proposal.key, Proposed(worked.proposal, each))
         for trial in self._simple(problem, solutions[0].assignment.settings):
             known = self._work(problem, trial.name, trial.arguments, trial.assignment, trial.counts)
             like = _like(solutions[0], trial.name, trial.arguments, trial.assignment, known, problem)
             proposed = Proposed(known.proposal, replace(like, devices=trial.devices))
-            found.setdefault(known.proposal.key, proposed)
-        return found
+            results.setdefault(known.proposal.key, proposed)
+        return results
 
     def again(
         self, problem: Problem, like: Solution, name: str, arguments: tuple[str, ...], assignment: Assignment

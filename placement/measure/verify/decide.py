@@ -117,20 +117,20 @@ def _round(run: Sequence[Record]) -> Round:
         status,
         detail,
         log,
-        {phase: tuple(found.values()) for phase, found in timings.items()},
+        {phase: tuple(result.values()) for phase, result in timings.items()},
     )
 
 
 def status_of(rounds: Iterable[Round]) -> str:
     """Name a candidate's rounds as a whole."""
-    found = [each.status for each in rounds]
-    failures = [each for each in found if each not in (records.OK, PARTIAL, *records.TRANSIENT)]
+    results = [each.status for each in rounds]
+    failures = [each for each in results if each not in (records.OK, PARTIAL, *records.TRANSIENT)]
     if failures:
         is_memory = all(each in _OOM for each in failures)
-        return records.OOM_INTERMITTENT if is_memory and records.OK in found else failures[0]
-    if records.OK in found:
+        return records.OOM_INTERMITTENT if is_memory and records.OK in results else failures[0]
+    if records.OK in results:
         return records.OK
-    return next((each for each in found if each in records.TRANSIENT), PARTIAL if found else NOT_RUN)
+    return next((each for each in results if each in records.TRANSIENT), PARTIAL if results else NOT_RUN)
 
 
 def _per_token(timings: Sequence[Timing]) -> float | None:
@@ -145,12 +145,12 @@ def _per_prompt_token(timings: Sequence[Timing]) -> float | None:
     return undisturbed(values) if values else None
 
 
-def turn_seconds(found: Round, workload: Workload) -> float | None:
+def turn_seconds(result: Round, workload: Workload) -> float | None:
     """Return the seconds of the workload's turn by a round's timings; None if a phase is missing.
 
     A token's time is linear in the depth it is generated at: the short prompt and the canary give the line.
     """
-    shorts, longs, canaries = (found.timings[phase] for phase in (SHORT, LONG, CANARY))
+    shorts, longs, canaries = (result.timings[phase] for phase in (SHORT, LONG, CANARY))
     short_s, prompt_s = _per_token(shorts), _per_prompt_token(longs)
     if short_s is None or prompt_s is None:
         return None
@@ -243,20 +243,20 @@ def decide(run: Sequence[Record], workload: Workload) -> Verdict:
     ids = list(dict.fromkeys(record.run_id for record in run))
     results = [result_of([record for record in run if record.run_id == each], workload) for each in ids]
     noise = noise_floor(results)
-    chosen, reasons, ties = _choose(results, noise if noise is not None else LEAST_NOISE)
+    picked, reasons, ties = _choose(results, noise if noise is not None else LEAST_NOISE)
     fits = [each for each in results if each.role == FIT and each.is_stable]
-    if chosen is not None and chosen.role == SOLUTION and fits:
+    if picked is not None and picked.role == SOLUTION and fits:
         fit = min(fits, key=_turn)
-        faster = _turn(fit) / _turn(chosen) - 1
+        faster = _turn(fit) / _turn(picked) - 1
         inside = (
-            ", inside the noise" if faster <= _least_difference(noise or LEAST_NOISE, fit, chosen) else ""
+            ", inside the noise" if faster <= _least_difference(noise or LEAST_NOISE, fit, picked) else ""
         )
-        reasons.append(f"{chosen.name} is {faster:.1%} faster than llama.cpp's own {fit.name}{inside}")
+        reasons.append(f"{picked.name} is {faster:.1%} faster than llama.cpp's own {fit.name}{inside}")
     if noise is None:
         reasons.append(
             f"no candidate has two good rounds: the noise is unknown, {LEAST_NOISE:.0%} is taken for it"
         )
-    return Verdict(tuple(results), noise, chosen, tuple(reasons), ties)
+    return Verdict(tuple(results), noise, picked, tuple(reasons), ties)
 
 
 def _turn(result: CandidateResult) -> float:
@@ -313,12 +313,12 @@ def _pick(
         reasons.append(f"{fastest.name} is the fastest of the stable: a turn takes {_turn(fastest):.3g} s")
         return fastest, reasons, ()
     names = tuple(each.name for each in ties)
-    chosen = min(ties, key=lambda each: (each.name != AGGRESSIVE, _host_layers(each), _turn(each)))
+    picked = min(ties, key=lambda each: (each.name != AGGRESSIVE, _host_layers(each), _turn(each)))
     reasons.append(
         f"{', '.join(names)} tie: over their rounds, turns differ by less than a noise of {noise:.1%} a round; "
-        f"{chosen.name} has more on the GPUs"
+        f"{picked.name} has more on the GPUs"
     )
-    return chosen, reasons, names
+    return picked, reasons, names
 
 
 def _least_difference(noise: float, one: CandidateResult, other: CandidateResult) -> float:

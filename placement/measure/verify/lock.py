@@ -107,10 +107,10 @@ def _open(path: Path) -> int:
 
 def _state(handle: int) -> dict[str, Any]:
     try:
-        found = json.loads(os.pread(handle, 1 << 16, 0) or b"{}")
+        result = json.loads(os.pread(handle, 1 << 16, 0) or b"{}")
     except ValueError:
         return {}  # the holder was killed while writing it
-    return found if isinstance(found, dict) else {}
+    return result if isinstance(result, dict) else {}
 
 
 def reap(servers: list[list[float]]) -> int:

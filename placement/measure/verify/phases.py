@@ -101,14 +101,14 @@ class Visit:
         """Whether every measured phase was repeated often enough."""
         return all(self._is_enough(phase, known.get(phase, ())) for phase in MEASURED_PHASES)
 
-    def _is_enough(self, phase: str, found: Sequence[Timing]) -> bool:
+    def _is_enough(self, phase: str, result: Sequence[Timing]) -> bool:
         asked = self.bench.asked
-        if len(found) < (asked.repeats if phase == SHORT else 1):
+        if len(result) < (asked.repeats if phase == SHORT else 1):
             return False
-        seconds = sum(each.prompt_s + each.generate_s for each in found)
-        if len(found) >= MOST_REPEATS or seconds >= PATIENCE * asked.least_s:
+        seconds = sum(each.prompt_s + each.generate_s for each in result)
+        if len(result) >= MOST_REPEATS or seconds >= PATIENCE * asked.least_s:
             return True
-        return seconds >= asked.least_s and _do_fastest_agree(phase, found)
+        return seconds >= asked.least_s and _do_fastest_agree(phase, result)
 
     def run(self, known: PhaseTimings) -> None:
         """Run what was not measured yet, writing a record of each phase; a failure ends the visit, not the run.
@@ -149,10 +149,10 @@ class Visit:
             with self._phase(WARM_UP):
                 self._warm_up(server)
             for phase in MEASURED_PHASES:
-                found = list(known.get(phase, ()))
-                while not self._is_enough(phase, found):
-                    with self._phase(phase, len(found)):
-                        found.append(self._ask(server, phase))
+                results = list(known.get(phase, ()))
+                while not self._is_enough(phase, results):
+                    with self._phase(phase, len(results)):
+                        results.append(self._ask(server, phase))
             with self._phase(STOP):
                 stack.close()
                 self._stopped(server)
@@ -182,15 +182,15 @@ class Visit:
         limits, seed = self.bench.limits, self.bench.asked.seed
         n_prompt, n_generate = self._lengths(phase)
         limit_s = limits.canary_s if phase == CANARY else limits.prompt_s
-        found = server.completion(self._tokens[:n_prompt], n_generate, timeout_s=limit_s, seed=seed)
+        result = server.completion(self._tokens[:n_prompt], n_generate, timeout_s=limit_s, seed=seed)
         timing = self._facts["timing"] = Timing(
-            n_prompt=found.n_prompt,
-            prompt_s=round(found.prompt_ms / 1e3, 6),
-            n_generated=found.n_generated,
-            generate_s=round(found.generate_ms / 1e3, 6),
+            n_prompt=result.n_prompt,
+            prompt_s=round(result.prompt_ms / 1e3, 6),
+            n_generated=result.n_generated,
+            generate_s=round(result.generate_ms / 1e3, 6),
         )
-        if found.n_generated < n_generate or found.n_cached:
-            said = f"{found.n_generated} of {n_generate} tokens, {found.n_cached} taken from a cache"
+        if result.n_generated < n_generate or result.n_cached:
+            said = f"{result.n_generated} of {n_generate} tokens, {result.n_cached} taken from a cache"
             raise EngineFailed(f"llama-server measured something else than asked: {said}")
         return timing
 
@@ -211,15 +211,15 @@ class Visit:
                     bench.engine, bench.model_file, self._arguments, timeout_s=bench.limits.plan_s
                 )
             return
-        found = plan(
+        result = plan(
             bench.engine,
             bench.model_file,
             candidate.arguments,
             program="llama-server",
             timeout_s=bench.limits.plan_s,
         )
-        self._facts["predicted"] = planned(candidate.predicted(), found)
-        over = over_cap_words(found, candidate.caps_mib)
+        self._facts["predicted"] = planned(candidate.predicted(), result)
+        over = over_cap_words(result, candidate.caps_mib)
         self._facts["detail"] = f"planned over the cap: {over}" if over else ""
 
     def _refuse_missing(self, devices: tuple[ListedDevice, ...]) -> None:
@@ -238,13 +238,13 @@ class Visit:
     def _started(self, server: Server) -> None:
         if server.load_s is None:
             raise ServerFailed("port-taken", "llama-server found no free port", server.log)
-        found = server.reading()
-        if found is not None:
+        result = server.reading()
+        if result is not None:
             self._facts["buffers_mib"] = {
-                name: round(memory.total_mib, 2) for name, memory in found.devices.items()
+                name: round(memory.total_mib, 2) for name, memory in result.devices.items()
             }
-            self._facts["splits_prompt"] = found.splits_prompt
-            self._facts["splits_decode"] = found.splits_decode
+            self._facts["splits_prompt"] = result.splits_prompt
+            self._facts["splits_decode"] = result.splits_decode
 
     def _stopped(self, server: Server) -> None:
         grown = _GREW.search(server.text())
@@ -313,31 +313,31 @@ class Visit:
         )
 
 
-def _do_fastest_agree(phase: str, found: Sequence[Timing]) -> bool:
+def _do_fastest_agree(phase: str, result: Sequence[Timing]) -> bool:
     """Whether the two fastest repeats are alike: then neither was held up."""
-    times_s = sorted(each.prompt_s if phase == LONG else each.generate_s for each in found)
+    times_s = sorted(each.prompt_s if phase == LONG else each.generate_s for each in result)
     return len(times_s) > 1 and times_s[1] <= times_s[0] * (1 + AGREEMENT)
 
 
-def planned(predicted: Predicted | None, found: EnginePlan) -> Predicted | None:
+def planned(predicted: Predicted | None, result: EnginePlan) -> Predicted | None:
     """Return the prediction with memory and splits as the engine planned them; the speeds stay estimates."""
     if predicted is None:
         return None
-    splits = found.splits_decode if found.splits_decode is not None else predicted.splits_decode
+    splits = result.splits_decode if result.splits_decode is not None else predicted.splits_decode
     return predicted.model_copy(
         update={
             "label": "planned",
-            "self_mib": {name: round(memory.total_mib, 1) for name, memory in found.devices.items()},
+            "self_mib": {name: round(memory.total_mib, 1) for name, memory in result.devices.items()},
             "splits_decode": splits,
         }
     )
 
 
-def over_cap_words(found: EnginePlan, caps_mib: dict[str, float]) -> str:
+def over_cap_words(result: EnginePlan, caps_mib: dict[str, float]) -> str:
     """Say which devices a plan fills beyond their caps, by how much; "" if none."""
     rows = [
         f"{name} by {memory.total_mib - caps_mib[name]:.0f} MiB"
-        for name, memory in found.devices.items()
+        for name, memory in result.devices.items()
         if name in caps_mib and memory.total_mib > caps_mib[name]
     ]
     return ", ".join(rows)

@@ -71,5 +71,5 @@ def prompt_tokens(server: Server, n_tokens: int, seed: int) -> list[int]:
 
 def slot_tokens(text: str) -> int | None:
     """Return the context of one slot as a server's log has it; None if it does not say."""
-    found = [next(group for group in match.groups() if group) for match in _SLOT.finditer(text)]
-    return int(found[-1]) if found else None
+    results = [next(group for group in match.groups() if group) for match in _SLOT.finditer(text)]
+    return int(results[-1]) if results else None

@@ -98,28 +98,28 @@ class VerifyReport:
     n_records: int
 
 
-def mismatch(expected: Model, found: Model) -> str | None:
+def mismatch(expected: Model, result: Model) -> str | None:
     """Say how a model file differs from the model that was solved for; None if it is the same.
 
     Names and licences (`general.*`) may differ: they change neither memory nor speed.
     """
-    if expected.digest == found.digest:
+    if expected.digest == result.digest:
         return None
-    if expected.architecture != found.architecture:
-        return f"it is a {found.architecture}, not a {expected.architecture}"
-    if len(expected.tensors) != len(found.tensors):
-        return f"it has {len(found.tensors)} tensors, not {len(expected.tensors)}"
+    if expected.architecture != result.architecture:
+        return f"it is a {result.architecture}, not a {expected.architecture}"
+    if len(expected.tensors) != len(result.tensors):
+        return f"it has {len(result.tensors)} tensors, not {len(expected.tensors)}"
     for tensor in expected.tensors:
-        other = found.by_name.get(tensor.name)
+        other = result.by_name.get(tensor.name)
         if other is None:
             return f"it has no {tensor.name}"
         if (tensor.shape, tensor.type) != (other.shape, other.type):
             shapes = f"{other.type} {list(other.shape)}, not {tensor.type} {list(tensor.shape)}"
             return f"its {tensor.name} is {shapes}"
-    keys = {key for key in {**expected.metadata, **found.metadata} if not key.startswith("general.")}
+    keys = {key for key in {**expected.metadata, **result.metadata} if not key.startswith("general.")}
     for key in sorted(keys):
-        if expected.metadata.get(key) != found.metadata.get(key):
-            return f"its {key} is {found.metadata.get(key)!r}, not {expected.metadata.get(key)!r}"
+        if expected.metadata.get(key) != result.metadata.get(key):
+            return f"its {key} is {result.metadata.get(key)!r}, not {expected.metadata.get(key)!r}"
     return None
 
 
@@ -132,7 +132,7 @@ def asked_of(problem: Problem, is_full_depth: bool = False) -> Asked:
 
 def verify(
     problem: Problem,
-    found: SolutionSet,
+    result: SolutionSet,
     model_file: Path,
     engine: Engine,
     folder: Path,
@@ -146,13 +146,13 @@ def verify(
         InputError: the model file or the records cannot be read, or there are no solutions.
         EngineError: the engine has no llama-server or does not answer.
     """
-    if not found.solutions:
-        raise InputError("verify", f"there is no solution to run: {found.message}")
+    if not result.solutions:
+        raise InputError("verify", f"there is no solution to run: {result.message}")
     engine.program("llama-server")
     with machine_lock(options.lock_path) as (lock, n_reaped):
         if n_reaped:
             listener.say(f"ended {n_reaped} server(s) that an earlier verify left behind")
-        work = _prepare(problem, found, model_file, engine, folder, options, listener)
+        work = _prepare(problem, result, model_file, engine, folder, options, listener)
         work.bench = replace(work.bench, on_server=lock.note_server)
         is_complete = work.run()
         return VerifyReport(
@@ -204,7 +204,7 @@ def read_runs(folder: Path, problem: Problem) -> list[Record]:
 
 def _prepare(
     problem: Problem,
-    found: SolutionSet,
+    result: SolutionSet,
     model_file: Path,
     engine: Engine,
     folder: Path,
@@ -239,8 +239,8 @@ def _prepare(
         solved_digest=problem.model.digest,
         deadline_s=None if options.budget_s is None else time.monotonic() + options.budget_s,
     )
-    solutions = choose(found.solutions, options.top)
-    candidates = make_candidates(solutions, problem.machine, found.extra_args, problem.reserve_mib)
+    solutions = choose(result.solutions, options.top)
+    candidates = make_candidates(solutions, problem.machine, result.extra_args, problem.reserve_mib)
     candidates = [each for each in candidates if options.has_fit or each.role != FIT]
     return _Work(bench, candidates, options.rounds, run, listener, mismatch(problem.model, actual))
 

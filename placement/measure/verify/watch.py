@@ -85,7 +85,7 @@ def nvml_handles(machine: Machine, nvml: Any | None) -> dict[str, Any]:
             free.append(
                 (_text(nvml.nvmlDeviceGetUUID(handle)), _text(nvml.nvmlDeviceGetName(handle)), handle)
             )
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     cuda = [device for device in machine.devices if device.is_cuda]
     for device in sorted(cuda, key=lambda each: each.uuid is None):
         match = next(
@@ -98,8 +98,8 @@ def nvml_handles(machine: Machine, nvml: Any | None) -> dict[str, Any]:
         )
         if match is not None:
             free.remove(match)
-            found[device.name] = match[2]
-    return found
+            results[device.name] = match[2]
+    return results
 
 
 def worker_pids(machine: Machine) -> dict[str, int]:
@@ -113,12 +113,12 @@ def worker_pids(machine: Machine) -> dict[str, int]:
         for row in psutil.net_connections("tcp"):
             if row.status == psutil.CONN_LISTEN and row.pid and row.laddr:
                 ports[row.laddr[1]] = row.pid
-    found: dict[str, int] = {}
+    results: dict[str, int] = {}
     for device in machine.devices:
         host, _, port = (device.address or "").rpartition(":")
         if host and port.isdigit() and int(port) in ports and _is_here(host):
-            found[device.name] = ports[int(port)]
-    return found
+            results[device.name] = ports[int(port)]
+    return results
 
 
 def _is_here(host: str) -> bool:

@@ -135,10 +135,10 @@ def flash_attention_turned_off(case: Case) -> Iterator[Advice]:
         on = case.planner(replace(case.assignment, settings=replace(settings, flash_attention="on")))
         extra = sum(off.compute_bytes.values()) - sum(on.compute_bytes.values())
         cost = f", {format_bytes(extra)} more of compute buffers"
-    found = [layer for layer in layers if layer is not None]
+    results = [layer for layer in layers if layer is not None]
     yield Advice(
         "flash-attention-auto-off",
-        f"-fa auto turns flash attention off: {count(len(found), 'layer')} ({layer_list(found)}) have "
+        f"-fa auto turns flash attention off: {count(len(results), 'layer')} ({layer_list(results)}) have "
         f"attention "
         f"weights and KV on different cards{cost}; say -fa on, or move layers with -ts",
     )

@@ -84,12 +84,12 @@ def _follow_layers(case: Case) -> Assignment:
 
 
 def _bytes_by_device(case: Case, layer: int) -> dict[str, int]:
-    found: dict[str, int] = {}
+    results: dict[str, int] = {}
     for tensor in case.layers.get(layer, []):
         device = case.tensor_devices[tensor.name]
         if device != CPU or not is_ffn(tensor):
-            found[device] = found.get(device, 0) + tensor.n_bytes
-    return found
+            results[device] = results.get(device, 0) + tensor.n_bytes
+    return results
 
 
 def _instead(given: Assignment, better: Assignment) -> str:

@@ -280,20 +280,20 @@ class Placing:
         members = self.members[moves]
         taken = [answer.picks[i] for i in members if answer.homes[i] == p]
         most = sum(self.lows[i] <= p <= self.highs[i] for i in members)
-        found: LinearTerms = []
+        results: LinearTerms = []
         counts = [self.counts[p, moves, c] for c in range(1, n_choices)]
         for more in (1, 2) if counts else ():
             for c, variable in enumerate(counts, 1):
                 if (least := taken.count(c) + more) <= most:
                     literal = self.program.boolean()
                     self.program.at_least([(variable, 1), (literal, -least)], 0)
-                    found.append((literal, 1))
+                    results.append((literal, 1))
             fewer = len(taken) - taken.count(0) - more  # then more take the first choice
             if fewer >= 0:
                 literal = self.program.boolean()
                 self.program.at_most([*((v, 1) for v in counts), (literal, most - fewer)], most)
-                found.append((literal, 1))
-        return found
+                results.append((literal, 1))
+        return results
 
     def hint(self, answer: Answer) -> None:
         """Suggest an answer to start from."""

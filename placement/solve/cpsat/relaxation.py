@@ -97,13 +97,13 @@ class Relaxation:
         if plain.bound() == inf or (cuts := plain.cuts()) is None:
             return (0.0,) * self.n_positions
         edges = (0, *cuts, len(self.frame.layers))
-        found = [0.0] + [marginal(plain, p, edges[p], edges[p + 1]) for p in range(1, self.n_positions)]
+        results = [0.0] + [marginal(plain, p, edges[p], edges[p + 1]) for p in range(1, self.n_positions)]
         # equal cards take one price: they then share their segments
         for card in plain.cards[1:]:
             alike = [p for p in range(1, self.n_positions) if plain.cards[p] is card]
-            mean = sum(found[p] for p in alike) / max(len(alike), 1)
-            found = [mean if p in alike else each for p, each in enumerate(found)]
-        return tuple(found)
+            mean = sum(results[p] for p in alike) / max(len(alike), 1)
+            results = [mean if p in alike else each for p, each in enumerate(results)]
+        return tuple(results)
 
     def _plain(
         self, caps: tuple[int, ...], left_out: frozenset[tuple[int, int, int]], host_price: float
@@ -140,12 +140,12 @@ class Relaxation:
         best: Answer | None = None
         bound = inf
         for caps, left_out in cases:
-            found, low, lacks_host = self._best_cuts(self._plain(caps, left_out, 0.0), gap, limit)
+            result, low, lacks_host = self._best_cuts(self._plain(caps, left_out, 0.0), gap, limit)
             bound = min(bound, low)
-            if found is None and lacks_host:
-                found = self._with_host_price(caps, left_out, gap)
-            if found is not None and (best is None or self.objective(found) < self.objective(best)):
-                best = found
+            if result is None and lacks_host:
+                result = self._with_host_price(caps, left_out, gap)
+            if result is not None and (best is None or self.objective(result) < self.objective(best)):
+                best = result
                 limit = min(limit, self.objective(best))
         if self.has_crossing:
             return best, -inf
@@ -160,11 +160,11 @@ class Relaxation:
         low, high, best = 0.0, 16.0, None
         for _ in range(HOST_PRICES):
             middle = (low + high) / 2
-            found, _, lacks_host = self._best_cuts(self._plain(caps, left_out, middle), gap, inf)
-            if found is None and lacks_host:
+            result, _, lacks_host = self._best_cuts(self._plain(caps, left_out, middle), gap, inf)
+            if result is None and lacks_host:
                 low = middle
             else:
-                high, best = middle, found or best
+                high, best = middle, result or best
         return best
 
     def _best_cuts(self, plain: Segments, gap: float, limit: float) -> tuple[Answer | None, float, bool]:
@@ -186,8 +186,8 @@ class Relaxation:
                 paths = Paths(plain, best_value - self.constant)
             if not paths.refine(cuts, slack):
                 break
-            found = paths.shortest()
-            value, cuts = (found[0] + self.constant, found[1]) if found else (best_value, cuts)
+            result = paths.shortest()
+            value, cuts = (result[0] + self.constant, result[1]) if result else (best_value, cuts)
             if value >= (best_value if best is None else best_value * (1 - gap)):
                 break
         return best, min(value, best_value), lacks_host

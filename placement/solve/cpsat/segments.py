@@ -229,21 +229,21 @@ def forward(costs: list[Matrix]) -> list[Vector]:
     """Per position, the least cost of ending it before each layer; only the CPU's may be empty."""
     first = costs[0][0].copy()
     first[0] = 0.0
-    found = [first]
+    results = [first]
     for rows in costs[1:]:
-        found.append((found[-1][:, None] + rows).min(axis=0))
-    return found
+        results.append((results[-1][:, None] + rows).min(axis=0))
+    return results
 
 
 def path(costs: list[Matrix], reached: list[Vector]) -> tuple[int, ...] | None:
     """The cuts of the shortest path to the last layer; None where there is none."""
-    end, found = costs[0].shape[0] - 1, []
+    end, results = costs[0].shape[0] - 1, []
     if reached[-1][end] == inf:
         return None
     for p in range(len(costs) - 1, 0, -1):
         end = int(np.argmin(reached[p - 1] + costs[p][:, end]))
-        found.append(end)
-    return tuple(reversed(found))
+        results.append(end)
+    return tuple(reversed(results))
 
 
 def _kib_at(choice: GroupChoice, p: int) -> int:
@@ -274,15 +274,15 @@ def _relax(card: _Card, rows: NDArray[np.int64]) -> Matrix:
     for ratio in _some_ratios(ratios, kib, card.price):
         gain = np.concatenate([[0.0], np.cumsum((np.maximum(ratio - ratios, 0.0) * kib).sum(axis=1))])
         np.maximum(more, ratio * need - (gain[None, :] - gain[:, None]), out=more)
-    found: Matrix = card.cost[None, :] - card.cost[:, None] + more
+    result: Matrix = card.cost[None, :] - card.cost[:, None] + more
     if card.hidden:
         sold = np.concatenate([[0], np.cumsum(((ratios < card.price) & (kib > 0)).sum(axis=1))])
         is_moved = (need > 0) | (sold[None, :] > sold[:, None])
-        found -= card.hidden * (is_moved | card.is_always_hidden)
+        result -= card.hidden * (is_moved | card.is_always_hidden)
     freed = np.concatenate([[0.0], np.cumsum(kib.sum(axis=1))])
     is_out = (freed[None, :] - freed[:, None] < need) | (card.forbidden[None, :] > card.forbidden[:, None])
-    found[is_out | np.tri(n, dtype=bool)] = inf
-    return found
+    result[is_out | np.tri(n, dtype=bool)] = inf
+    return result
 
 
 def _step_arrays(card: _Card, rows: NDArray[np.int64]) -> tuple[Matrix, Matrix]:
@@ -300,12 +300,12 @@ def _step_arrays(card: _Card, rows: NDArray[np.int64]) -> tuple[Matrix, Matrix]:
 def _some_ratios(ratios: Matrix, kib: Matrix, price: float) -> list[float]:
     """The price and the ratios above it, evenly by the memory that they free where there are many."""
     above = (kib > 0) & (ratios > price)
-    found, where = np.unique(ratios[above], return_inverse=True)
-    if len(found) > MOST_RATIOS:
+    result, where = np.unique(ratios[above], return_inverse=True)
+    if len(result) > MOST_RATIOS:
         freed = np.cumsum(np.bincount(where.ravel(), kib[above]))
         wanted = np.linspace(freed[0], freed[-1], MOST_RATIOS)
-        found = np.unique(found[np.searchsorted(freed, wanted).clip(0, len(found) - 1)])
-    return [price, *map(float, found)]
+        result = np.unique(result[np.searchsorted(freed, wanted).clip(0, len(result) - 1)])
+    return [price, *map(float, result)]
 
 
 def marginal(segments: Segments, p: int, a: int, b: int) -> float:

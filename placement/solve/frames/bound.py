@@ -84,10 +84,10 @@ def _host_moves(
     groups = np.arange(1, n_groups + 1)
     is_gpu = np.arange(len(builder.positions)) > 0
     for n in range(1, n_groups + 1):
-        for chosen in itertools.combinations(groups, n):
-            freed = builder.n_bytes[:, list(chosen)].sum(axis=1) / KIB
+        for picked in itertools.combinations(groups, n):
+            freed = builder.n_bytes[:, list(picked)].sum(axis=1) / KIB
             is_real = (freed > 0) & is_gpu
-            moved = times + more[:, list(chosen)].sum(axis=1) + split_us
+            moved = times + more[:, list(picked)].sum(axis=1) + split_us
             yield np.where(is_real, moved, inf), np.where(is_real, kib - freed, 0.0)
 
 
@@ -114,14 +114,14 @@ def _prices(options: list[tuple[Array, Array]]) -> list[float]:
     times, kib = options[0]
     rows = np.arange(len(times))
     home = np.argmin(times[:, 1:], axis=1) + 1 if times.shape[1] > 1 else np.argmin(times, axis=1)
-    found = [0.0]
+    results = [0.0]
     for other, left in [(times[:, :1], kib[:, :1]), *options[1:]]:
         at = home if other.shape[1] > 1 else np.zeros_like(home)
         freed = kib[rows, home] - left[rows, at]
         with np.errstate(invalid="ignore", divide="ignore"):
             ratio = (other[rows, at] - times[rows, home]) / freed
-        found += ratio[(freed > 0) & np.isfinite(ratio) & (ratio > 0)].tolist()
-    prices = np.unique(np.round(found, 9))
+        results += ratio[(freed > 0) & np.isfinite(ratio) & (ratio > 0)].tolist()
+    prices = np.unique(np.round(results, 9))
     if len(prices) > MOST_PRICES:
         prices = prices[np.linspace(0, len(prices) - 1, MOST_PRICES).round().astype(int)]
     return [float(price) for price in prices]

@@ -56,31 +56,31 @@ class Buffers:
     def _planned(self, configuration: Configuration) -> ComputeTable:
         backends = [self.problem.machine.device(name).backend for name in configuration.devices]
         stands_for = stand_ins(backends)
-        chosen = sorted(set(stands_for))
+        picked = sorted(set(stands_for))
         key = (
-            tuple(backends[at] for at in chosen),
+            tuple(backends[at] for at in picked),
             configuration.settings.ubatch_tokens,
             configuration.uses_host,
             configuration.is_pipelined,
         )
         if key not in self._tables:
-            fewer = replace(configuration, devices=tuple(configuration.devices[at] for at in chosen))
+            fewer = replace(configuration, devices=tuple(configuration.devices[at] for at in picked))
             self._tables[key] = compute_table(fewer, self.planner(typical_assignment(self.problem, fewer)))
-        found = self._tables[key]
-        at_host, *at_devices = found.n_bytes
-        return replace(found, n_bytes=(at_host, *(at_devices[chosen.index(at)] for at in stands_for)))
+        result = self._tables[key]
+        at_host, *at_devices = result.n_bytes
+        return replace(result, n_bytes=(at_host, *(at_devices[picked.index(at)] for at in stands_for)))
 
 
 def stand_ins(backends: list[str]) -> list[int]:
     """Which device stands for each: of four and more of a kind in a row, the second for all but first and last."""
-    found: list[int] = []
+    results: list[int] = []
     for _, row in itertools.groupby(range(len(backends)), key=lambda at: backends[at]):
         first, *middle = row
         last = middle.pop() if middle else None
-        found += [first, *[first + 1] * len(middle)]
+        results += [first, *[first + 1] * len(middle)]
         if last is not None:
-            found.append(last)
-    return found
+            results.append(last)
+    return results
 
 
 def typical_assignment(problem: Problem, configuration: Configuration) -> Assignment:

@@ -142,11 +142,11 @@ class Pieces:
 
     def kind_bytes(self, device: Device | None) -> NDArray[np.int64]:
         """Weight bytes on a device of every kind × part."""
-        found = np.zeros((len(self.parts), self.n_parts), dtype=np.int64)
+        result = np.zeros((len(self.parts), self.n_parts), dtype=np.int64)
         for kind, parts in self.parts.items():
             for part in range(len(parts)):
-                found[kind, part] = self.part_bytes(kind, part, device)
-        return found
+                result[kind, part] = self.part_bytes(kind, part, device)
+        return result
 
     def loads(self, settings: Settings) -> Loads:
         """The loads under these settings; how weights are loaded, and by how many threads, changes none."""

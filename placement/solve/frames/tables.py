@@ -111,15 +111,15 @@ class TableBuilder:
 
     def _seconds(self, phase: Phase) -> NDArray[np.float64]:
         unit_s = np.array([self.cost.rates.at(phase, at) for at in self.positions])
-        found: NDArray[np.float64] = self.loads.amounts @ unit_s.T
-        return found
+        result: NDArray[np.float64] = self.loads.amounts @ unit_s.T
+        return result
 
     @functools.cached_property
     def n_bytes(self) -> NDArray[np.int64]:
         """Weight bytes of kind × part × position."""
         alike = {device is not None and device.is_cuda: device for device in self.devices}
-        found = {is_cuda: self.pieces.kind_bytes(device) for is_cuda, device in alike.items()}
-        return np.stack([found[each is not None and each.is_cuda] for each in self.devices], axis=2)
+        results = {is_cuda: self.pieces.kind_bytes(device) for is_cuda, device in alike.items()}
+        return np.stack([results[each is not None and each.is_cuda] for each in self.devices], axis=2)
 
     @functools.cached_property
     def tables(self) -> dict[int, LayerTable]:
@@ -231,18 +231,18 @@ class TableBuilder:
         i = self.pieces.example[kind]
         groups = self.pieces.groups[i] if n_groups else ()
         pinned = [self.pieces.pinned_groups.get((i, group.kind)) for group in groups]
-        found = [(home,) * n_groups]
+        results = [(home,) * n_groups]
         if n_groups and home > 0 and not self.configuration.is_pipelined:
             others = range(len(self.positions)) if any(pinned) else self._others(home)
             for other in others:
                 if other == home or (other == 0 and not self.configuration.uses_host):
                     continue
-                found.append((other,) * n_groups)
+                results.append((other,) * n_groups)
                 if n_groups == 2:
-                    found += [(other, home), (home, other)]
+                    results += [(other, home), (home, other)]
         return [
             targets
-            for targets in found
+            for targets in results
             if all(pin is None or self.positions[at] == pin for pin, at in zip(pinned, targets, strict=True))
         ]
 
@@ -327,12 +327,12 @@ class TableBuilder:
     @functools.cached_property
     def cpu_layer_splits_s(self) -> NDArray[np.float64]:
         """Prompt seconds of a CPU layer's splits where its weights are streamed, per kind; the output has none."""
-        found = np.zeros(len(self.decode_s))
+        result = np.zeros(len(self.decode_s))
         for kind, i in self.pieces.example.items():
             if i < self.pieces.n_layers and self.cost.rates.is_streamed:
                 n_splits = sum(map(len, self.pieces.parts[kind])) + _CPU_LAYER_SPLITS
-                found[kind] = self.cost.splits_s(0, n_splits)[1]
-        return found
+                result[kind] = self.cost.splits_s(0, n_splits)[1]
+        return result
 
     def _move_s(
         self, home: int, targets: tuple[int, ...]
@@ -359,5 +359,5 @@ class TableBuilder:
         if 0 not in targets or not self.cost.rates.is_streamed:
             return np.full(len(self.decode_s), 2)
         streamed = [part for part, at in enumerate(targets, 1) if at == 0]
-        found: NDArray[np.int64] = self.pieces.n_tensors[:, streamed].sum(axis=1) + (home > 1)
-        return found
+        result: NDArray[np.int64] = self.pieces.n_tensors[:, streamed].sum(axis=1) + (home > 1)
+        return result

@@ -47,7 +47,7 @@ class Search:
     def lower_bounds(self, space: SearchSpace) -> list[LowerBound]:
         """Every configuration that may be worth a look, the least lower bound first."""
         order: dict[tuple[str, ...], int] = {}
-        found = (
+        results = (
             self.subproblems.lower_bound(
                 LowerBound(configuration, order.setdefault(configuration.devices, len(order)), 0.0),
                 space,
@@ -55,7 +55,7 @@ class Search:
             )
             for configuration in configurations(self.problem, space)
         )
-        possible = [lower_bound for lower_bound in found if lower_bound.bound < float("inf")]
+        possible = [lower_bound for lower_bound in results if lower_bound.bound < float("inf")]
         return sorted(
             self._without_needless_cards(possible, space), key=lambda lower_bound: lower_bound.bound
         )
@@ -129,10 +129,10 @@ class Search:
                 if (refined := self._refine(lower_bound, space)) is not None:
                     heapq.heappush(queue, (refined[0].rank, number, *refined))
                 continue
-            found, bound, is_done = subproblem_solver.solve_subproblem(subproblem, limit)
+            result, bound, is_done = subproblem_solver.solve_subproblem(subproblem, limit)
             open_bound, is_proven = min(open_bound, bound), is_proven and is_done
-            if found is not None:
-                best = found
+            if result is not None:
+                best = result
         if best is None:
             return None
         return replace(best, bound=min(open_bound, best.objective), is_proven=is_proven)

@@ -172,9 +172,9 @@ class SubproblemSolver:
                 break
             if left_s <= 0:
                 return (answer if value < limit else None), bound, False
-            result, found = self._ask(subproblem, homes, target, answer, excluded, left_s)
-            if found is not None:
-                answer, value = found, relaxation.objective(found)
+            result, match = self._ask(subproblem, homes, target, answer, excluded, left_s)
+            if match is not None:
+                answer, value = match, relaxation.objective(match)
             if result.status == "INFEASIBLE":
                 bound = max(bound, target)
             elif result.status == "OPTIMAL":
@@ -220,12 +220,12 @@ def _first_answer(
     """
     frame, relaxation = subproblem.table.frame, subproblem.relaxation
     answer, low = relaxation.answer_and_bound(gap, limit)
-    found = [answer]
+    results = [answer]
     if answer is None and (frame.max_decode_us is not None or frame.max_prompt_us is not None):
-        found += [Relaxation(frame, *weights).answer_and_bound(gap)[0] for weights in OTHER_WEIGHTS]
+        results += [Relaxation(frame, *weights).answer_and_bound(gap)[0] for weights in OTHER_WEIGHTS]
     left = [
         each
-        for each in found
+        for each in results
         if each is not None
         and relaxation.objective(each) < limit
         and not any(is_alike(frame, each, other) for other in excluded)
@@ -242,11 +242,11 @@ def _excluded(subproblem: Subproblem, taken: Sequence[Candidate]) -> list[Answer
     ]
 
 
-def _picks(table: Table, found: Candidate) -> Iterator[int]:
+def _picks(table: Table, result: Candidate) -> Iterator[int]:
     """The choices that place a found placement's groups where they are; the first where the frame has none."""
-    moved = dict(found.assignment.moved)
+    moved = dict(result.assignment.moved)
     number = {name: p for p, name in enumerate(table.frame.positions)}
-    for layer, names, home in zip(table.frame.layers, table.group_names, found.answer.homes, strict=True):
+    for layer, names, home in zip(table.frame.layers, table.group_names, result.answer.homes, strict=True):
         groups = tuple(number[moved[group[0]]] if group[0] in moved else home for group in names)
         row = [choice.groups for choice in layer.choices[home]]
         yield row.index(groups) if groups in row else 0
