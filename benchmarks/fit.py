@@ -1,6 +1,6 @@
 """Judges place's choices beside llama.cpp's own `--fit` by bytes and splits alone, with no term of our speed model.
 
-    python -m benchmarks.fit [FOLDER] [--judge NAME] [--cases TEXT]
+    python -m benchmarks.fit [FOLDER] [--rates NAME] [--cases TEXT]
 
 FOLDER (default ../shared/golden) holds `*/MODEL.json` and `fit.jsonl`: what `--fit` chose under a margin. A turn reads
 2,000 and writes 500 tokens at a quarter of the context. `same` is our choice at the same memory, ubatch and load
@@ -40,7 +40,7 @@ PROGRAM = "llama-fit-params"
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
+class SpeedRates:
     """Seconds per GB read on a card of 1,008 GB/s and on the CPU, per split and node, and GB/s of the link."""
 
     gpu_s_per_gb: float = 1.0e-3
@@ -83,11 +83,11 @@ class Judge:
         return prompt_s * n_ubatches + decode_s * workload.generate_tokens
 
 
-JUDGES = {
-    "fitted": Judge(),  # to the first user's six speeds
-    "slow splits": Judge(split_s=150e-6, boundary_s=150e-6),
-    "fast cpu": Judge(cpu_s_per_gb=12e-3, split_s=60e-6),
-    "fast link": Judge(mapped_gb_per_s=25.0, pinned_gb_per_s=50.0),
+SPEED_RATES = {
+    "fitted": SpeedRates(),  # to the first user's six speeds
+    "slow splits": SpeedRates(split_s=150e-6, boundary_s=150e-6),
+    "fast cpu": SpeedRates(cpu_s_per_gb=12e-3, split_s=60e-6),
+    "fast link": SpeedRates(mapped_gb_per_s=25.0, pinned_gb_per_s=50.0),
 }
 
 
@@ -150,8 +150,8 @@ def cases(folder: Path) -> list[Case]:
     return found
 
 
-def judged(case: Case, judges: list[str]) -> tuple[list[float], list[float] | None, bool]:
-    """Ratios of our turn by --fit's under each judge, `same` and `free`, and whether --fit leaves some on the CPU."""
+def rated(case: Case, rate_names: list[str]) -> tuple[list[float], list[float] | None, bool]:
+    """Ratios of our turn by --fit's under each set of rates, `same` and `free`, and whether --fit leaves some on the CPU."""
     fit, workload = case.fit(), case.workload
     same = case.ours(ubatch_tokens=case.row["ubatch"], load_modes=("auto",))
     is_partial = CPU in fit.homes[:-1] or any(where == CPU for _, where in fit.moved)
@@ -163,8 +163,8 @@ def judged(case: Case, judges: list[str]) -> tuple[list[float], list[float] | No
             continue
         assert case.is_within_margin(ours), case.name
         turns = [
-            [JUDGES[name].turn_s(case.model, case.machine, each, workload) for each in (ours, fit)]
-            for name in judges
+            [SPEED_RATES[name].turn_s(case.model, case.machine, each, workload) for each in (ours, fit)]
+            for name in rate_names
         ]
         rows.append([mine / theirs for mine, theirs in turns])
     return rows[0], rows[1] or None, is_partial
@@ -174,16 +174,16 @@ def main() -> None:
     """Print a line a case and the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT.parent / "shared" / "golden")
-    parser.add_argument("--judge", action="append", choices=tuple(JUDGES), help="[all]")
+    parser.add_argument("--rates", action="append", choices=tuple(SPEED_RATES), help="[all]")
     parser.add_argument("--cases", default="", help="only cases whose name has this")
     asked = parser.parse_args()
-    names = asked.judge or list(JUDGES)
+    names = asked.rates or list(SPEED_RATES)
     print(f"{'case':58}  {'same: ' + ' / '.join(names)}, free: …")
     worst, partial, whole = 0.0, [], []
     for case in cases(asked.folder):
         if asked.cases not in case.name:
             continue
-        same, free, is_partial = judged(case, names)
+        same, free, is_partial = rated(case, names)
         if not same:
             print(f"{case.name:58}  nothing fits", flush=True)
             continue

@@ -45,7 +45,7 @@ def model_names() -> list[str]:
 
 
 def drop_from_page_cache(folder: Path) -> None:
-    """Ask the kernel to forget the files of a folder; needs no rights, and is a wish only."""
+    """Ask the kernel to forget the files of a folder; needs no rights, and the kernel may refuse."""
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             handle = os.open(path, os.O_RDONLY)

@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join((*CASES, "growth")))
     asked = parser.parse_args().cases or [*CASES, "growth"]
     print(
-        f"{'case':22}{'leads s':>8}{'best s':>8}{'cpu s':>8}{'limit':>5}{'progs':>6}{'solve s':>8}{'vars':>8}{'rules':>8}"
+        f"{'case':22}{'subs s':>8}{'best s':>8}{'cpu s':>8}{'limit':>5}{'progs':>6}{'solve s':>8}{'vars':>8}{'rules':>8}"
         f"  {'gap':>8} {'proven':>6} {'turn s':>9}  devices"
     )
     for name, (model, machine, limit_s) in CASES.items():

@@ -131,12 +131,12 @@ def random_answer(frame: Frame, random: Random) -> Answer:
 
 
 def table_of(asked: Problem, configuration: Configuration) -> Table:
-    """The frame of a way with the buffers of a typical placement."""
+    """The frame of a configuration with the buffers of a typical placement."""
     return TableBuilder(Pieces(asked), configuration).build(Search(asked).buffers.exact(configuration))
 
 
 def configuration(asked: Problem, *devices: str, **settings: Any) -> Configuration:
-    """A way that may use the host, with these settings."""
+    """A configuration that may use the host, with these settings."""
     uses_host = settings.pop("uses_host", True)
     is_pipelined = settings.pop("is_pipelined", False)
     return Configuration(devices, dataclasses.replace(asked.settings, **settings), uses_host, is_pipelined)

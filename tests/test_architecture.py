@@ -53,9 +53,15 @@ def test_head_counts_per_layer() -> None:
 
 
 def test_description_is_kept() -> None:
-    """A model is described once."""
+    """A model is described once, as many objects as there are of it."""
     model = tiny("llama")
-    assert describe(model) is describe(model)
+    assert describe(model) is describe(model) is describe(tiny("llama"))
+
+
+def test_another_model_is_described_anew() -> None:
+    """The name does not tell models apart: what they are made of does."""
+    model = tiny("llama")
+    assert describe(dataclasses.replace(model, tensors=model.tensors[:0])) != describe(model)
 
 
 @pytest.mark.parametrize(

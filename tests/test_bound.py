@@ -1,4 +1,4 @@
-"""What a way promises before its frame is built, against what CP-SAT then finds."""
+"""A configuration's lower bound before its frame is built, against what CP-SAT then finds."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def machines(draw: st.DrawFn) -> Machine:
 def test_lower_bound_is_below_the_optimum(
     model: object, machine: Machine, weights: tuple[int, int], pins: Pins
 ) -> None:
-    """Whatever the cards, weights and pins, nothing that CP-SAT finds is better than what its way promised."""
+    """Whatever the cards, weights and pins, nothing that CP-SAT finds is below its configuration's bound."""
     search = Search(problem(model, machine))  # type: ignore[arg-type]
     space = SearchSpace(ubatches=(512,), pins=pins, decode_weight=weights[0], prompt_weight=weights[1])
     bounds = {lower_bound.configuration: lower_bound.bound for lower_bound in search.lower_bounds(space)}

@@ -15,7 +15,7 @@ PLAN = ComputePlan({"CUDA0": 3, "CUDA1": 5, "Host": 7}, 11, 13, 17, 19, 4, True,
 
 
 def test_table_is_by_position() -> None:
-    """The host comes first, then the way's cards in its own order."""
+    """The host comes first, then the configuration's cards in its own order."""
     assert compute_table(configuration(EXPERTS, "CUDA1", "CUDA0"), PLAN).n_bytes == (7, 5, 3)
 
 
@@ -30,7 +30,7 @@ def test_counts() -> None:
 @pytest.mark.parametrize("names", [("CUDA0",), ("CUDA0", "CUDA1"), ("CUDA1", "CUDA0")])
 @pytest.mark.parametrize("uses_host", [True, False])
 def test_typical_assignment_is_valid(asked: Problem, names: tuple[str, ...], uses_host: bool) -> None:
-    """Every card of the way has a layer, in its order; the host is used where the way uses it, and only there."""
+    """Every card has a layer, in its order; the host is used where the configuration uses it, and only there."""
     found = typical_assignment(asked, configuration(asked, *names, uses_host=uses_host))
     assert len(found.homes) == 9
     assert tuple(dict.fromkeys(home for home in found.homes if home != CPU)) == names
@@ -43,7 +43,7 @@ def test_typical_assignment_without_gpu() -> None:
 
 
 def test_pipelined_configuration_has_no_override() -> None:
-    """The typical placement of a pipeline keeps its four copies; any other way on two cards gives them up."""
+    """The typical placement of a pipeline keeps its four copies; any other configuration of two cards gives them up."""
     piped = configuration(EXPERTS, "CUDA0", "CUDA1", uses_host=False, is_pipelined=True)
     plain = configuration(EXPERTS, "CUDA0", "CUDA1", uses_host=False)
     assert not typical_assignment(EXPERTS, piped).settings.has_overrides
@@ -55,7 +55,7 @@ def test_pipelined_configuration_has_no_override() -> None:
 
 @pytest.mark.parametrize("ubatch_tokens", [256, 512, 2048])
 def test_typical_placement_is_planned(ubatch_tokens: int) -> None:
-    """The estimate is the plan of the typical placement at the way's own ubatch."""
+    """The estimate is the plan of the typical placement at the configuration's own ubatch."""
     asked_configuration = configuration(
         EXPERTS, "CUDA0", "CUDA1", ubatch_tokens=ubatch_tokens, batch_tokens=2048
     )

@@ -46,7 +46,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.delenv("PLACE_ENGINE", raising=False)
-    monkeypatch.setattr(placement.inputs.detect, "detect_machine", lambda: (None, "no GPU here"))
+    monkeypatch.setattr(placement.inputs.detect, "detect_hardware", lambda: (None, "no GPU here"))
     save_model(expert_model(6), tmp_path / "tiny.toml")
     Path("card.toml").write_text(machine_toml(one_card(500)))
     Path("small.toml").write_text(machine_toml(one_card(40, host_mib=200)))
@@ -245,7 +245,7 @@ def test_solve_json_is_what_is_kept(place: Place, tmp_path: Path) -> None:
 
 
 def test_check_of_a_solution_agrees(place: Place) -> None:
-    """Checking the recommended arguments gives the memory, splits and speed that solve had promised."""
+    """Checking the recommended arguments gives the memory, splits and speed that solve had predicted."""
     first = place(SOLVE + "--json").row["solutions"][0]
     ran = place(f"{CHECK} --json --args {shlex.quote(shlex.join(first['args']))}")
     row = ran.row

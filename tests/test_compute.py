@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 
 import golden_sample
@@ -154,3 +155,52 @@ def test_unknown_architecture(shapes: dict[str, tuple[int, ...]]) -> None:
     assert ours.notes
     assert set(ours.compute_bytes) == {*NAMES, "Host"}
     assert ours.splits_decode > 1
+
+
+@pytest.mark.parametrize(
+    ("shapes", "keys"),
+    [
+        ({"blk.0.ssm_in.weight": (256, 512)}, {}),
+        ({}, {"attention__head_count": 0}),
+        ({}, {"expert_count": 8}),
+        ({"token_embd_norm.weight": (256,)}, {"block_count": 0}),
+    ],
+    ids=[
+        "recurrent layers",
+        "no head size",
+        "no number of used experts",
+        "no layers",
+    ],
+)
+def test_what_a_header_does_not_say_is_estimated(
+    shapes: dict[str, tuple[int, ...]], keys: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that lacks what its graph needs is no bug, and its graph is not tried: nothing there would end."""
+    monkeypatch.setattr(compute._Planner, "_simulated", lambda _self: pytest.fail("is simulated"))
+    odd = tiny("never-heard-of", shapes, **keys)
+    asked = Assignment(NAMES, ("CUDA0", "CUDA0", "CUDA1", CPU, "CUDA1"))
+    assert not plan_compute(odd, TWO, asked, "llama-server").is_exact
+
+
+@pytest.mark.parametrize("error", [KeyError, IndexError, ZeroDivisionError, TypeError])
+@pytest.mark.parametrize("architecture", ["llama", "never-heard-of"])
+def test_a_bug_of_ours_is_no_estimate(
+    architecture: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a graph that nobody has described is estimated; all else shows."""
+
+    def fail(_self: object) -> ComputePlan:
+        raise error
+
+    monkeypatch.setattr(compute._Planner, "_simulated", fail)
+    asked = Assignment(NAMES, ("CUDA0", "CUDA0", "CUDA1", CPU, "CUDA1"))
+    with pytest.raises(error):
+        plan_compute(tiny(architecture), TWO, asked, "llama-server")
+
+
+def test_planning_leaves_the_garbage_collector_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller's process stays as it was, while a plan is made too."""
+    for name in ("disable", "enable", "freeze", "set_threshold"):
+        monkeypatch.setattr(gc, name, lambda *_: pytest.fail("the collector is changed"))
+    plan(golden_sample.ROWS[0])
+    assert gc.isenabled()

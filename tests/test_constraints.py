@@ -30,7 +30,7 @@ def devices_of(solution: Solution, *parts: str) -> set[str]:
 
 
 def test_machine_is_too_small_for_all_experts() -> None:
-    """The tests' model needs host memory on their machine: otherwise the wishes below would bind nothing."""
+    """The tests' model needs host memory on their machine: otherwise the constraints below would bind nothing."""
     assert solved().solutions[0].n_host_layers() > 0
 
 
@@ -73,7 +73,7 @@ def test_no_device_is_the_cpu_alone() -> None:
 
 
 def test_cpu_layers_are_limited() -> None:
-    """No solution keeps more layers on the CPU than wished."""
+    """No solution keeps more layers on the CPU than asked for."""
     free = solved().solutions[0].n_host_layers()
     for solution in solved(max_cpu_layers=free).solutions:
         assert solution.n_host_layers() <= free
@@ -90,7 +90,7 @@ def test_kept_arguments_stay() -> None:
 
 
 def test_contradiction_names_only_the_constraints_that_conflict() -> None:
-    """A pin to a card and a layer that -ngl leaves to the CPU conflict; the third wish is not blamed."""
+    """A pin to a card and a layer that -ngl leaves to the CPU conflict; the third constraint is not blamed."""
     result = solved(max_cpu_layers=8, pins=(r"blk\.0\..*=CUDA0",), n_gpu_layers=5)
     assert ((), "INFEASIBLE") == (result.solutions, result.status)
     assert "--pin" in result.message
@@ -106,7 +106,7 @@ def test_one_group_cannot_be_on_two_devices() -> None:
 
 
 def test_smallest_conflict_is_minimal() -> None:
-    """Of five wishes of which the second and fourth exclude each other, just those two are told."""
+    """Of five constraints of which the second and fourth exclude each other, just those two are told."""
     constraints = [Constraint(str(i), lambda space: space) for i in range(5)]
 
     def is_possible(kept: object) -> bool:

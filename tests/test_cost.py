@@ -122,7 +122,7 @@ def test_where_nothing_streams(settings: dict[str, bool]) -> None:
     ("n_ubatches", "n_copies", "expected"), [(1, 4, 6.0), (4, 1, 6.0), (4, 4, 4.875), (1000, 4, 4.5015)]
 )
 def test_pipelined(n_ubatches: int, n_copies: int, expected: float) -> None:
-    """Stages of 1, 2 and 3 s: half of the way from their sum to the ideal (sum + (n - 1)·longest)/n."""
+    """Stages of 1, 2 and 3 s: in the middle between their sum and the ideal (sum + (n - 1)·longest)/n."""
     assert pipelined_s([1.0, 2.0, 3.0], n_ubatches, n_copies, 0.5) == pytest.approx(expected)
 
 

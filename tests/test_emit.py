@@ -1,4 +1,4 @@
-"""Assignments survive the way to engine arguments and back; resolved arguments follow the engine's rules."""
+"""Assignments become engine arguments and come back unchanged; resolved arguments follow the engine's rules."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from placement.llamacpp.arguments import Arguments, parse
 from placement.measure.verify.candidates import without_placement
 
 PACKAGE = Path(__file__).parent.parent / "placement"
-TABLE = PACKAGE / "engine_options.py"
+TABLE = PACKAGE / "inputs" / "engine_options.py"
 GOOD = {
     "flag": [], "number": ["3"], "gpu_layers": ["all"], "shares": ["3,1"], "devices": ["CUDA0"],
     "servers": ["box:50052"], "overrides": ["exps=CPU"], "first_layers": ["2"], "slots": ["2"],
@@ -73,7 +73,7 @@ def test_variables_are_the_tables_alone() -> None:
 
 def test_what_is_emitted_stands_in_the_table() -> None:
     """Every option that a placement is written with is one of the table, under the name that we write."""
-    texts = next(texts for where, texts in sources() if where == "emit/arguments.py")
+    texts = next(texts for where, texts in sources() if where == "llamacpp/emit/arguments.py")
     written = {text for text in texts if text.startswith("-") and " " not in text}
     known = {option.name for option in OPTIONS} | {name for option in OPTIONS for name in option.off_names}
     assert written - known == set()

@@ -1,4 +1,4 @@
-"""The user's own llama.cpp as the judge of what is shown."""
+"""The user's own llama.cpp as the planner of what is shown."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_graph_without_a_rule_is_planned_by_probes(
 
 
 def test_candidate_over_a_cap_is_searched_anew() -> None:
-    """A judge that plans 100 MiB more than estimated gets placements that fit with them."""
+    """A planner that plans 100 MiB more than estimated gets placements that fit with them."""
     asked: list[Assignment] = []
 
     def engine_planner(problem: Problem, assignments: list[Assignment]) -> list[PlannedPlacement]:

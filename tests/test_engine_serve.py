@@ -157,7 +157,7 @@ def test_memory_that_is_refused(engine: Engine, moe: Path, tmp_path: Path) -> No
 def test_outcomes_at_start(
     fake_engine: Callable[..., Engine], header: Path, tmp_path: Path, body: str, outcome: str
 ) -> None:
-    """Each way to die at start has its name."""
+    """Each end at start has its name."""
     engine = fake_engine(body, program="llama-server")
     with pytest.raises(ServerFailed) as caught, serve(engine, header, [], log=tmp_path / "log"):
         pass

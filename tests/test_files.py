@@ -46,7 +46,7 @@ def test_failed_write_leaves_all_as_it_was(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_folder_below_a_file(tmp_path: Path) -> None:
-    """A path that leads through a file is an input error."""
+    """A path below a file is an input error."""
     (tmp_path / "f").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         write_atomically(tmp_path / "f" / "g.toml", "x")

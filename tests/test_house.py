@@ -214,3 +214,110 @@ def test_everything_public_is_documented() -> None:
 def _is_stub(node: ast.AST) -> bool:
     """A protocol's method: its body is `...`."""
     return isinstance(node, ast.FunctionDef) and ast.unparse(node.body[-1]) == "..."
+
+
+PROCESS_CALLS = frozenset(
+    {"sys.setrecursionlimit", "locale.setlocale", "warnings.filterwarnings", "warnings.simplefilter"}
+    | {"os.chdir", "os.umask", "os.putenv", "os.unsetenv", "os.environ.update", "os.environ.setdefault"}
+    | {"setattr", "object.__setattr__"}
+)
+BROAD = frozenset(
+    {"BaseException", "Exception", "TypeError", "LookupError", "ArithmeticError", "AttributeError"}
+)
+FOREIGN = "what another program printed may have any shape"
+JUSTIFIED = {
+    ("files.py", "os.umask"): "it can only be read by setting it, and is put back at once",
+    ("inputs/gguf_header/write.py", "os.umask"): "it can only be read by setting it, and is put back at once",
+    ("engine/logs.py", "except TypeError"): FOREIGN,
+    ("engine/serve.py", "except TypeError"): FOREIGN,
+    ("engine/serve.py", "except Exception"): "the server is being ended: nothing may stop that",
+    ("measure/probe.py", "except TypeError"): FOREIGN,
+    ("inputs/gguf_header/write.py", "except TypeError"): "struct.pack says so of a value of another type",
+    ("inputs/gguf_header/write.py", "except AttributeError"): "a value that is no text has no encode",
+    (
+        "inputs/model_files/description.py",
+        "except TypeError",
+    ): "struct.pack says so of a value of another type",
+    (
+        "measure/verify/watch.py",
+        "except Exception",
+    ): "psutil raises anything in a container that hides /proc/vmstat",
+}
+
+
+def caught(node: ast.AST) -> Iterator[str]:
+    """The names of the exceptions that an `except` or a `suppress` stops; a bare one stops BaseException."""
+    if isinstance(node, ast.ExceptHandler):
+        last = node.body[-1]
+        if isinstance(last, ast.Raise) and last.exc is None:
+            return  # it tidies up and lets the exception go on
+        types: list[ast.expr | None] = [node.type]
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress"):
+        types = [*node.args]
+    else:
+        return
+    for each in types:
+        parts = each.elts if isinstance(each, ast.Tuple) else [each]
+        yield from ("BaseException" if part is None else ast.unparse(part) for part in parts)
+
+
+def liberties(path: str, module: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, what) of all that changes the process, reaches into other objects or hides a bug of ours."""
+    for node in ast.walk(module):
+        line = getattr(node, "lineno", 0)
+        yield from ((line, f"except {name}") for name in caught(node) if name in BROAD)
+        if isinstance(node, ast.Attribute) and node.attr == "__dict__":
+            yield line, "__dict__"
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in PROCESS_CALLS or (
+                name == "signal.signal" and path.split("/")[0] not in ("engine", "cli")
+            ):
+                yield line, name
+        is_written = isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load)
+        if is_written and ast.unparse(node.value) == "os.environ":
+            yield line, "os.environ"
+    for node in ast.walk(module):
+        names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        yield from ((getattr(node, "lineno", 0), "gc") for name in names if name == "gc")
+
+
+def all_liberties() -> list[tuple[str, int, str]]:
+    """(file, line, what) of the whole package."""
+    names = {name: path.relative_to(PACKAGE).as_posix() for name, path in files().items()}
+    return [(names[name], *each) for name in files() for each in liberties(names[name], tree(name))]
+
+
+def test_no_call_changes_the_process_or_hides_a_bug() -> None:
+    """No gc, no signal handler or environment of the caller's, no cache in another object's `__dict__`, and no
+    `except` that is wide enough to take a bug of ours for an answer, but for those with a reason."""
+    assert [each for each in all_liberties() if (each[0], each[2]) not in JUSTIFIED] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("import gc", "gc"),
+        ("from gc import disable", "gc"),
+        ("model.__dict__['kept'] = 1", "__dict__"),
+        ("os.environ['A'] = 'b'", "os.environ"),
+        ("del os.environ['A']", "os.environ"),
+        ("signal.signal(15, stop)", "signal.signal"),
+        ("try: f()\nexcept: pass", "except BaseException"),
+        ("try: f()\nexcept (OSError, LookupError): pass", "except LookupError"),
+        ("with contextlib.suppress(OSError, TypeError): f()", "except TypeError"),
+        ("object.__setattr__(a, 'b', 1)", "object.__setattr__"),
+    ],
+)
+def test_a_liberty_is_seen(text: str, expected: str) -> None:
+    """Each kind has an example that the scan finds."""
+    assert [what for _, what in liberties("compute.py", ast.parse(text))] == [expected]
+
+
+@pytest.mark.parametrize(
+    "text", ["os.environ['A']", "try: f()\nexcept KeyError: pass", "try: f()\nexcept: raise"]
+)
+def test_reading_is_no_liberty(text: str) -> None:
+    """Looking at the process, or catching what a call is known to raise, changes nothing."""
+    assert list(liberties("compute.py", ast.parse(text))) == []

@@ -1,4 +1,4 @@
-"""The front's promise against placements tried at random; the best different placements against all there are."""
+"""The Pareto front against placements tried at random; the best different placements against all there are."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def test_a_host_without_a_gpu_is_not_taken_for_the_reference_machine(
     """What is measured here belongs to this machine: it must be named where no card tells it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setattr(placement.inputs.detect, "detect_machine", lambda: (None, "no GPU here"))
+    monkeypatch.setattr(placement.inputs.detect, "detect_hardware", lambda: (None, "no GPU here"))
     ran = CliRunner().invoke(cli, ["machine", "probe"], standalone_mode=False)
     assert str(ran.exception) == "--machine: no GPU here: name the file of the machine that is measured"
 

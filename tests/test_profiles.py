@@ -1,4 +1,4 @@
-"""A models.conf surveyed: models found, defaults, problems, and what was applied found equal."""
+"""A models.conf reviewed: models found, defaults, problems, and what was applied found equal."""
 
 from pathlib import Path
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from solving_support import dense_model, expert_model, one_card, two_cards
 
 from placement.solve.questions import choose_kv_type, compare, largest, max_context, max_headroom
-from placement.solve.request import Request
+from placement.solve.request import FixedSettings, Request
 from placement.solve.solve import best_choice, make_problem, solve_request
 from placement.solve.why import MORE_MIB, next_best_line, next_layer_lines, sensitivity
 
@@ -45,7 +45,7 @@ def test_largest_context_fits_and_the_next_does_not() -> None:
 
 
 def test_headroom_keeps_the_speed_asked_for() -> None:
-    """The largest reserve still decodes as fast as wished, and is larger than none."""
+    """The largest reserve still decodes as fast as asked for, and is larger than none."""
     fastest = solve_request(MODEL, TIGHT, Request()).solutions[0].speed.decode_tps
     asked = Request(min_decode_tps=fastest * 0.7)
     found = max_headroom(MODEL, TIGHT, asked)
@@ -74,7 +74,7 @@ def test_roomy_machine_keeps_the_best_kv_type() -> None:
 
 def test_kv_type_that_is_fixed_is_named_as_it_is() -> None:
     """Beside a K type that the request keeps, what is told is the pair that was solved for."""
-    asked = Request(fixed=(("kv_type_k", "q8_0"),))
+    asked = Request(fixed=FixedSettings(kv_type_k="q8_0"))
     _, words = choose_kv_type(MODEL, two_cards(4000.0, 4000.0), asked)
     assert "q8_0/f16 " in words and "q8_0/q4_0 " in words
 

@@ -121,7 +121,7 @@ def test_after_calibrating_a_detected_machine_the_next_command_uses_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`place calibrate` without --machine, then `place machine show` without --machine: what was learned is there."""
-    monkeypatch.setattr(placement.inputs.detect, "detect_machine", lambda: (here(), ""))
+    monkeypatch.setattr(placement.inputs.detect, "detect_hardware", lambda: (here(), ""))
     runs = Path("solutions/m--host--w")
     solution_file(runs, model("qwen3-30b-a3b-q4"))
     for placed in placements()[:4]:
@@ -136,6 +136,6 @@ def test_after_calibrating_a_detected_machine_the_next_command_uses_it(
 
 def test_detect_shows_the_driver_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`place machine detect` says nothing that was learned."""
-    monkeypatch.setattr(placement.inputs.detect, "detect_machine", lambda: (here(), ""))
+    monkeypatch.setattr(placement.inputs.detect, "detect_hardware", lambda: (here(), ""))
     save_machine(knowing(here()), folder / "host.toml")
     assert "coefficients" not in CliRunner().invoke(cli, ["machine", "detect"]).stdout

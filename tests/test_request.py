@@ -17,14 +17,15 @@ from placement.errors import InputError
 from placement.inputs import engine_options
 from placement.inputs.problem import Settings
 from placement.inputs.quants import KV_CACHE_TYPES
+from placement.llamacpp.context_rules import MAX_SLOTS
 from placement.solve.constraints import constraints_of
 from placement.solve.questions import answered
-from placement.solve.request import INT_MAX, MOST_BEST, MOST_SLOTS, FixedSettings, LoadMode, Request
+from placement.solve.request import INT_MAX, MOST_BEST, FixedSettings, LoadMode, Request
 from placement.solve.solve import make_problem
 
 WHOLE = {  # field: (option, least, most)
     "ctx_tokens": ("--ctx", 1, INT_MAX),
-    "n_slots": ("--parallel", 1, MOST_SLOTS),
+    "n_slots": ("--parallel", 1, MAX_SLOTS),
     "ubatch_tokens": ("--ubatch", 1, INT_MAX),
     "prompt_tokens": ("--prompt", 1, INT_MAX),
     "generate_tokens": ("--generate", 1, INT_MAX),
@@ -96,7 +97,7 @@ def test_what_is_no_finite_number_is_refused(name: str, value: object) -> None:
     ],
 )
 def test_numbers_below_their_least_are_refused(name: str, value: float, rule: str) -> None:
-    """A reserve may be nothing, a wished speed may not, a search needs some time."""
+    """A reserve may be nothing, a speed that is asked for may not, a search needs some time."""
     assert rule == refusal(**{name: value}).rule
 
 
@@ -210,7 +211,7 @@ def test_what_is_asked_wins_over_kept_arguments() -> None:
 
 
 def test_constraints_are_told_in_the_users_words() -> None:
-    """Each placement that stays is one wish, those of `keep` last."""
+    """Each placement that stays is one constraint, those of `keep` last."""
     request = Request(
         devices=("CUDA0",), n_gpu_layers=3, max_cpu_layers=1, pins=(r"blk\.1\.=CUDA0",), keep="-ub 256"
     )

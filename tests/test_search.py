@@ -67,7 +67,7 @@ def test_configurations_without_gpu() -> None:
 
 
 def test_batch_holds_the_ubatch() -> None:
-    """No way has an ubatch over its batch."""
+    """No configuration has an ubatch over its batch."""
     found = list(configurations(EXPERTS, SearchSpace()))
     assert all(each.settings.ubatch_tokens <= each.settings.batch_tokens for each in found)
     assert {each.settings.ubatch_tokens for each in found} <= set(UBATCHES)
@@ -96,7 +96,7 @@ def search() -> Search:
 
 
 def test_lower_bounds_are_sorted(search: Search) -> None:
-    """The way that promises most comes first."""
+    """The configuration of the least lower bound comes first."""
     bounds = [lower_bound.bound for lower_bound in search.lower_bounds(SearchSpace())]
     assert bounds == sorted(bounds)
     assert bounds[0] > 0
@@ -118,7 +118,7 @@ def test_best_is_what_evaluate_says(search: Search) -> None:
 
 
 def test_no_configuration_has_a_better_greedy_answer(search: Search) -> None:
-    """No way's greedy answer, taken as it is, beats what was found by more than the gap."""
+    """No configuration's greedy answer, taken as it is, beats what was found by more than the gap."""
     lower_bounds = search.lower_bounds(SearchSpace())
     found = search.best(SearchSpace(), lower_bounds)
     assert found is not None

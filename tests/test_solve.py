@@ -39,7 +39,7 @@ TIGHT = two_cards(500, 400)
 
 
 def solved(model: Model, machine: Machine, **asked: object) -> SolutionSet:
-    """The answer to the usual question with these wishes."""
+    """The answer to the usual question with these constraints."""
     return solve_request(model, machine, dataclasses.replace(ASKED, **asked))  # type: ignore[arg-type]
 
 

@@ -87,7 +87,7 @@ def test_folders_of_other_names_differ_in_the_machine_alone(tmp_path: Path) -> N
 
 
 def test_a_variants_other_names_are_of_the_same_variant(tmp_path: Path) -> None:
-    """What was asked under wishes is not mixed with what was asked without."""
+    """What was asked under constraints is not mixed with what was asked without."""
     mine = solution_folder(tmp_path, PROBLEM, "0a1b2c3d")
     other = tmp_path / mine.name.replace("one-card", "rig")
     for folder in (mine, other, solution_folder(tmp_path, replace(PROBLEM, machine=one_card(4000)))):

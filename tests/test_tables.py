@@ -160,7 +160,7 @@ def test_times_of_pipelines(ubatch_tokens: int) -> None:
 
 
 def test_pipeline_has_no_overrides() -> None:
-    """A pipelined way moves nothing: one override would end it."""
+    """A pipelined configuration moves nothing: one override would end it."""
     asked = PROBLEMS["experts on two cards"]
     table = table_of(asked, configuration(asked, "CUDA0", "CUDA1", is_pipelined=True, uses_host=False))
     assert {len(choices) for layer in table.frame.layers for choices in layer.choices} == {0, 1}

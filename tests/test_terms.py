@@ -8,7 +8,7 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from solving_support import card, dense_model, expert_model, problem, random_answer, two_cards, way
+from solving_support import card, configuration, dense_model, expert_model, problem, random_answer, two_cards
 
 from placement.inputs.coefficients import DEFAULTS, DIVISORS, SERVED_BY
 from placement.inputs.machine import Coefficient, Machine
@@ -47,7 +47,7 @@ def knowing(machine: Machine, **values: float) -> Machine:
 def three_sums(asked: Problem, seed: int, **settings: object) -> dict[str, tuple[float, float]]:
     """(decode, prompt) microseconds of a turn of a random answer, by each of the three that say it."""
     names = tuple(device.name for device in asked.machine.devices)
-    table = TableBuilder(Pieces(asked), way(asked, *names, **settings)).build(
+    table = TableBuilder(Pieces(asked), configuration(asked, *names, **settings)).build(
         ComputeTable((0,) * (len(names) + 1), COUNTS)
     )
     answer = random_answer(table.frame, Random(seed))

@@ -292,7 +292,7 @@ def test_an_engine_that_cannot_be_probed_is_told(run: Any) -> None:
 
 
 def test_another_build_is_measured_anew(run: Any) -> None:
-    """What an older llama.cpp measured settles nothing; where the search starts from is said."""
+    """What an older llama.cpp measured decides nothing; where the search starts from is said."""
     run()
     again, calls, said = run(engine_build="b2")
     assert again.lines != () and calls

@@ -44,7 +44,7 @@ def test_turn_is_prompt_and_generation() -> None:
 
 
 def test_turn_follows_depth() -> None:
-    """With tokens of 10 ms near the start and 20 ms at the canary's depth, a turn half-way down has 15 ms."""
+    """With tokens of 10 ms near the start and 20 ms at the canary's depth, a turn in the middle has 15 ms."""
     run = good_round("a")
     canary = run[5].model_copy(update={"timing": run[5].timing.model_copy(update={"generate_s": 0.2})})
     at_short, at_deep = 10 + 50, 256 + 5

@@ -1,4 +1,4 @@
-"""Whole verifies against a fake llama-server that fails in every way that has a name."""
+"""Whole verifies against a fake llama-server that fails as often as failures have names."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_fit_is_recommended_when_it_is_faster(run: Any) -> None:
     ],
 )
 def test_failure_is_named_and_the_run_goes_on(run: Any, tmp_path: Path, mode: str, status: str) -> None:
-    """Each way to fail has its name, its last log lines are recorded, and the next candidate is measured."""
+    """Each failure has its name, its last log lines are recorded, and the next candidate is measured."""
     report = run(options=quick(tmp_path, limits=HASTY), aggressive=mode, other="ok")
     assert statuses(report) == {"aggressive": status, "other": "ok", "fit:aggressive": "ok"}
     failed = [each for each in RunLog(tmp_path / "runs").read() if each.outcome != "ok"]

@@ -65,8 +65,7 @@ def command(
     if is_json:
         options.echo_json({**check_row(result), "layers": layer_row(model, result.assignment)})
         return
-    columns = width or max(80, shutil.get_terminal_size().columns)
-    for line in _lines(model, machine, result, columns):
+    for line in _lines(model, machine, result, width or max(80, shutil.get_terminal_size().columns)):
         click.echo(line)
     if picture is not None:
         click.echo(f"\n{picture} (written)")

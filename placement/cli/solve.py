@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from placement.cli import options
-from placement.solve.request import LEAST_TIME_S, MOST_BEST, MOST_SLOTS, Request
+from placement.llamacpp.context_rules import MAX_SLOTS
+from placement.solve.request import LEAST_TIME_S, MOST_BEST, Request
 
 if TYPE_CHECKING:
     from placement.inputs.machine import Machine
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 @options.model_argument
 @options.machine_option
 @options.ctx_option
-@options.parallel_option(MOST_SLOTS)
+@options.parallel_option(MAX_SLOTS)
 @options.kv_option("f16, q8_0, q4_0, … or auto.")
 @options.ubatch_option
 @options.prompt_option()
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--compare",
-    "rivals",
+    "others",
     multiple=True,
     metavar="MODEL",
     help="Rate other models beside this one, in one table.",
@@ -101,7 +102,7 @@ def command(
     is_json: bool,
     engine_name: str,
     rpc: tuple[str, ...],
-    rivals: tuple[str, ...],
+    others: tuple[str, ...],
     maximize: Maximize | None,
     is_max_ctx: bool,
     is_why: bool,
@@ -121,8 +122,8 @@ def command(
     from placement.solve.run import EngineChoice, run_solve
 
     model, machine = options.load(model_name), options.machine_of(machine_name, rpc)
-    if rivals:
-        _compare([model, *map(options.load, rivals)], machine, options.request_of(given), is_json)
+    if others:
+        _compare([model, *map(options.load, others)], machine, options.request_of(given), is_json)
         return
     with options.progress() as tell:
         outcome = run_solve(

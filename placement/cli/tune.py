@@ -104,6 +104,7 @@ def _print(tuned: Tuned, model_path: str, path: Path | None, is_dry: bool) -> No
 
 
 def _tune(model: Model, machine: Machine, weights: Path, given: dict[str, Any], is_quiet: bool) -> Tuned:
+    from placement.cli.signals import ended_by_signals
     from placement.cli.verify import progress_listener, running_engine
     from placement.measure.tune.loop import tune
     from placement.measure.verify.run import Options
@@ -113,7 +114,7 @@ def _tune(model: Model, machine: Machine, weights: Path, given: dict[str, Any], 
     engine, planner = running_engine(given["engine_name"]), EngineChoice(given["engine_name"])
     root, wanted = Path(given["out_folder"] or "solutions"), Options(budget_s=given["budget_s"])
     request = options.request_of(given)
-    with progress_listener(is_quiet) as listener:
+    with ended_by_signals(), progress_listener(is_quiet) as listener:
         return tune(model, machine, weights, engine, request, planner, root, wanted, listener, options.warn)
 
 

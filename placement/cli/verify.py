@@ -96,6 +96,7 @@ def _show(model: Model, machine: Machine, given: dict[str, Any]) -> VerifyReport
 
 
 def _verify(model: Model, machine: Machine, path: Path, given: dict[str, Any], is_json: bool) -> VerifyReport:
+    from placement.cli.signals import ended_by_signals
     from placement.errors import InputError
     from placement.measure.verify.lock import require_free
     from placement.measure.verify.run import verify
@@ -110,7 +111,7 @@ def _verify(model: Model, machine: Machine, path: Path, given: dict[str, Any], i
     )  # fmt: skip
     if outcome.path is None:
         raise InputError("verify", f"there is no solution to run: {outcome.found.message}")
-    with progress_listener(is_json) as listener:
+    with ended_by_signals(), progress_listener(is_json) as listener:
         wanted = _options(given, outcome.problem)
         return verify(outcome.problem, outcome.found, path, engine, outcome.path.parent, wanted, listener)
 

@@ -58,8 +58,8 @@ class PlanCache:
             return None
         try:
             entry = json.loads(self._path(key).read_text(encoding="utf-8"))
-            return _reading(entry["reading"]) if entry["key"] == key else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return _reading(_field(entry, "reading")) if _field(entry, "key") == key else None
+        except (OSError, ValueError):
             return None
 
     def put(
@@ -135,33 +135,60 @@ def _model_key(model: Model | Path | str) -> str:
     return f"file {Path(model).resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
-def _reading(row: dict[str, Any]) -> PlanReading:
+def _reading(row: Any) -> PlanReading:
     """Rebuild a reading, refusing what is not one.
 
     Raises:
-        TypeError, KeyError, ValueError: it is not.
+        ValueError: it is not.
     """
-    counts = {name: row[name] for name in _COUNTS}
-    if not all(value is None or type(value) is int for value in (*counts.values(),)):
-        raise TypeError("a count is not an integer")
-    if row["fa_enabled"] not in (None, True, False):
-        raise TypeError("fa_enabled is not a truth value")
-    devices = {str(name): _memory(memory) for name, memory in row["devices"].items()}
+    counts = {name: _field(row, name) for name in _COUNTS}
+    if not all(value is None or type(value) is int for value in counts.values()):
+        raise ValueError("a count is not an integer")
+    is_enabled = _field(row, "fa_enabled")
+    if is_enabled not in (None, True, False):
+        raise ValueError("fa_enabled is not a truth value")
+    devices = _memories(_field(row, "devices"))
     if not devices:
         raise ValueError("no devices")
     return PlanReading(
         devices=devices,
-        extra_buffers={str(name): _memory(memory) for name, memory in row["extra_buffers"].items()},
-        fa_enabled=row["fa_enabled"],
-        kv_mib=tuple(float(value) for value in row["kv_mib"]),
-        rs_mib=tuple(float(value) for value in row["rs_mib"]),
-        config_files=tuple(str(name) for name in row["config_files"]),
+        extra_buffers=_memories(_field(row, "extra_buffers")),
+        fa_enabled=is_enabled,
+        kv_mib=tuple(map(_number, _list(_field(row, "kv_mib")))),
+        rs_mib=tuple(map(_number, _list(_field(row, "rs_mib")))),
+        config_files=tuple(map(str, _list(_field(row, "config_files")))),
         **counts,
     )
 
 
-def _memory(row: dict[str, Any]) -> EngineMemory:
-    values = [float(row[name]) for name in ("weights_mib", "context_mib", "compute_mib", "total_mib")]
+def _memories(rows: Any) -> dict[str, EngineMemory]:
+    if not isinstance(rows, dict):
+        raise ValueError("no table of devices")
+    return {name: _memory(row) for name, row in rows.items()}
+
+
+def _memory(row: Any) -> EngineMemory:
+    values = [
+        _number(_field(row, name)) for name in ("weights_mib", "context_mib", "compute_mib", "total_mib")
+    ]
     if not all(0 <= value < math.inf for value in values):
         raise ValueError("a size is not a number of MiB")
     return EngineMemory(*values)
+
+
+def _field(row: Any, name: str) -> Any:
+    if not isinstance(row, dict) or name not in row:
+        raise ValueError(f"no {name}")
+    return row[name]
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError("no list")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("no number")
+    return float(value)

@@ -15,6 +15,7 @@ from placement.engine.outcome import require_success
 from placement.engine.run import run
 from placement.errors import EngineError, EngineMissing, EngineOutputError
 from placement.inputs.engine_options import names_of
+from placement.inputs.problem import CPU
 
 ENGINE_PROGRAMS = (
     "llama-fit-params",
@@ -264,7 +265,7 @@ def _backends(engine: Engine, devices: Sequence[ListedDevice]) -> tuple[str, ...
         match = _BACKEND_LIBRARY.match(path.name)
         if match and match[1] != "base":
             names.add(match[1].upper())
-    return tuple(sorted(names | {"CPU"}))
+    return tuple(sorted(names | {CPU}))
 
 
 __all__ = [

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from placement.inputs.problem import HOST
+from placement.inputs.problem import CPU, HOST
 
 _DEVICE_ROW = re.compile(
     r"\|\s+- (?P<name>\S+)[^|]*\|\s*\d+ =\s*-?\d+ \+ \(\s*(?P<self>\d+) =\s*(?P<model>\d+)"
@@ -186,7 +186,7 @@ def _reading(text: str, rows: list[Row], whole: str | None = None) -> PlanReadin
     devices: dict[str, EngineMemory] = {}
     extra: dict[str, EngineMemory] = {}
     for name, memory in rows:
-        is_extra = name != HOST and (name.startswith("CPU") or _GPU_BUFFER.match(name) is None)
+        is_extra = name != HOST and (name.startswith(CPU) or _GPU_BUFFER.match(name) is None)
         for table, key in ((devices, HOST if is_extra else name), *(((extra, name),) if is_extra else ())):
             table[key] = table[key] + memory if key in table else memory
     splits_prompt, splits_decode = _pair(_SPLITS, text)

@@ -20,6 +20,7 @@ from placement.engine.failures import last_line
 from placement.engine.find import Engine
 from placement.engine.run import Process, kill_group, start_logged
 from placement.errors import EngineFailed, EngineTimeout
+from placement.inputs.problem import CPU
 
 _LOCAL = "127.0.0.1"
 _POLL_S = 0.02
@@ -107,7 +108,7 @@ def _start_worker(
         port = free_port()
         log = folder / f"{port}.log"
         command: list[str | Path] = [program, "-H", _LOCAL, "-p", str(port), "-t", "1"]
-        command += ["-d", ",".join(["CPU"] * devices_each)] if devices_each > 1 else []
+        command += ["-d", ",".join([CPU] * devices_each)] if devices_each > 1 else []
         process = start_logged(command, log)
         stack.callback(kill_group, process)
         if _is_listening(process, port, time.monotonic() + timeout_s):

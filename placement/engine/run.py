@@ -183,7 +183,7 @@ def run(
 ) -> Finished:
     """Run a program, and end it at the first line for which `stop_when` is true.
 
-    A non-zero exit status is returned, not raised: `check` judges it.
+    A non-zero exit status is returned, not raised: `check` refuses it.
 
     Raises:
         EngineMissing: it cannot be run.

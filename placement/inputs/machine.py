@@ -1,4 +1,4 @@
-"""`Machine`: devices with their caps, bandwidths and links, and the measured cost coefficients; TOML both ways."""
+"""`Machine`: devices with their caps, bandwidths and links, and the measured cost coefficients; from TOML and back."""
 
 from __future__ import annotations
 

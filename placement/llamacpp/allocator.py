@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from placement.inputs.problem import CPU
 from placement.llamacpp.backend_rules import CPU_ALIGNMENT_BYTES, CUDA_ALIGNMENT_BYTES
 from placement.llamacpp.graph import cuda
 from placement.llamacpp.graph.tensor import GraphTensor
@@ -29,7 +30,7 @@ class BufferType:
     alloc_bytes: Callable[[GraphTensor], int]
 
 
-CPU_BUFFER = BufferType("CPU", CPU_ALIGNMENT_BYTES, lambda tensor: tensor.n_bytes)  # of pinned memory too
+CPU_BUFFER = BufferType(CPU, CPU_ALIGNMENT_BYTES, lambda tensor: tensor.n_bytes)  # of pinned memory too
 CUDA_BUFFER = BufferType("CUDA", CUDA_ALIGNMENT_BYTES, cuda.alloc_bytes)
 
 

@@ -80,16 +80,25 @@ class _Planner:
             return self._estimated()
 
     def _refuse_undescribed(self) -> None:
-        """Of an architecture without a row the attention can be guessed, a recurrent block cannot.
+        """Of an architecture without a row the attention can be guessed, a recurrent block cannot; of no other
+        can what the header does not say.
 
         Raises:
-            UnknownGraph: there is no row, and a layer is recurrent.
+            UnknownGraph: that is so.
         """
-        if not self.is_exact and any(layer.is_recurrent for layer in self.facts.layers[: self.facts.n_layer]):
+        facts = self.facts
+        trunk = facts.layers[: facts.n_layer]
+        if not self.is_exact and any(layer.is_recurrent for layer in trunk):
             raise UnknownGraph("recurrent layers of an architecture without a row")
+        if any(layer.caches and not layer.caches[0].k_head for layer in trunk):
+            raise UnknownGraph("attention without the size of its heads")
+        if facts.n_expert and not facts.n_expert_used:
+            raise UnknownGraph("experts, and not how many a token uses")
+        if not facts.layers:
+            raise UnknownGraph("no layers")
 
     def _simulated(self) -> ComputePlan:
-        """Reserve decode and prompt graphs, flash attention settled first."""
+        """Reserve decode and prompt graphs, flash attention decided first."""
         context = self._context()
         decode_batch = self._decode_batch(context)
         decode = self._reserve(context, decode_batch, has_pins=True, needs_sizes=False)
@@ -231,7 +240,7 @@ class _Planner:
     def _buffer_type(self, name: str) -> BufferType:
         """A remote worker's sizes are asked of it: a GPU's, which are never less, unless it is known as a CPU."""
         device = self.machine.device(name)
-        return CPU_BUFFER if device.is_rpc and "CPU" in device.description else CUDA_BUFFER
+        return CPU_BUFFER if device.is_rpc and CPU in device.description else CUDA_BUFFER
 
     def _template(
         self, context: Context, batch: Batch, makes: Sequence[Hashable], layers: Sequence[int]

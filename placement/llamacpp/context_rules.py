@@ -12,6 +12,7 @@ from placement.units import pad
 
 # llama_context's constructor pads n_ctx so; get_n_kv (llama-kv-cache.cpp) reads caches in such blocks.
 CELL_PADDING = 256
+MAX_SLOTS = 256  # LLAMA_MAX_SEQ (src/llama-cparams.h)
 SERVER_SLOTS = 4  # n_parallel that llama-server takes for "auto", on one shared cache (server.cpp)
 
 

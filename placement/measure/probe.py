@@ -106,7 +106,7 @@ class Probed:
 
 
 def cases(machine: Machine) -> Iterator[ProbeCase]:
-    """What to run on a machine, the most telling first: a budget may cut the end."""
+    """What to run on a machine, the most informative first: a budget may cut the end."""
     for device in machine.devices:
         is_fast = device.bandwidth_gb_per_s >= FAST_GB_PER_S and not device.is_rpc
         wide, narrow = _shapes(device.usable_mib, is_fast)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from placement.inputs.machine import Machine
-from placement.inputs.problem import Assignment, Problem, Settings, Workload
+from placement.inputs.problem import CPU, HOST, Assignment, Problem, Settings, Workload
 from placement.llamacpp.plan import ComputePlan
 from placement.predict.cost import Speed
 
@@ -84,16 +84,14 @@ class Solution:
     @property
     def headroom_mib(self) -> float:
         """The smallest headroom of the GPUs (of the host where no GPU is used)."""
-        gpus = [use.headroom_mib for name, use in self.devices.items() if name != "Host"]
-        return min(gpus) if gpus else self.devices["Host"].headroom_mib
+        gpus = [use.headroom_mib for name, use in self.devices.items() if name != HOST]
+        return min(gpus) if gpus else self.devices[HOST].headroom_mib
 
     def n_host_layers(self) -> int:
         """Layers that live on the CPU or keep tensors there."""
-        layers = {i for i, home in enumerate(self.assignment.homes[:-1]) if home == "CPU"}
+        layers = {i for i, home in enumerate(self.assignment.homes[:-1]) if home == CPU}
         layers |= {
-            int(name.split(".")[1])
-            for name, at in self.assignment.moved
-            if at == "CPU" and name[:4] == "blk."
+            int(name.split(".")[1]) for name, at in self.assignment.moved if at == CPU and name[:4] == "blk."
         }
         return len(layers)
 
@@ -168,8 +166,8 @@ def solution_row(solution: Solution, command: str, extra_args: tuple[str, ...]) 
 
 def _layer_counts(assignment: Assignment) -> dict[str, int]:
     counts = {name: assignment.homes.count(name) for name in assignment.devices}
-    on_cpu = assignment.homes.count("CPU")
-    return {**({"CPU": on_cpu} if on_cpu else {}), **counts}
+    on_cpu = assignment.homes.count(CPU)
+    return {**({CPU: on_cpu} if on_cpu else {}), **counts}
 
 
 def workload_row(workload: Workload, settings: Settings) -> dict[str, Any]:

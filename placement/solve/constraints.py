@@ -1,6 +1,6 @@
 """What the user fixes (pins, -ngl, -ts, devices, arguments to keep) as limits of the search, each with its name.
 
-A wish is kept apart from the others so that a contradiction can be told as the smallest set that conflicts.
+A constraint is kept apart from the others so that a contradiction can be told as the smallest set that conflicts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from placement.solve.search.configurations import SearchSpace
 
 @dataclass(frozen=True)
 class Constraint:
-    """One thing that stays: how the user wrote it, and what it takes from the search's freedom."""
+    """One thing that stays: how the user wrote it, and what it takes from the search space."""
 
     text: str
     limit: Callable[[SearchSpace], SearchSpace]
@@ -59,7 +59,7 @@ def _option_wishes(model: Model, machine: Machine, request: Request) -> Iterator
 
 
 def apply_constraints(space: SearchSpace, constraints: Iterable[Constraint]) -> SearchSpace:
-    """The freedom that is left under these wishes."""
+    """The search space that is left under these constraints."""
     for constraint in constraints:
         space = constraint.limit(space)
     return space
@@ -68,7 +68,7 @@ def apply_constraints(space: SearchSpace, constraints: Iterable[Constraint]) -> 
 def smallest_conflict(
     constraints: Sequence[Constraint], is_possible: Callable[[Sequence[Constraint]], bool]
 ) -> list[Constraint]:
-    """A set of wishes that cannot hold together, none of which can be left out; empty when nothing fits anyway."""
+    """A set of constraints that cannot hold together, none of which can be left out; empty when nothing fits anyway."""
     if not is_possible(()):
         return []
     kept = list(constraints)
@@ -200,7 +200,7 @@ def max_cpu_layers_constraint(most: int) -> Constraint:
 
 
 def kept_constraints(model: Model, machine: Machine, arguments: Arguments) -> list[Constraint]:
-    """The placement part of the arguments of `--keep` as wishes.
+    """The placement part of the arguments of `--keep` as constraints.
 
     Raises:
         InputError: a device that is not there, or too many layer counts.

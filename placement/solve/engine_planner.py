@@ -1,4 +1,4 @@
-"""The user's own llama.cpp as the judge of placements: its plans replace our estimates, without loading weights.
+"""The user's own llama.cpp as the planner: its plans replace our estimates, without loading weights.
 
 For the search a plan's compute bytes are the engine's own total minus our weights and context, so that whatever
 we got wrong anywhere counts against the caps; what is shown are the engine's figures as it printed them.
@@ -33,7 +33,7 @@ PLAN_TIMEOUT_S = 60.0
 
 
 def make_engine_planner(engine: Engine, machine: Machine, program: str) -> EnginePlanner:
-    """A judge for `solve`: the engine's plans, side by side, remembered in the user's cache.
+    """A planner for `solve`: the engine's plans, side by side, remembered in the user's cache.
 
     What the engine must be asked once (its flags and devices) is asked while the search runs.
     """

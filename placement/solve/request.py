@@ -1,4 +1,4 @@
-"""What a solve is asked for: the turn, the limits, what the user fixes. The only way in, and where defaults stand.
+"""What a solve is asked for: the turn, the limits, what the user fixes. Nothing else comes in, and here defaults stand.
 
 A `Request` that exists keeps every rule that can be told without a model and a machine; `constraints` says what its
 pins and kept arguments mean on those, `solve.make_problem` fills in what it leaves open.
@@ -15,6 +15,7 @@ from placement.errors import InputError
 from placement.inputs.problem import PROGRAMS, Program
 from placement.inputs.quants import KV_CACHE_TYPES
 from placement.llamacpp.arguments import Arguments, parse
+from placement.llamacpp.context_rules import MAX_SLOTS
 
 Objective = Literal["turn", "decode", "prompt"]
 LoadMode = Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"]
@@ -22,7 +23,6 @@ FlashAttention = Literal["on", "off", "auto"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 AUTO_KV_TYPE = "auto"  # the best type that costs little, which `questions` finds
 INT_MAX = 2**31 - 1  # the engine's numbers, and CP-SAT's seed, have 32 bits
-MOST_SLOTS = 256  # llama.cpp LLAMA_MAX_SEQ
 MOST_BEST = 50
 LEAST_TIME_S = 0.05
 
@@ -106,7 +106,7 @@ class Request:
 
     def _check_turn(self) -> None:
         _check_whole("--ctx", self.ctx_tokens, 1)
-        _check_whole("--parallel", self.n_slots, 1, MOST_SLOTS)
+        _check_whole("--parallel", self.n_slots, 1, MAX_SLOTS)
         _check_kv_type(self.kv_type)
         _check_whole("--ubatch", self.ubatch_tokens, 1)
         _check_whole("--prompt", self.prompt_tokens, 1)

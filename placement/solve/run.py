@@ -136,7 +136,7 @@ def kept_folder(out_folder: str | None, problem: Problem, request: Request) -> P
 
 
 def _variant(problem: Problem, request: Request) -> str:
-    """What tells this request's solutions from those of the same workload without wishes; mostly nothing."""
+    """What tells this request's solutions from those of the same workload without constraints; mostly nothing."""
     parts = [constraint.text for constraint in constraints_of(problem.model, problem.machine, request)]
     parts += [f"{name} {value}" for name, value in request.fixed_settings()]
     parts += [request.objective] if request.objective != "turn" else []
@@ -174,7 +174,7 @@ def run_compare(
 def with_engine(
     choice: EngineChoice, machine: Machine, program: str, tell: Tell
 ) -> tuple[Machine, EnginePlanner | None]:
-    """The machine with the RPC devices asked for, and the engine as judge where there is one.
+    """The machine with the RPC devices asked for, and the engine as planner where there is one.
 
     Raises:
         InputError: an RPC server cannot be used, or a named engine lacks the machine's devices.

@@ -106,7 +106,7 @@ def solve_request(
 
     Raises:
         InputError: the request breaks a rule.
-        EngineError: the judge's engine failed.
+        EngineError: the planner's engine failed.
     """
     problem, warnings = make_problem(model, machine, request)
     tell = progress or (lambda _text: None)
@@ -150,7 +150,7 @@ def solve_request(
 
 
 def _why_not(search: Search, request: Request, constraints: Sequence[Constraint]) -> str:
-    """Why nothing fits: the wishes that conflict, or the caps that fail and what would fit."""
+    """Why nothing fits: the constraints that conflict, or the caps that fail and what would fit."""
     base = _search_space(request)
 
     def is_possible(some: Sequence[Constraint]) -> bool:
@@ -159,7 +159,9 @@ def _why_not(search: Search, request: Request, constraints: Sequence[Constraint]
 
     conflict = smallest_conflict(constraints, is_possible) if constraints else []
     if conflict:
-        return "these wishes cannot hold together: " + ", ".join(constraint.text for constraint in conflict)
+        return "these constraints cannot hold together: " + ", ".join(
+            constraint.text for constraint in conflict
+        )
     if (
         request.min_decode_tps is not None
         and (fastest := _fastest_decode(search, request, constraints)) is not None
@@ -172,7 +174,7 @@ def _why_not(search: Search, request: Request, constraints: Sequence[Constraint]
 
 
 def _fastest_decode(search: Search, request: Request, constraints: Sequence[Constraint]) -> Candidate | None:
-    """The fastest decode that fits once the wished one is dropped; None where nothing does."""
+    """The fastest decode that fits once the one asked for is dropped; None where nothing does."""
     space = apply_constraints(
         _search_space(replace(request, min_decode_tps=None, objective="decode")), constraints
     )

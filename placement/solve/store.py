@@ -32,7 +32,7 @@ def workload_slug(problem: Problem) -> str:
 
 
 def solution_folder(root: Path, problem: Problem, variant: str = "") -> Path:
-    """Where the solutions and run records of a problem lie; `variant` tells wishes and objectives apart."""
+    """Where the solutions and run records of a problem lie; `variant` tells constraints and objectives apart."""
     names = (slug(problem.model.name), slug(problem.machine.name), workload_slug(problem), variant)
     return root / "--".join(filter(None, names))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from placement.inputs.problem import CPU, HOST
 from placement.predict.solution import DeviceUse, Solution, label_words
 from placement.solve.why import next_best_line, next_layer_lines
 
@@ -45,7 +46,7 @@ def _head(model: str, machine: str, rest: str) -> Text:
 
 def _layers(solution: Solution) -> str:
     homes = solution.assignment.homes
-    parts = [f"CPU {homes.count('CPU')}"] if "CPU" in homes else []
+    parts = [f"{CPU} {homes.count(CPU)}"] if CPU in homes else []
     parts += [f"{name} {homes.count(name)}" for name in solution.assignment.devices]
     return "\n".join(parts)
 
@@ -75,7 +76,7 @@ def solution_table(solutions: tuple[Solution, ...]) -> Table:
         table.add_column(title, justify="right")
     table.add_column("label")
     for each in solutions:
-        cards = [f"{name} {_memory(use)}" for name, use in each.devices.items() if name != "Host"]
+        cards = [f"{name} {_memory(use)}" for name, use in each.devices.items() if name != HOST]
         prompt_tps = each.speed.prompt_tps
         table.add_row(
             each.name,

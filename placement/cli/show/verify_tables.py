@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from placement.inputs.problem import HOST
 from placement.llamacpp.emit.arguments import shell_command
 from placement.measure.records import log as records
 from placement.measure.verify.decide import CandidateResult
@@ -20,13 +21,13 @@ _MEMORY_WORDS = {
 
 
 def seen_devices(report: VerifyReport) -> list[str]:
-    """Return the devices that any candidate's memory was seen or promised on, in their order."""
+    """Return the devices that any candidate's memory was seen or predicted on, in their order."""
     names: dict[str, None] = {}
     for result in report.verdict.results:
         names.update(dict.fromkeys(result.devices))
         if result.predicted is not None:
             names.update(dict.fromkeys(result.predicted.self_mib))
-    return sorted(name for name in names if name != "Host")
+    return sorted(name for name in names if name != HOST)
 
 
 def header(report: VerifyReport) -> list[str]:
@@ -65,7 +66,7 @@ def _short(result: CandidateResult) -> list[str]:
 
 
 def _memory(result: CandidateResult, name: str) -> str:
-    """ "17285 70% (17101)": the card's peak, its share of the card, the engine's own as promised."""
+    """ "17285 70% (17101)": the card's peak, its share of the card, the engine's own as predicted."""
     peak = result.devices.get(name)
     predicted = result.predicted.self_mib.get(name) if result.predicted is not None else None
     if peak is None:

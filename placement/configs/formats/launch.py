@@ -46,7 +46,7 @@ def check_tokens(where: str, tokens: Iterable[str], refused: str = "") -> None:
             raise InputError(where, "cannot hold a control character", value=token)
         for char in refused:
             if char in token:
-                raise InputError(where, f"has no way to write {char!r} in a value", value=token)
+                raise InputError(where, f"cannot write {char!r} in a value", value=token)
 
 
 def comment_lines(launch: Launch, mark: str = "# ") -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from placement.errors import InputError
+from placement.inputs.problem import CPU
 from placement.predict.solution import label_words
 
 RECOMMENDED = "aggressive"
@@ -80,7 +81,7 @@ def choice_of(row: Mapping[str, Any], name: str | None = None, objective: str = 
         prompt_tps=solution["speed"].get("prompt_tps"),
         turn_s=solution["speed"].get("turn_s"),
         criteria=_criteria(row, solution, objective),
-        is_all_on_gpus="CPU" not in solution.get("layers", {"CPU": 0}),
+        is_all_on_gpus=CPU not in solution.get("layers", {CPU: 0}),
     )
 
 

@@ -33,11 +33,11 @@ def write_header(
 ) -> int:
     """Write a sparse header-only GGUF, whole or not at all, and return its length in bytes.
 
-    Offsets are computed here; those of `tensors` are ignored. A file in the way is replaced when it is itself
+    Offsets are computed here; those of `tensors` are ignored. A file that is there is replaced when it is itself
     header-only, any other only with `overwrite`.
 
     Raises:
-        InputError: another file is in the way, this one cannot be written, or a value does not fit its type.
+        InputError: another file is there, this one cannot be written, or a value does not fit its type.
     """
     path = Path(path)
     if not overwrite and path.exists() and not is_header_only(path):

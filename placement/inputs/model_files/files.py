@@ -155,7 +155,7 @@ def export_header(model: Model, path: str | Path, *, overwrite: bool = False) ->
     """Write a sparse header-only GGUF of a model that llama.cpp can plan; return its length in bytes.
 
     Raises:
-        InputError: a file is in the way that is not header-only, the file cannot be written, or a metadata
+        InputError: a file is there that is not header-only, the file cannot be written, or a metadata
             value does not fit its type.
     """
     metadata: dict[str, Any] = {**model.metadata, _TOKENIZER_KEY: "none"}

@@ -1,4 +1,4 @@
-"""Reads a model's header the way the engine does: heads, windows, caches and states of each layer.
+"""Reads a model's header as the engine does: heads, windows, caches and states of each layer.
 
 Mirrors llama-hparams.cpp, load_hparams and create_memory of llama-model.cpp, and llama-kv-cache*.cpp.
 """
@@ -22,7 +22,7 @@ _CSA_RATIO, _HCA_RATIO = 4, 128  # DeepSeek-V4's two compression ratios
 
 
 class HeaderFacts:
-    """The header's numbers read the way the engine reads them; `layer(i)` gives a layer's facts."""
+    """The header's numbers as the engine reads them; `layer(i)` gives a layer's facts."""
 
     def __init__(self, model: Model, rule: Rule) -> None:
         self.model, self.rule = model, rule

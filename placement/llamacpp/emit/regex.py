@@ -1,4 +1,4 @@
-"""Tensor-name regexes both ways: the engine's ECMAScript into Python's, and tensor sets into patterns.
+"""Tensor-name regexes read and written: the engine's ECMAScript into Python's, and tensor sets into patterns.
 
 Patterns made here contain no comma and no "=", because the engine splits `-ot` at them.
 """

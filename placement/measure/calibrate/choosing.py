@@ -26,8 +26,8 @@ MEANT = 0.01  # how well the turns to choose from shall be known
 CLEAR = 2.5  # middles that lie so many times their spread apart are told apart
 MOST_AGAIN = 4  # runs repeated
 LEAST_ROUNDS, MOST_ROUNDS, MORE_ROUNDS = 2, 12, 2
-LEAST_RUNS = 4  # before anything is settled
-MOST_NOISE = 0.05  # a machine too busy to tell turns apart has settled nothing
+LEAST_RUNS = 4  # before anything is decided
+MOST_NOISE = 0.05  # a machine too busy to tell turns apart has decided nothing
 SLOWEST = 3.0  # a run that takes so many times the best turn is not worth its time
 
 

@@ -52,15 +52,15 @@ def _fit(device: str, samples: Sequence[MemorySample], chance: float) -> MemoryF
     whole = max(0.0, statistics.median(over))
     runtime = min(whole, max(0.0, statistics.median(starts))) if starts else whole
     n = len(over)
-    freedom = PRIOR_RUNS + n - 1
+    degrees = PRIOR_RUNS + n - 1
     squares = PRIOR_RUNS * PRIOR_SPREAD_MIB**2 + sum((each - whole) ** 2 for each in over)
-    spread = math.sqrt(squares / freedom)
-    margin = max(quantile(1.0 - chance, freedom) * spread * math.sqrt(1.0 + 1.0 / n), max(over) - whole)
+    spread = math.sqrt(squares / degrees)
+    margin = max(quantile(1.0 - chance, degrees) * spread * math.sqrt(1.0 + 1.0 / n), max(over) - whole)
     return MemoryFit(device, runtime, whole - runtime, margin, spread, n, chance, max(over))
 
 
-def quantile(share: float, freedom: float) -> float:
+def quantile(share: float, degrees: float) -> float:
     """Student's t: what a value stays below with that probability."""
     from scipy.stats import t
 
-    return float(t.ppf(share, freedom))
+    return float(t.ppf(share, degrees))

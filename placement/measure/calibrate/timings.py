@@ -52,8 +52,8 @@ def timing_noise(records: Sequence[Record]) -> float | None:
         for found in times.values()
         if len(found) > 1
     )
-    freedom = sum(len(found) - 1 for found in times.values())
-    return float((squares / freedom) ** 0.5) if freedom else None
+    degrees = sum(len(found) - 1 for found in times.values())
+    return float((squares / degrees) ** 0.5) if degrees else None
 
 
 def run_rows(run: Run, records: Sequence[Record], noise: float) -> Iterator[TimingRow]:

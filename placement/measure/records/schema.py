@@ -24,7 +24,7 @@ class Key(_Base):
 
 
 class Predicted(_Base):
-    """What was promised before the run, and how it is known: "estimated" or "planned"."""
+    """What was predicted before the run, and how it is known: "estimated" or "planned"."""
 
     label: str
     self_mib: dict[str, float]

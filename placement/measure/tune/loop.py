@@ -85,28 +85,28 @@ class Tuning:
         self.steps_until_s = None if budget_s is None else time.monotonic() + budget_s * STEPS_SHARE
 
     def run(self) -> Tuned:
-        """Step until settled, out of time or out of placements, and run the best beside `--fit`; then tell them apart.
+        """Step until converged, out of time or out of placements, run the best beside `--fit`, then tell them apart.
 
         Where `--fit` is the faster one its run teaches too, and where what was run is badly predicted more is to
         be learned: the search goes on.
         """
         if not (self.base.coefficients or find_runs(self.root, self.base).rows):
             self.base = self.machine = probed(self.base, self.engine, self.options.budget_s, self.tell)
-        fits, why, settled = self._refit(), "", False
+        fits, why, converged = self._refit(), "", False
         for _ in range(MOST_SEARCHES):
-            fits, why, settled = self._steps(fits)
+            fits, why, converged = self._steps(fits)
             if not self._run_beside_fit(fits):
                 break
             fits = self._refit()
             if self._is_late() or (self._is_credible() and not self._is_fit_faster()):
                 break
         self._finals(fits)
-        return Tuned(self.report, self.machine, self.changes, tuple(self.lines), settled, why, self.error)
+        return Tuned(self.report, self.machine, self.changes, tuple(self.lines), converged, why, self.error)
 
     def _steps(
         self, fits: tuple[Calibration, Calibration]
     ) -> tuple[tuple[Calibration, Calibration], str, bool]:
-        """Run what tells most until nothing better is likely: the last fits, why it ended, whether settled."""
+        """Run what tells most until nothing better is likely: the last fits, why it ended, whether converged."""
         while self.n_steps < MAX_STEPS:
             outcome = self._solve()
             if not outcome.found.solutions:

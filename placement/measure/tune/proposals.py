@@ -94,7 +94,7 @@ def _simulated(problem: Problem, assignment: Assignment) -> GraphCounts:
 
 
 def _worked(problem: Problem, key: str, name: str, assignment: Assignment, counts: GraphCounts) -> _Worked:
-    """The rows of a placement: its token half-way through the turn's answer and where it begins, its prompt."""
+    """The rows of a placement: its token in the middle of the turn's answer and where it begins, its prompt."""
     turn = problem.workload
     depth = turn.depth_tokens + turn.prompt_tokens + turn.generate_tokens // 2
     deep = replace(problem, workload=replace(turn, depth_tokens=depth))

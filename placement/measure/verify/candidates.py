@@ -51,7 +51,7 @@ class VerifyCandidate:
         return (*self.arguments, "-fitt", ",".join(map(str, targets)))
 
     def predicted(self) -> Predicted | None:
-        """What the solve promised; None for `--fit`, which promises nothing."""
+        """What the solve predicted; None for `--fit`, of which nothing is."""
         from placement.measure.records.schema import Predicted
 
         if self.solution is None:

@@ -6,13 +6,10 @@ that finished. `decide_again` decides again from the records alone.
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import statistics
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,24 +98,6 @@ class VerifyReport:
     n_records: int
 
 
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the work as Ctrl-C does, so that everything is cleaned up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def mismatch(expected: Model, found: Model) -> str | None:
     """Say how a model file differs from the model that was solved for; None if it is the same.
 
@@ -170,7 +149,7 @@ def verify(
     if not found.solutions:
         raise InputError("verify", f"there is no solution to run: {found.message}")
     engine.program("llama-server")
-    with ended_by_signals(), machine_lock(options.lock_path) as (lock, n_reaped):
+    with machine_lock(options.lock_path) as (lock, n_reaped):
         if n_reaped:
             listener.say(f"ended {n_reaped} server(s) that an earlier verify left behind")
         work = _prepare(problem, found, model_file, engine, folder, options, listener)

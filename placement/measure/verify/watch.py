@@ -39,9 +39,11 @@ def load_nvml() -> Any | None:
     """Return pynvml with NVML running, or None where there is no NVIDIA driver."""
     try:
         import pynvml
-
+    except ImportError:
+        return None
+    try:
         pynvml.nvmlInit()
-    except Exception:
+    except pynvml.NVMLError:
         return None
     return pynvml
 
@@ -59,8 +61,8 @@ def memory_clock(machine: Machine, nvml: Any | None) -> str | None:
     """Return the highest memory clock of every card, as "CUDA0 10501 MHz"; None where NVML does not say."""
     clocks = []
     for name, handle in nvml_handles(machine, nvml).items():
-        with contextlib.suppress(Exception):  # an old driver, or a stub without this call
-            assert nvml is not None
+        assert nvml is not None
+        with contextlib.suppress(nvml.NVMLError):  # an old driver without this call
             clocks.append(f"{name} {nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM)} MHz")
     return ", ".join(sorted(clocks)) or None
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from placement.inputs.machine import Device, Machine
 from placement.inputs.model import Model, Tensor
-from placement.inputs.problem import CPU, Assignment
+from placement.inputs.problem import Assignment
 from placement.llamacpp.architecture.describe import describe
 from placement.llamacpp.architecture.records import Architecture
 from placement.llamacpp.arguments import Arguments
@@ -154,7 +154,6 @@ def layer_list(layers: list[int]) -> str:
 
 
 __all__ = [
-    "CPU",
     "Advice",
     "Case",
     "Plan",

@@ -10,6 +10,8 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 
+CPU_POSITION = 0
+
 
 @dataclass(frozen=True, slots=True)
 class GroupChoice:
@@ -136,7 +138,7 @@ def is_valid(frame: Frame, answer: Answer) -> bool:
 def n_host_layers(frame: Frame, answer: Answer) -> int:
     """Layers that live in host memory or keep anything there."""
     taken = zip(frame.layers, answer.homes, answer.picks, strict=True)
-    return sum(home == 0 or table.choices[home][pick].is_host for table, home, pick in taken)
+    return sum(home == CPU_POSITION or table.choices[home][pick].is_host for table, home, pick in taken)
 
 
 def is_alike(frame: Frame, one: Answer, other: Answer) -> bool:

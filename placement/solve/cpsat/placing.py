@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable
 from typing import Protocol
 
-from placement.solve.cpsat.frame import Answer, Frame, GroupChoice, LayerTable
+from placement.solve.cpsat.frame import CPU_POSITION, Answer, Frame, GroupChoice, LayerTable
 from placement.solve.cpsat.program import CpsatProgram, LinearTerms
 
 
@@ -334,7 +334,7 @@ def _is_alike_on(table: LayerTable, p: int, q: int) -> bool:
         return groups, choice.decode_us, choice.prompt_us, kib, choice.is_host, choice.hides_boundary
 
     def is_own(choice: GroupChoice, home: int) -> bool:
-        return all(at in (0, home) for at, _ in choice.kib)
+        return all(at in (CPU_POSITION, home) for at, _ in choice.kib)
 
     rows = table.choices[p], table.choices[q]
     if not all(is_own(choice, home) for row, home in zip(rows, (p, q), strict=True) for choice in row):

@@ -14,7 +14,7 @@ from math import inf
 
 import numpy as np
 
-from placement.solve.cpsat.frame import Answer, Frame, is_valid, times_us, used_kib
+from placement.solve.cpsat.frame import CPU_POSITION, Answer, Frame, is_valid, times_us, used_kib
 from placement.solve.cpsat.segments import BoundTerms, Segments, forward, marginal, path
 
 MOST_PATHS = 150
@@ -49,7 +49,7 @@ class Relaxation:
     def has_crossing(self) -> bool:
         """Whether any choice moves something to another GPU."""
         return any(
-            at not in (0, p)
+            at not in (CPU_POSITION, p)
             for table in {each.kind: each for each in self.frame.layers}.values()
             for p, row in enumerate(table.choices)
             for choice in row
@@ -88,7 +88,7 @@ class Relaxation:
         value = self.priced.bound()
         if value == inf:
             return Relaxed(None, ())
-        paid = prices[0] * self.frame.cap_kib[0]
+        paid = prices[CPU_POSITION] * self.frame.cap_kib[CPU_POSITION]
         return Relaxed(value + self.constant - paid, prices)
 
     def _marginals(self) -> tuple[float, ...]:
@@ -117,7 +117,7 @@ class Relaxation:
             for table in {each.moves: each for each in self.frame.layers}.values()
             for p, row in enumerate(self._longest_rows(table.moves))
             for index, choice in enumerate(row)
-            if index and any(at not in (0, p) for at, _ in choice.kib)
+            if index and any(at not in (CPU_POSITION, p) for at, _ in choice.kib)
         }
         return Segments(self.frame, terms, caps, left_out | frozenset(crossing))
 
@@ -178,7 +178,7 @@ class Relaxation:
         for _ in range(MOST_PATHS):
             answer = plain.answer(cuts, slack)
             if answer is not None and not is_valid(self.frame, answer):
-                lacks_host |= used_kib(self.frame, answer)[0] > self.frame.cap_kib[0]
+                lacks_host |= used_kib(self.frame, answer)[CPU_POSITION] > self.frame.cap_kib[CPU_POSITION]
                 answer = None
             if answer is not None and (objective := self.objective(answer)) < best_value:
                 best, best_value = answer, objective
@@ -200,7 +200,7 @@ class Relaxation:
     def homes(self, relaxed: Relaxed, most: float) -> list[set[int]]:
         """The positions where each layer may live in an answer of at most `most`."""
         segments = self.priced
-        paid = relaxed.prices[0] * self.frame.cap_kib[0]
+        paid = relaxed.prices[CPU_POSITION] * self.frame.cap_kib[CPU_POSITION]
         kept = segments.survivors(most - self.constant + paid)
         homes: list[set[int]] = [set() for _ in self.frame.layers]
         for p, rows in enumerate(kept):

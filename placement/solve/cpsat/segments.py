@@ -18,7 +18,7 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from placement.solve.cpsat.frame import Answer, Frame, GroupChoice
+from placement.solve.cpsat.frame import CPU_POSITION, Answer, Frame, GroupChoice
 from placement.solve.cpsat.knapsack import Knapsack, Move, Taken
 
 MOST_RATIOS = 24  # of a position's knapsacks; any subset gives a bound, so many gives a close one
@@ -112,7 +112,7 @@ class Segments:
         cost = self.terms.decode_weight * choice.decode_us + self.terms.prompt_weight * choice.prompt_us
         prices = self.terms.prices
         for at, kib in choice.kib:
-            if prices[at] and (at != p or p == 0):
+            if prices[at] and (at != p or p == CPU_POSITION):
                 cost += prices[at] * kib
         return cost
 
@@ -152,7 +152,7 @@ class Segments:
         return float(self.forward[-1][self.n_layers])
 
     def survivors(self, most: float) -> list[Matrix]:
-        """Per position, the segments' bounds; infinite where no path of at most `most` leads through."""
+        """Per position, the segments' bounds; infinite where no path of at most `most` passes."""
         most += 1e-9 * abs(most)  # sums in another order
         kept = []
         after = np.full(self.n_layers + 1, inf)
@@ -226,7 +226,7 @@ class Segments:
 
 
 def forward(costs: list[Matrix]) -> list[Vector]:
-    """Per position, the least cost of ending it before each layer; only position 0 may be empty."""
+    """Per position, the least cost of ending it before each layer; only the CPU's may be empty."""
     first = costs[0][0].copy()
     first[0] = 0.0
     found = [first]

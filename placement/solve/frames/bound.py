@@ -1,4 +1,4 @@
-"""A way's outlook: a lower bound of its objective from sums over the kinds of layers, before its frame is built.
+"""A configuration's lower bound from sums over the kinds of layers, before its frame is built.
 
 Each layer takes whatever home and moves suit it best, in any order, when memory on the GPUs has one price in all;
 any price gives a bound. It is far quicker and somewhat lower than what the frame's segments give.
@@ -25,7 +25,7 @@ Array = NDArray[np.float64]
 def kinds_lower_bound(
     builder: TableBuilder, fixed_us: tuple[int, int], cap_kib: tuple[int, ...], weights: tuple[int, int]
 ) -> float:
-    """The least objective in microseconds that the way could have; infinite where some layer has no home."""
+    """The least objective in microseconds that the configuration could have; infinite where some layer has no home."""
     n_of_kind = builder.pieces.n_of_kind
     times, kib = _homes(builder, weights)
     room = sum(cap_kib[1:])

@@ -1,4 +1,4 @@
-"""Compute buffers of a way to run a model, before its placement is known: planned on a typical placement."""
+"""Compute buffers of a configuration before its placement is known: planned on a typical placement."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from placement.inputs.groups import movable_groups
-from placement.inputs.problem import CPU, Assignment, Problem
+from placement.inputs.problem import CPU, HOST, Assignment, Problem
 from placement.llamacpp.architecture.describe import describe
 from placement.llamacpp.plan import ComputePlan
 from placement.predict.cost import GraphCounts, graph_counts
@@ -18,13 +18,13 @@ Planner = Callable[[Assignment], ComputePlan]
 
 
 def compute_table(configuration: Configuration, plan: ComputePlan) -> ComputeTable:
-    """A plan's buffers by position of the way."""
-    names = ("Host", *configuration.devices)
+    """A plan's buffers by position of the configuration."""
+    names = (HOST, *configuration.devices)
     return ComputeTable(tuple(plan.compute_bytes.get(name, 0) for name in names), graph_counts(plan))
 
 
 class Buffers:
-    """Estimates compute buffers for ways of one problem.
+    """Estimates compute buffers for configurations of one problem.
 
     The buffers of a placement depend on it little: on a device's place in the order, and on whether weights in
     host memory are streamed; not on which card it is. What is found for a typical placement is corrected once the
@@ -41,7 +41,7 @@ class Buffers:
         return self._planned(configuration)
 
     def nothing(self, configuration: Configuration) -> ComputeTable:
-        """No buffers at all, less than any way can do with, and the nodes of some placement."""
+        """No buffers at all, less than any configuration can do with, and the nodes of some placement."""
         if self._counts is None:
             names = tuple(device.name for device in self.problem.machine.devices)
             room_mib = sum(device.usable_mib for device in self.problem.machine.devices)

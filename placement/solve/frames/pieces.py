@@ -48,7 +48,7 @@ class Loads:
 
 
 class Pieces:
-    """A model cut into what a frame is made of; the same for every way of one problem.
+    """A model cut into what a frame is made of; the same for every configuration of one problem.
 
     `kinds[i]` numbers layers that are alike; `example[kind]` is one of them. `parts[kind]` lists the fixed
     tensors first, then each movable group.

@@ -1,4 +1,4 @@
-"""Turns a problem and one way to run it (device order, batch sizes, load mode) into the solver's `Frame`, and an
+"""Turns a problem and one configuration (device order, batch sizes, load mode) into the solver's `Frame`, and an
 answer back into an `Assignment`. All memory is rounded up to whole KiB, all times to whole microseconds.
 """
 
@@ -22,7 +22,7 @@ from placement.units import KIB, MIB
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """One way to run the model: GPUs in the engine's order, and the settings.
+    """How a model may be run: GPUs in the engine's order, and the settings.
 
     `uses_host`: layers or experts may stay in host memory, and every buffer has room for what that needs.
     `is_pipelined`: all on the GPUs without overrides, several ubatches in flight.
@@ -53,7 +53,7 @@ def host_pattern(home: int, is_early: bool, groups: tuple[int, ...]) -> HostPatt
 
 @dataclass(frozen=True, slots=True)
 class ComputeTable:
-    """Compute buffers of a way in bytes, per position (0 is the host), and its graphs' nodes.
+    """Compute buffers of a configuration in bytes, per position (0 is the host), and its graphs' nodes.
 
     `extras` adds bytes once any layer at that home keeps just those of its groups in host memory. `is_padded`: some
     placement lacked some of it, and all are charged.
@@ -91,7 +91,7 @@ class Table:
 
 
 class TableBuilder:
-    """Builds frames of one way from a problem's pieces; what neither buffers nor reserve change is made once.
+    """Builds frames of one configuration from a problem's pieces; what neither buffers nor reserve change is made once.
 
     `decode_s` and `prompt_s` are arrays of kind × part × position, the last part being the layer's context.
     """
@@ -193,7 +193,7 @@ class TableBuilder:
         return round(1000 * self.cost.overlap * (1.0 - 1.0 / n) / self.serial_share())
 
     def hidden_us(self) -> tuple[int, int]:
-        """What a boundary costs that a layer's way back from the host hides."""
+        """What a boundary costs that a layer's return from the host hides."""
         if self.configuration.is_pipelined or len(self.configuration.devices) < 2:
             return 0, 0
         # a streamed weight is computed on a GPU, where the boundary is still to be crossed

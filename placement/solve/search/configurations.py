@@ -1,4 +1,4 @@
-"""What the search may choose, and the ways to run a model that this leaves."""
+"""What the search may choose, and the configurations that this leaves."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def device_orders(problem: Problem) -> list[tuple[str, ...]]:
 
 
 def configurations(problem: Problem, space: SearchSpace) -> Iterator[Configuration]:
-    """Every way the freedom allows; an ubatch of more than twice the prompt adds nothing."""
+    """Every configuration of the search space; an ubatch of more than twice the prompt adds nothing."""
     smallest = min(space.ubatches)
     longest = max(2 * problem.workload.prompt_tokens, smallest + 1)
     orders = space.orders if space.orders is not None else tuple(device_orders(problem))

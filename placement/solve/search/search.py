@@ -1,4 +1,4 @@
-"""The search: the most promising way first, until nothing that is left can beat what was found."""
+"""The search: the configuration of the least lower bound first, until nothing that is left can beat what was found."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from placement.units import KIB
 
 
 class Search:
-    """One problem's search; what is learned of its ways is kept between questions."""
+    """One problem's search; what is learned of its configurations is kept between questions."""
 
     def __init__(
         self, problem: Problem, time_limit_s: float = 10.0, seed: int = 1, planner: Planner | None = None
@@ -41,11 +41,11 @@ class Search:
         self.subproblems.learn(assignment, plan)
 
     def subproblem(self, configuration: Configuration, space: SearchSpace) -> Subproblem | None:
-        """The way with the buffers that are known of it; None when it cannot fit."""
+        """The configuration with the buffers that are known of it; None when it cannot fit."""
         return self.subproblems.subproblem(configuration, space)
 
     def lower_bounds(self, space: SearchSpace) -> list[LowerBound]:
-        """Every way that may be worth a look, the most promising first."""
+        """Every configuration that may be worth a look, the least lower bound first."""
         order: dict[tuple[str, ...], int] = {}
         found = (
             self.subproblems.lower_bound(
@@ -104,10 +104,10 @@ class Search:
         taken: Sequence[Candidate] = (),
         work_limit: float = WORK_LIMIT,
     ) -> Candidate | None:
-        """The best placement over the ways that is like none of the `taken`, its bound that of all ways together.
+        """The best placement over the configurations that is like none of the `taken`, its bound that of all together.
 
-        A way is looked at more closely (its buffers, its frame, CP-SAT) only while nothing found is within the gap
-        of what it still promises.
+        A configuration is refined (its buffers, its frame, CP-SAT) only while nothing found is within the gap
+        of its lower bound.
         """
         deadline_s = time.monotonic() + self.time_limit_s
         subproblem_solver = SubproblemSolver(
@@ -140,7 +140,7 @@ class Search:
     def _refine(
         self, lower_bound: LowerBound, space: SearchSpace
     ) -> tuple[LowerBound, Subproblem | None] | None:
-        """The way with its buffers, or then with its frame; None when it cannot fit."""
+        """The configuration with its buffers, or then with its frame; None when it cannot fit."""
         if lower_bound.is_planned:
             subproblem = self.subproblem(lower_bound.configuration, space)
             if subproblem is None:
@@ -154,7 +154,7 @@ class Search:
 
 
 def shortfall(search: Search, space: SearchSpace) -> str:
-    """Which caps fail by how much, on the way that needs least; a multiple of 1 MiB, rounded up."""
+    """Which caps fail by how much, on the configuration that needs least; a multiple of 1 MiB, rounded up."""
     best: tuple[int, str] | None = None
     smallest = replace(space, ubatches=(min(space.ubatches),), load_modes=space.load_modes[:1])
     for configuration in configurations(search.problem, smallest):
@@ -178,4 +178,4 @@ def shortfall(search: Search, space: SearchSpace) -> str:
         if over and (best is None or total_kib < best[0]):
             parts = (f"{name} lacks {-(-kib // KIB):,} MiB" for name, kib in over.items())
             best = total_kib, " and ".join(parts)
-    return best[1] if best else "the wishes contradict each other"
+    return best[1] if best else "the constraints contradict each other"

@@ -1,4 +1,4 @@
-"""One way settled: the segments' answer, CP-SAT where that leaves a gap, and the answer's own compute buffers.
+"""One subproblem solved: the segments' answer, CP-SAT where that leaves a gap, and the answer's own compute buffers.
 
 Compute buffers are estimates until an answer is known; then that placement is planned exactly, and where it does not
 fit, or leaves much unused, its frame is built again with what was found.
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from placement.predict.cost import evaluate, graph_counts
-from placement.solve.cpsat.frame import Answer, is_alike, taken_extras, used_kib
+from placement.solve.cpsat.frame import CPU_POSITION, Answer, is_alike, taken_extras, used_kib
 from placement.solve.cpsat.placing import Placing
 from placement.solve.cpsat.program import ProgramResult
 from placement.solve.cpsat.relaxation import Relaxation
@@ -33,7 +33,7 @@ WASTE_BYTES = 24 * MIB  # buffers assumed too large by more than this are correc
 
 @dataclass(frozen=True)
 class SubproblemSolver:
-    """How ways are settled: under a freedom, within a gap, unlike the placements taken, until a deadline."""
+    """How subproblems are solved: in a search space, within a gap, unlike the placements taken, until a deadline."""
 
     subproblems: Subproblems
     space: SearchSpace
@@ -44,7 +44,7 @@ class SubproblemSolver:
     work_limit: float  # CP-SAT's deterministic time for one proof
 
     def solve_subproblem(self, subproblem: Subproblem, limit: float) -> tuple[Candidate | None, float, bool]:
-        """Solve one way below a limit: a placement that fits or None, the way's bound, whether it is proven.
+        """Solve one subproblem below a limit: a placement that fits or None, its bound, whether it is proven.
 
         What is shown of buffers that one placement lacked holds for no other: the bound then stays as it was.
         """
@@ -91,7 +91,7 @@ class SubproblemSolver:
         lacking = {
             home
             for table, home, pick in zip(layers, answer.homes, answer.picks, strict=True)
-            if home == 0 or pick
+            if home == CPU_POSITION or pick
         }
         if not lacking:
             return False
@@ -115,7 +115,7 @@ class SubproblemSolver:
     def _correct(
         self, subproblem: Subproblem, answer: Answer, real: ComputeTable, n_before: int
     ) -> Subproblem | None:
-        """The way again, with what its buffers lacked: charged to early or partly moved layers where any are new.
+        """The subproblem again with what its buffers lacked: charged to early or partly moved layers where any are new.
 
         Buffers also depend a little on how many layers a card has, so that placements may take turns at lacking
         some: what is charged to every placement grows by ever more to spare.
@@ -234,7 +234,7 @@ def _first_answer(
 
 
 def _excluded(subproblem: Subproblem, taken: Sequence[Candidate]) -> list[Answer]:
-    """The taken placements as answers of this way's frame, where they are on its devices."""
+    """The taken placements as answers of this subproblem's frame, where they are on its devices."""
     return [
         Answer(each.answer.homes, tuple(_picks(subproblem.table, each)))
         for each in taken

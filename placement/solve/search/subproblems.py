@@ -20,7 +20,7 @@ from placement.solve.search.configurations import SearchSpace
 
 @dataclass(frozen=True)
 class Candidate:
-    """A placement of one way: objective and bound in microseconds as the frame counts them."""
+    """A placement of one configuration: objective and bound in microseconds as the frame counts them."""
 
     assignment: Assignment
     answer: Answer
@@ -33,7 +33,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class LowerBound:
-    """A way and what its outlook promises at best: least objective in microseconds.
+    """A configuration and its least objective in microseconds.
 
     Until its buffers are planned they are taken as nothing.
     """
@@ -51,14 +51,14 @@ class LowerBound:
 
 @dataclass(frozen=True)
 class Subproblem:
-    """A way with its frame, its buffers as far as they are known, and what its relaxation gave."""
+    """A configuration with its frame, its buffers as far as they are known, and what its relaxation gave."""
 
     configuration: Configuration
     table: Table
     compute: ComputeTable
     relaxation: Relaxation
     relaxed: Relaxed
-    kinds_bound: float = 0.0  # the outlook's bound
+    kinds_bound: float = 0.0  # from the kinds of layers
 
     @property
     def bound(self) -> float:
@@ -67,7 +67,7 @@ class Subproblem:
 
 
 class Subproblems:
-    """One problem's ways with all that is known of them: pieces, frames, buffers and plans."""
+    """One problem's configurations with all that is known of them: pieces, frames, buffers and plans."""
 
     def __init__(self, problem: Problem, planner: Planner | None = None) -> None:
         """`planner` replaces the simulated plans (an architecture without a rule asks the engine)."""
@@ -85,7 +85,7 @@ class Subproblems:
     def lower_bound(
         self, lower_bound: LowerBound, space: SearchSpace, compute: ComputeTable, *, is_planned: bool = False
     ) -> LowerBound:
-        """What a way promises with those buffers, or what it was already known to cost at least."""
+        """A configuration's lower bound with those buffers, or the one that was known already."""
         builder = self._builder(lower_bound.configuration, space)
         fixed_us = builder.fixed_us(compute.counts)
         caps = builder.caps_kib(compute, space.reserve_fraction)
@@ -104,7 +104,7 @@ class Subproblems:
         )
 
     def known(self, configuration: Configuration) -> ComputeTable:
-        """The way's buffers: a typical placement's until one is found, then corrected by that one's."""
+        """The configuration's buffers: a typical placement's until one is found, then corrected by that one's."""
         if configuration not in self.corrected:
             self.corrected[configuration] = self.buffers.exact(configuration)
         return self.corrected[configuration]
@@ -118,7 +118,7 @@ class Subproblems:
         return self._builders[key]
 
     def subproblem(self, configuration: Configuration, space: SearchSpace) -> Subproblem | None:
-        """The way with the buffers that are known of it; None when it cannot fit."""
+        """The configuration with the buffers that are known of it; None when it cannot fit."""
         compute = self.known(configuration)
         table = self._builder(configuration, space).build(compute, space.reserve_fraction)
         limits_us = self._limits_us(space)
@@ -140,7 +140,7 @@ class Subproblems:
         return Subproblem(configuration, replace(table, frame=frame), compute, relaxation, relaxed)
 
     def _limits_us(self, space: SearchSpace) -> tuple[int | None, int | None]:
-        """The freedom's limits on decode and prompt time, of a turn."""
+        """The search space's limits on decode and prompt time, of a turn."""
         decode_s, prompt_s = space.max_decode_s, space.max_prompt_s
         n_generated = max(self.problem.workload.generate_tokens, 1)
         return (
