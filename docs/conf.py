@@ -12,6 +12,10 @@ exclude_patterns = ["images"]
 
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
+# types of the reference that have no page here: those of Python itself, and what their owners' modules document
+nitpick_ignore_regex = [
+    ("py:class", r"(Path|Program|collections\..*|placement\.(inputs|llamacpp|predict)\..*|.*\[.*)")
+]
 
 html_theme = "furo"
 html_title = "place"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -24,6 +25,13 @@ PAGES = {
 README = PAGES["README.md"]
 MOST_LINES, MOST_PICTURE_BYTES = 200, 200_000
 _BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+PACKAGE = ROOT / "placement"
+# words that the glossary replaced
+_OLD_WORDS = re.compile(
+    r"\b(way|ways|lead|leads|hope|hopes|outlook|freedom|wish|wishes|granted|settles?|judges?|rivals?|telling|"
+    r"surveys?|(?<!pareto )front)\b",
+    re.IGNORECASE,
+)
 _WING = re.compile(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \| ([^|]*) \|$", re.MULTILINE)
 
 
@@ -88,6 +96,30 @@ def named_paths() -> list[str]:
     """Every path of the repository that a page names."""
     pattern = r"(?<![\w/.-])(?:tests|benchmarks|docs|\.ci)/[\w./-]*\w"
     return sorted({path for text in PAGES.values() for path in re.findall(pattern, text)})
+
+
+def tables() -> dict[str, list[tuple[str, str]]]:
+    """The rows (names, text) of each module table of the architecture, by the wing that its heading names."""
+    part = section("docs/architecture.md", "## What each module does")
+    texts = re.split(r"^### ", part, flags=re.MULTILINE)[1:]
+    return {
+        text.partition("\n")[0]: re.findall(r"^\| (`.*?) \| (.*) \|$", text, re.MULTILINE) for text in texts
+    }
+
+
+def backticked(text: str) -> list[str]:
+    """What stands in backticks and may be a module or a folder."""
+    return re.findall(r"`(\w+/?)`", text)
+
+
+def modules(folder: Path) -> list[str]:
+    """The modules and, with a slash, the packages that a folder has."""
+    folders = [path.parent.name + "/" for path in folder.glob("*/__init__.py")]
+    return sorted([*folders, *(path.stem for path in folder.glob("*.py") if path.stem != "__init__")])
+
+
+WINGS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+FOLDERS = sorted(f"{path.parent.parent.name}/{path.parent.name}" for path in PACKAGE.glob("*/*/__init__.py"))
 
 
 def test_readme_is_short() -> None:
@@ -206,6 +238,60 @@ def test_the_python_shown_is_the_same_everywhere() -> None:
     assert blocks("README.md", "python") == blocks("docs/python.md", "python")
 
 
+def test_the_python_shown_runs() -> None:
+    """README's program runs as it stands."""
+    names: dict[str, Any] = {}
+    exec(blocks("README.md", "python")[0], names)
+    assert names["best"].command.startswith("llama-server ")
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_every_module_of_a_wing_is_on_the_map(wing: str) -> None:
+    """A wing's table has all its modules and folders, and no others."""
+    named = [name for names, _ in tables()[wing] for name in backticked(names)]
+    assert sorted(named) == modules(PACKAGE / wing)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_module_of_a_folder_is_on_the_map(folder: str) -> None:
+    """A folder's row has all its modules; the graph's stands in a table of its own."""
+    wing, _, name = folder.partition("/")
+    rows = tables()["The graph" if folder == "llamacpp/graph" else wing]
+    text = dict(rows)[f"`{name}/`"]
+    there = set(modules(PACKAGE / folder))
+    assert there - set(backticked(text)) == set()
+    assert set(re.findall(r"`(\w+)`(?=[:,]| and `)", text)) <= there
+
+
+@pytest.mark.parametrize("wing", [wing for wing in WINGS if wing != "cli"])
+def test_the_wings_table_has_every_module(wing: str) -> None:
+    """The short table lists the same modules and folders; cli, whose commands are many, is left out."""
+    row = re.search(rf"^\| `{wing}` \| [^|]+ \| ([^|]+) \|", PAGES["docs/architecture.md"], re.MULTILINE)
+    assert row is not None
+    assert sorted(backticked(row[1])) == modules(PACKAGE / wing)
+
+
+def test_what_stands_beside_the_wings_is_on_the_map() -> None:
+    """The last table has the modules at the package's top."""
+    named = [name for names, _ in tables()["Beside the wings"] for name in backticked(names)]
+    assert sorted(named) == [each for each in modules(PACKAGE) if not each.endswith("/")]
+
+
+def test_a_module_to_change_exists() -> None:
+    """Each path that "Where do I change" names is a module or a folder."""
+    text = section("docs/architecture.md", "## Where do I change …")
+    paths = [path for path in re.findall(r"`(\w+(?:/\w+)+)`", text) if not path.startswith("tests/")]
+    assert [p for p in paths if not ((PACKAGE / f"{p}.py").is_file() or (PACKAGE / p).is_dir())] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_a_page_has_the_words_of_the_glossary(page: str) -> None:
+    """No page uses a word that was replaced; of the changes those of the next version count."""
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    text = PAGES.get(page) or changes.partition("## [Unreleased]")[2].partition("\n## [")[0]
+    assert [match[0] for match in _OLD_WORDS.finditer(_BLOCK.sub("", text))] == []
+
+
 def test_the_wings_are_drawn_in_order() -> None:
     """Eight rows; each wing may import only what stands above it, the last one all."""
     wings = {name: re.findall(r"\w+", may) for name, may in _WING.findall(PAGES["docs/architecture.md"])}
@@ -245,23 +331,3 @@ def test_an_example_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     over_a_cap = "-ot blk" in line or line.startswith("place check glm-flash ")
     assert result.exception is None or isinstance(result.exception, SystemExit), result.output
     assert result.exit_code == 0 or (over_a_cap and result.exit_code == 1), result.output
-
-
-def test_the_python_of_the_readme_runs() -> None:
-    """The ten lines of Python work as they stand."""
-    (text,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names: dict[str, object] = {}
-    exec(compile(text, "README.md", "exec"), names)
-    assert "OPTIMAL" == getattr(names["result"], "status", None)
-
-
-WINGS = sorted(path.name for path in (ROOT / "placement").iterdir() if (path / "__init__.py").is_file())
-
-
-@pytest.mark.parametrize("wing", WINGS)
-def test_the_map_names_every_module_of_a_wing(wing: str) -> None:
-    """No module of a wing is missing from docs/architecture.md: the map cannot rot."""
-    text = PAGES["docs/architecture.md"].partition(f"\n### {wing}\n")[2].partition("\n### ")[0]
-    text += PAGES["docs/architecture.md"].partition("\n### The graph\n")[2].partition("\n## ")[0]
-    paths = [path for path in (ROOT / "placement" / wing).rglob("*.py") if path.stem != "__init__"]
-    assert [] == sorted(str(path) for path in paths if f"`{path.stem}`" not in text)
