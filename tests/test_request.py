@@ -239,3 +239,9 @@ def test_every_field_can_be_asked_for_on_the_command_line() -> None:
     """Load modes apart, which only `--keep -lm` fixes, `place solve` has an option for each field."""
     names = {each.name for each in solve.command.params}
     assert {each.name for each in dataclasses.fields(Request)} - names == {"load_modes"}
+
+
+def test_layer_counts_of_nothing_are_refused() -> None:
+    """`--ts 0,0` places no layer on any card: that is `--devices none`, or a mistake."""
+    with pytest.raises(InputError, match="--ts"):
+        Request(tensor_split=(0.0, 0.0))

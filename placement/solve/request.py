@@ -129,6 +129,10 @@ class Request:
         _check_all("--ts", self.tensor_split)
         for share in self.tensor_split or ():
             _check_number("--ts", share, 0)
+        if self.tensor_split is not None and not sum(self.tensor_split):
+            raise InputError(
+                "--ts", "must give some card a layer", value=",".join(map(str, self.tensor_split))
+            )
         _check_all("--devices", self.devices)
         _check_texts("--devices", self.devices or ())
         _check_whole("--threads", self.fixed.n_threads, 1)

@@ -65,7 +65,7 @@ def layer_shapes(facts: Architecture) -> list[Hashable]:
     """What each layer of the trunk is made of, itself left out: equal numbers mean layers made alike."""
     tensors: list[list[Hashable]] = [[] for _ in facts.layers]
     for each in facts.tensors:
-        if each.kind == REPEATING and each.layer is not None:
+        if each.kind == REPEATING and each.layer is not None and each.layer < len(tensors):
             name = each.tensor.name.split(".", 2)[-1]
             tensors[each.layer].append((name, each.tensor.type, each.tensor.shape, each.has_cuda_kernel))
     numbers: dict[Hashable, int] = {}
