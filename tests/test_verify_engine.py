@@ -271,10 +271,12 @@ from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
 from test_verify_engine import run_on_cpu
 from verify_support import Lines
+from placement.cli.signals import ended_by_signals
 from placement.engine.find import find_engine
 folder = Path(sys.argv[3])
 listener = Lines(lambda p: print(p.candidate, p.round, p.phase, flush=True))
-report = run_on_cpu(find_engine(sys.argv[4]), Path(sys.argv[5]), folder, listener, rounds=2)
+with ended_by_signals():
+    report = run_on_cpu(find_engine(sys.argv[4]), Path(sys.argv[5]), folder, listener, rounds=2)
 print("SAID", listener.said, flush=True)
 print("DONE", report.is_complete, flush=True)
 """
