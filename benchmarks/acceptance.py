@@ -102,7 +102,7 @@ def learn(want: Asked, seed: int, pool: tuple[Placed, ...]) -> Learned:
                     if n == 0
                     else calibrate_machine(base, runs.parent, "2026-01-02", with_advice=False)[0]
                 )
-                _judge(result, n, machine, simulated, order)
+                _note_errors(result, n, machine, simulated, order)
             if n == max(RUNS):
                 break
             simulated.noise = rng.uniform(*want.noise)
@@ -123,7 +123,9 @@ def _slowness(want: Asked, rng: random.Random) -> float:
     return rng.uniform(1.15, 1.6) if rng.random() < want.throttled else 1.0
 
 
-def _judge(result: Learned, n: int, machine: Machine, simulated: Simulated, order: list[Placed]) -> None:
+def _note_errors(
+    result: Learned, n: int, machine: Machine, simulated: Simulated, order: list[Placed]
+) -> None:
     """Note the errors of all placements that no calibration of this machine has seen."""
     rows = [rows_of(each) for each in order]
     for kept, i in ((result.decode, 0), (result.prompt, 1)):
@@ -139,12 +141,12 @@ def _judge(result: Learned, n: int, machine: Machine, simulated: Simulated, orde
     result.gaps[n] = true[said.index(min(said))] / min(true) - 1.0
 
 
-def _lines(all_found: list[Learned], want: Asked) -> Iterator[str]:
+def _lines(all_learned: list[Learned], want: Asked) -> Iterator[str]:
     for n in (0, *RUNS):
-        decode = [each for result in all_found for each in result.decode[n]]
-        prompt = [each for result in all_found for each in result.prompt[n]]
-        off = [each for result in all_found for each in result.coefficients[n]]
-        good = sum(result.gaps[n] <= 0.02 for result in all_found) / len(all_found)
+        decode = [each for result in all_learned for each in result.decode[n]]
+        prompt = [each for result in all_learned for each in result.prompt[n]]
+        off = [each for result in all_learned for each in result.coefficients[n]]
+        good = sum(result.gaps[n] <= 0.02 for result in all_learned) / len(all_learned)
         truth = f"; coefficients off by {statistics.median(off):.1%}, asked {TOLERANCE[n]:.0%}" if off else ""
         yield (
             f"{n:2} runs: decode off by {statistics.median(decode):.1%} (90th percentile "

@@ -43,15 +43,15 @@ def errors(name: str, kind: str, n_runs: int, n_machines: int, noise: float) -> 
 
 def flags(n_machines: int, n_runs: int, slower: float) -> tuple[float, float]:
     """(share of throttled runs found, false flags per machine), one run of each machine being throttled."""
-    rows, n_found, n_false = pool()[0], 0, 0
+    rows, n_caught, n_false = pool()[0], 0, 0
     for seed in range(7000, 7000 + n_machines):
         simulated = Simulated(seed)
         picked = random.Random(seed).sample(range(len(rows)), n_runs)
         runs = [simulated.run(rows[i], slower if i == picked[0] else 1.0) for i in picked]
         names = {each.run for each in calibrate(bare_machine(), runs, with_errors=False).outliers}
-        n_found += rows[picked[0]].run in names
+        n_caught += rows[picked[0]].run in names
         n_false += len(names - {rows[picked[0]].run})
-    return n_found / n_machines, n_false / n_machines
+    return n_caught / n_machines, n_false / n_machines
 
 
 def main() -> None:
@@ -71,8 +71,8 @@ def main() -> None:
                 print(f"  {name} {kind}, noise {noise:.0%}: " + "; ".join(cells))
     for n_runs in (8, 16):
         for slower in (1.25, 1.4):
-            found_share, n_false = flags(n_machines, n_runs, slower)
-            words = f"found {found_share:.0%}, {n_false:.2f} false flags a machine"
+            caught_share, n_false = flags(n_machines, n_runs, slower)
+            words = f"found {caught_share:.0%}, {n_false:.2f} false flags a machine"
             print(f"one of {n_runs} runs {slower - 1:.0%} slow: {words}")
     for noise, spread, throttled in CHOICES:
         choices = [

@@ -29,7 +29,7 @@ from placement.measure.calibrate.choosing import (
     Proposal,
     choose_runs,
     forecast_turns,
-    is_settled,
+    is_converged,
     rounds_to_tell,
     surprising,
     worth_again,
@@ -312,7 +312,7 @@ def tuned_choice(
         decode = calibrate(bare_machine(), rows, DECODE, with_errors=False)
         prompt = calibrate(bare_machine(), rows, PROMPT, decode.values, with_errors=False)
         fits = (decode, prompt)
-        if len(turns) >= most_runs or is_settled(fits, proposals, turns, LEAST_NOISE):
+        if len(turns) >= most_runs or is_converged(fits, proposals, turns, LEAST_NOISE):
             break
         for each in choose_runs(fits, proposals, turns):
             token, read, seconds = turn(each)

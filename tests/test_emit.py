@@ -328,7 +328,7 @@ def test_emitted_arguments_are_exact() -> None:
     assert expected == shlex.join(emit_arguments(moe(10), TWO, assignment))
 
 
-def test_single_card_is_chosen_with_dev() -> None:
+def test_single_card_is_selected_with_dev() -> None:
     """One of two cards is named, not numbered."""
     assignment = Assignment(("CUDA1",), ("CUDA1",) * 11, (), PLAIN)
     assert emit_arguments(moe(10), TWO, assignment)[:4] == ["-ngl", "11", "-dev", "CUDA1"]

@@ -11,7 +11,7 @@ import pytest
 
 from placement.configs.models_conf.measured import PLACEMENT_FIELDS
 from placement.configs.models_conf.models_conf import KEY_OPTIONS
-from placement.configs.models_conf.options import by_option, chosen_option
+from placement.configs.models_conf.options import by_option, placement_option
 from placement.engine.flags import read_flags
 from placement.inputs.engine_options import (
     LOAD_MODE_AS_OLDER_FLAGS,
@@ -114,7 +114,7 @@ def test_every_field_of_arguments_has_an_option() -> None:
 
 def test_profiles_replace_the_placement_options() -> None:
     """The options that a choice replaces are those that place, and the threads that a placement may fix."""
-    names = [name for name in (*OPTION_BY_NAME, *OLDER_LOAD_FLAGS) if chosen_option(name)[0] is None]
+    names = [name for name in (*OPTION_BY_NAME, *OLDER_LOAD_FLAGS) if placement_option(name)[0] is None]
     assert names == ["-tb", "--threads-batch", "-m", "--model"]
 
 

@@ -194,7 +194,7 @@ def test_formats_of_one_model_refuse_two() -> None:
         written("systemd", [GPT, GLM])
 
 
-def test_ik_llama_says_the_load_mode_its_way() -> None:
+def test_ik_llama_has_its_own_words_for_the_load_mode() -> None:
     """-lm none is --no-mmap there; -fit off is what it does anyway."""
     words = shlex.split(_code(ik_llama(GPT)))
     assert "--no-mmap" in words and not {"-lm", "-fit"} & set(words)

@@ -28,7 +28,7 @@ from placement.measure.calibrate.choosing import (
     Proposal,
     choose_runs,
     forecast_turns,
-    is_settled,
+    is_converged,
     rounds_to_tell,
     surprising,
     worth_again,
@@ -91,7 +91,7 @@ def test_the_first_run_is_of_what_is_predicted_best() -> None:
     assert len({one.key for one in picked}) == 3
 
 
-def test_nothing_measured_is_chosen_again() -> None:
+def test_nothing_measured_is_picked_again() -> None:
     """All but one measured: that one is left."""
     each = proposals()
     measured = {one.key: 1.0 for one in each[1:]}
@@ -114,17 +114,17 @@ def test_the_second_run_tells_most_once_the_first_is_known() -> None:
     assert each.index(second) == max(gains, key=lambda i: gains[i])
 
 
-def test_it_is_not_settled_before_four_runs() -> None:
+def test_it_has_not_converged_before_four_runs() -> None:
     """Three good runs are no reason to stop."""
     each = proposals()
-    assert not is_settled(fits(1, 8), each, {one.key: 1e-9 for one in each[:3]}, 0.01)
-    assert is_settled(fits(1, 8), each, {one.key: 1e-9 for one in each[:4]}, 0.01)
+    assert not is_converged(fits(1, 8), each, {one.key: 1e-9 for one in each[:3]}, 0.01)
+    assert is_converged(fits(1, 8), each, {one.key: 1e-9 for one in each[:4]}, 0.01)
 
 
-def test_it_is_not_settled_while_something_better_is_predicted() -> None:
+def test_it_has_not_converged_while_something_better_is_predicted() -> None:
     """Measured turns that are slower than a prediction not yet run."""
     each = proposals()
-    assert not is_settled(fits(1, 8), each, {one.key: 1e9 for one in each[:6]}, 0.01)
+    assert not is_converged(fits(1, 8), each, {one.key: 1e9 for one in each[:6]}, 0.01)
 
 
 def test_what_is_repeated_may_be_the_fastest() -> None:
@@ -158,13 +158,13 @@ def test_noise_asks_for_rounds(noise: float, rounds: int) -> None:
     assert rounds_to_tell(noise) == rounds
 
 
-def test_a_busy_machine_settles_nothing() -> None:
+def test_nothing_converges_on_a_busy_machine() -> None:
     """Rounds that differ by half are no reason to take the best measured for the best there is."""
     each = proposals()
     known = fits(1, 8)
     best_s = float(forecast_turns(known, each).turns_s.min())
     measured = {one.key: 1.5 * best_s for one in each[:6]}
-    assert not is_settled(known, each, measured, 1.0)
+    assert not is_converged(known, each, measured, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -230,10 +230,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return go
 
 
-def test_the_loop_ends_settled_with_a_choice_and_a_changed_machine(run: Any) -> None:
+def test_the_loop_converges_to_a_choice_and_a_changed_machine(run: Any) -> None:
     """Solve, run, refit, solve: it ends by itself, has learned, and says what to use."""
     tuned, _, said = run()
-    assert tuned.is_settled, tuned.why
+    assert tuned.is_converged, tuned.why
     assert tuned.report.verdict.recommended.role == "solution"
     assert any(change.is_identified for change in tuned.changes)
     steps = [line for line in said if "predicted" in line]

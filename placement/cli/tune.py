@@ -125,7 +125,7 @@ def _row(tuned: Tuned, model: str, model_path: str) -> dict[str, Any]:
     return {
         "model": model,
         "machine": tuned.machine.name,
-        "is_settled": tuned.is_settled,
+        "is_settled": tuned.is_converged,
         "why": tuned.why,
         "error": None if tuned.error is None else round(tuned.error, 5),
         "steps": [

@@ -40,12 +40,12 @@ def constraints_of(model: Model, machine: Machine, request: Request) -> tuple[Co
     """
     return tuple(
         itertools.chain(
-            _option_wishes(model, machine, request), kept_constraints(model, machine, request.kept)
+            _option_constraints(model, machine, request), kept_constraints(model, machine, request.kept)
         )
     )
 
 
-def _option_wishes(model: Model, machine: Machine, request: Request) -> Iterator[Constraint]:
+def _option_constraints(model: Model, machine: Machine, request: Request) -> Iterator[Constraint]:
     if request.devices is not None:
         yield devices_constraint(machine, request.devices)
     if request.tensor_split is not None:

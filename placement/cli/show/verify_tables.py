@@ -44,10 +44,10 @@ def rows(report: VerifyReport) -> list[list[str]]:
     ]
 
 
-def _cells(result: CandidateResult, devices: Sequence[str], is_chosen: bool) -> list[str]:
+def _cells(result: CandidateResult, devices: Sequence[str], is_recommended: bool) -> list[str]:
     predicted = result.predicted
     return [
-        f"{result.name}{' *' if is_chosen else ''}",
+        f"{result.name}{' *' if is_recommended else ''}",
         *(_memory(result, name) for name in devices),
         _pair(result.splits_decode, predicted.splits_decode if predicted else None, "{:.0f}"),
         _pair(result.decode_tps, None, "{:.1f}"),

@@ -18,16 +18,16 @@ from placement.inputs.engine_options import (
     option_name,
 )
 
-KEPT_UNLESS_CHOSEN = ("-t",)  # threads are not placement, but an assignment may fix them
+KEPT_UNLESS_PICKED = ("-t",)  # threads are not placement, but an assignment may fix them
 
 
-def chosen_option(word: str) -> tuple[str | None, bool]:
+def placement_option(word: str) -> tuple[str | None, bool]:
     """(canonical name of the option that a choice may replace, whether a value follows it); None for others."""
     name = option_name(word)
     if name in OLDER_LOAD_FLAGS:
         return "-lm", False
     option = OPTION_BY_NAME.get(name)
-    if option is None or not (option.is_placement or option.name in KEPT_UNLESS_CHOSEN):
+    if option is None or not (option.is_placement or option.name in KEPT_UNLESS_PICKED):
         return None, False
     return option.name, option.has_value
 
@@ -49,7 +49,7 @@ def parts_of(given: Sequence[Word]) -> list[OptionPart]:
     """The options in a list of words, each with the values that follow it."""
     parts, at = [], 0
     while at < len(given):
-        option, is_valued = chosen_option(given[at].value)
+        option, is_valued = placement_option(given[at].value)
         end = at + 1
         if option == "-fa" and is_valued:
             end += end < len(given) and given[end].value in FLASH_WORDS
@@ -82,7 +82,7 @@ def merged(old: Sequence[Word], picked: dict[str, OptionPart], elsewhere: Iterab
     left = {option: part for option, part in picked.items() if option not in set(elsewhere)}
     out: list[Word] = []
     for part in parts_of(old):
-        if part.option is None or (part.option in KEPT_UNLESS_CHOSEN and part.option not in picked):
+        if part.option is None or (part.option in KEPT_UNLESS_PICKED and part.option not in picked):
             out += part.words
         elif part.option in left:
             out += _renewed(part, left.pop(part.option))

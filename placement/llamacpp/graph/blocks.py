@@ -79,7 +79,7 @@ def _slots(builder: Builder, type: str) -> GraphTensor:
     return builder.input_once(f"slots.{type}", type, _n_positions(builder), builder.context.n_stream)
 
 
-def _n_chosen(builder: Builder) -> int:
+def _n_picked(builder: Builder) -> int:
     return min(builder.facts.indexer_top_k, _n_positions(builder) // _block(builder))
 
 
@@ -149,7 +149,7 @@ def _block_mask(
     builder: Builder, il: int, st: int, n: int, iq: GraphTensor, ik: GraphTensor, cells: int
 ) -> GraphTensor:
     """The mask of one stream, by indexer head, that leaves only the chosen blocks."""
-    n_head, positions, n_chosen = iq.ne[1], _n_positions(builder), _n_chosen(builder)
+    n_head, positions, n_picked = iq.ne[1], _n_positions(builder), _n_picked(builder)
     n_blocks = positions // _block(builder)
     slots, bias, hidden = _slots(builder, "I32"), _bias(builder), _position_mask(builder)
     of_cell = builder.input_once("cell_block", "I32", cells, builder.context.n_stream)
@@ -159,14 +159,14 @@ def _block_mask(
     hidden = builder.view_3d(hidden, positions, 1, n, hidden.nb[1], hidden.nb[1], st * n * hidden.nb[1])
     pooled = _pooled(builder, builder.in_place("ADD", score, score, hidden))
     bias = builder.view_3d(bias, n_blocks, 1, n, bias.nb[1], bias.nb[1], st * n * bias.nb[1])
-    picked = builder.top_k_of(builder.add(pooled, bias), n_chosen)
+    picked = builder.top_k_of(builder.add(pooled, bias), n_picked)
     nothing = builder.repeat(builder.cast(builder.scale(bias), "F16"), n_blocks, n_head, n, 1)
     zero = builder.scale(builder.cast(picked, "F32"))
     rows = n_head * n
     kept = builder.set_rows(
         builder.reshape(nothing, 1, n_blocks, rows),
-        builder.reshape(zero, 1, n_chosen, rows),
-        builder.reshape(picked, n_chosen, rows),
+        builder.reshape(zero, 1, n_picked, rows),
+        builder.reshape(picked, n_picked, rows),
     )
     kept = builder.cont(builder.permute(builder.reshape(kept, n_blocks, n_head, n), 0, 2, 1, 3))
     kept = builder.cont(builder.transpose(builder.reshape(kept, n_blocks, rows)))
@@ -182,7 +182,7 @@ def _decoded(
     builder: Builder, q: GraphTensor, iq: GraphTensor, ik: GraphTensor, k: GraphTensor, v: GraphTensor
 ) -> GraphTensor:
     """One token per stream: the chosen blocks' rows are gathered."""
-    ns, block, n_chosen = builder.context.n_stream, _block(builder), _n_chosen(builder)
+    ns, block, n_picked = builder.context.n_stream, _block(builder), _n_picked(builder)
     size, n_head, positions = iq.ne[0], iq.ne[1], _n_positions(builder)
     head, n_kv_head, cells = k.ne[:3]
     ids = _slots(builder, "I32")
@@ -193,14 +193,14 @@ def _decoded(
     hidden = builder.reshape(_position_mask(builder), positions, 1, 1, ns)
     pooled = _pooled(builder, builder.in_place("ADD", score, score, hidden))
     bias = builder.reshape(_bias(builder), positions // block, 1, 1, ns)
-    picked = builder.top_k_of(builder.add(pooled, bias), n_chosen)
-    first = builder.reshape(builder.scale(builder.cast(picked, "F32")), 1, n_chosen, n_head, ns)
+    picked = builder.top_k_of(builder.add(pooled, bias), n_picked)
+    first = builder.reshape(builder.scale(builder.cast(picked, "F32")), 1, n_picked, n_head, ns)
     steps = builder.reshape(builder.op("ARANGE", "F32", (block, 1, 1, 1)), block, 1, 1)
-    spread = builder.add(builder.repeat(first, block, n_chosen, n_head, ns), steps)
-    n_rows = block * n_chosen * n_head
+    spread = builder.add(builder.repeat(first, block, n_picked, n_head, ns), steps)
+    n_rows = block * n_picked * n_head
     token_ids = builder.cast(builder.reshape(spread, n_rows, ns), "I32")
     rows = builder.get_rows(builder.reshape(_slots(builder, "F32"), 1, positions, ns), token_ids)
-    rows = builder.reshape(rows, block, n_chosen, n_head, ns)
+    rows = builder.reshape(rows, block, n_picked, n_head, ns)
     steps = builder.reshape(builder.op("ARANGE", "F32", (n_kv_head, 1, 1, 1)), 1, 1, n_head)
     rows = builder.cast(builder.reshape(builder.add(builder.scale(rows), steps), n_rows, ns), "I32")
     gathered = []
@@ -208,8 +208,8 @@ def _decoded(
         flat = builder.view_3d(tensor, head, n_kv_head * cells, ns, tensor.nb[1], tensor.nb[3])
         gathered.append(builder.get_rows(flat, rows))
     hidden = builder.get_rows(builder.reshape(_position_mask(builder), 1, positions, ns), token_ids)
-    parts = [builder.reshape(t, head, block * n_chosen, 1, n_head * ns) for t in gathered]
+    parts = [builder.reshape(t, head, block * n_picked, 1, n_head * ns) for t in gathered]
     types = [t.type if t.type in ("F16", "F32", "BF16") else "F16" for t in (k, v)]
     kk, vv = (p if p.type == t else builder.cast(p, t) for p, t in zip(parts, types, strict=True))
-    mask = builder.cast(builder.reshape(hidden, block * n_chosen, 1, 1, n_head * ns), "F16")
+    mask = builder.cast(builder.reshape(hidden, block * n_picked, 1, 1, n_head * ns), "F16")
     return _attend(builder, q, kk, vv, mask, q.ne[1] // n_kv_head)

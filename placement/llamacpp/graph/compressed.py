@@ -29,7 +29,7 @@ def compressed_attention(builder: Builder, il: int, cur: GraphTensor) -> GraphTe
         _compress(builder, il, cur, "attn", "main", kept)
     if index is not None:
         _compress(builder, il, cur, "indexer", "index", index)
-    picked = None if index is None else _chosen_blocks(builder, il, narrow, cur, index)
+    picked = None if index is None else _picked_blocks(builder, il, narrow, cur, index)
     out = _attend_all(builder, il, q, kv, kept, picked)
     return _grouped_output(builder, il, out, size)
 
@@ -199,7 +199,7 @@ def _overlapped(builder: Builder, rows: GraphTensor, size: int, ratio: int, n_bl
 # --- the indexer
 
 
-def _chosen_blocks(
+def _picked_blocks(
     builder: Builder, il: int, narrow: GraphTensor, cur: GraphTensor, cache: Cache
 ) -> GraphTensor:
     """The compressed rows that the indexer chooses (build_lid_top_k)."""

@@ -38,10 +38,10 @@ def shorten(keys: Sequence[Hashable]) -> tuple[list[int], list[LayerRun]]:
             continue
         # best-fit packing may alternate between two patterns: the number left out stays even
         n_kept = KEPT_REPETITIONS + (n - KEPT_REPETITIONS) % 2
-        front = (n_kept - 1) * period
+        n_before = (n_kept - 1) * period
         end = i + n * period
-        runs.append(LayerRun(len(kept) + front - period, period, n - n_kept))
-        kept += range(i, i + front)
+        runs.append(LayerRun(len(kept) + n_before - period, period, n - n_kept))
+        kept += range(i, i + n_before)
         kept += range(end - period, end)
         i = end
     return kept, runs

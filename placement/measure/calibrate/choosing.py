@@ -129,7 +129,7 @@ def _after(
     return covariance - gain @ rows @ covariance
 
 
-def is_settled(
+def is_converged(
     fits: tuple[Calibration, Calibration],
     proposals: Sequence[Proposal],
     measured: Mapping[str, float],

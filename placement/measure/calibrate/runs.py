@@ -70,7 +70,7 @@ def find_runs(
         )
     ids = {id(record) for record in usable}
     pairs = [(folder, record) for folder, record in kept if id(record) in ids]
-    result = _found(root, pairs, machine)
+    result = _fit_data(root, pairs, machine)
     return replace(
         result, conditions=conditions, left_out=tuple(left_out.items()), skipped=(*skipped, *result.skipped)
     )
@@ -103,7 +103,7 @@ def _is_timed(record: Record) -> bool:
     return record.timing is not None and record.outcome == OK
 
 
-def _found(root: Path, pairs: Sequence[tuple[Path, Record]], machine: Machine) -> FitData:
+def _fit_data(root: Path, pairs: Sequence[tuple[Path, Record]], machine: Machine) -> FitData:
     """Rows and memory samples of records that belong together, by run."""
     runs: dict[str, list[tuple[Path, Record]]] = {}
     for folder, record in pairs:

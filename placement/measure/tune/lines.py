@@ -53,7 +53,7 @@ class Tuned:
     machine: Machine
     changes: tuple[Change, ...]
     lines: tuple[TuneLine, ...]
-    is_settled: bool
+    is_converged: bool
     why: str
     error: float | None = None
 

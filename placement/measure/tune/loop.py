@@ -24,7 +24,7 @@ from placement.measure.calibrate.choosing import (
     Proposal,
     choose_runs,
     forecast_turns,
-    is_settled,
+    is_converged,
     rounds_to_tell,
     surprising,
     worth_again,
@@ -115,7 +115,7 @@ class Tuning:
             known = [each.proposal for each in proposals.values()]
             measured = self._measured(outcome)
             all_s = measured | self._measured_fits()
-            if self._is_credible() and is_settled(fits, known, all_s, self._noise()):
+            if self._is_credible() and is_converged(fits, known, all_s, self._noise()):
                 return fits, "the best measured is within its noise of the best predicted", True
             picked = choose_runs(fits, known, measured, PER_STEP)
             if not picked:
