@@ -1,4 +1,4 @@
-"""Judges place's choices beside llama.cpp's own `--fit` by bytes and splits alone, with no term of our speed model.
+"""Compares place's choices with llama.cpp's own `--fit` by bytes and splits alone, with no term of our speed model.
 
     python -m benchmarks.fit [FOLDER] [--rates NAME] [--cases TEXT]
 

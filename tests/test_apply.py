@@ -244,7 +244,7 @@ _ENTRIES = st.one_of(
     st.sampled_from(["", "[z]\nX=1"]),
 )
 def test_any_section_takes_the_choice(entries: list[str], newline: str, is_ended: bool, rest: str) -> None:
-    """Whatever the section said: it reads back as chosen, its other arguments stay, and twice is once."""
+    """Whatever the section said: it reads back as selected, its other arguments stay, and twice is once."""
     text = newline.join(
         ["# top", "[glm-flash]", *entries, ""] if is_ended or rest else ["[glm-flash]", *entries]
     )

@@ -65,7 +65,7 @@ def shown(name: str, **asked: object) -> tuple[Solution, ...]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_shown_is_beaten_by_another(name: str) -> None:
-    """No point of the front is as good as another nowhere and worse somewhere; at most twelve are shown."""
+    """No point of the Pareto front is as good as another nowhere and worse somewhere; at most twelve are shown."""
     result = shown(name)
     assert len(result) <= MAX_SHOWN
     assert [each.name for each in result[:2]] == ["aggressive", "moderate"]

@@ -178,7 +178,7 @@ def knowing(**values: float) -> Machine:
 
 
 def threads_of(machine: Machine, **settings: int) -> tuple[set[int | None], int | None]:
-    """The thread counts tried for the experts' model, and the one chosen."""
+    """The thread counts tried for the experts' model, and the one selected."""
     asked = problem(expert_model(8), machine)
     asked = dataclasses.replace(asked, settings=dataclasses.replace(asked.settings, **settings))
     space = SearchSpace(ubatches=(512,))
@@ -195,7 +195,7 @@ def test_threads_are_the_engines_by_default() -> None:
 
 
 def test_fewer_threads_where_each_costs_more_than_it_reads() -> None:
-    """Where threads cost time at every split and few read all that memory gives, few are chosen; else all."""
+    """Where threads cost time at every split and few read all that memory gives, few are selected; else all."""
     dear = threads_of(knowing(thread_us=100.0, cpu_thread_gb_per_s=100.0))
     assert dear == ({None, 2, 4, 6}, 2)
     assert threads_of(knowing(thread_us=0.01, cpu_thread_gb_per_s=1.0))[1] is None

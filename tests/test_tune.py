@@ -1,4 +1,4 @@
-"""Closing the loop: which runs are chosen, when it ends, and what is chosen at the end."""
+"""Closing the loop: which runs are selected, when it ends, and what is selected at the end."""
 
 from __future__ import annotations
 

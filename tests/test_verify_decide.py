@@ -112,7 +112,7 @@ def test_slower_than_fit_is_never_recommended(slower: float) -> None:
 
 
 def test_intermittent_rule_does_not_override_fit() -> None:
-    """Moderate is not chosen for an unsure aggressive when it is slower than --fit."""
+    """Moderate is not selected for an unsure aggressive when it is slower than --fit."""
     run = [*good_round("aggressive", 1), *failed("aggressive", "start", "oom-at-start", 2)]
     assert picked(rounds("moderate", 0.06, 0.06), run, FIT) == "fit:aggressive"
 

@@ -320,7 +320,7 @@ class _Reading:
             self.put(option, _said(option))
 
     def take(self, words: list[str]) -> None:
-        """Read one option and its value off the front of `words`."""
+        """Read one option and its value off the start of `words`."""
         word = words.pop(0)
         name = option_name(word)
         option = OPTION_BY_NAME.get(name)

@@ -177,7 +177,7 @@ def kv_bytes_read(model: Model, settings: Settings, depth_tokens: int) -> tuple[
     """Bytes of context memory that one decoded token moves in each layer, `depth_tokens` already there.
 
     Attention reads whole blocks of 256 cells, at most the cache; sparse attention reads its indexer's keys
-    and the cells chosen; state is read and written. A layer that reuses another's cache is counted itself.
+    and the cells selected; state is read and written. A layer that reuses another's cache is counted itself.
     """
     architecture = describe(model)
     size = context_size(model, settings)

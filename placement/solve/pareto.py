@@ -1,8 +1,8 @@
-"""The front: placements that no other beats in decode speed, prompt speed and smallest headroom at once; and the
-best placements that differ from each other.
+"""The Pareto front: placements that no other beats in decode speed, prompt speed and smallest headroom at once; and
+the best placements that differ from each other.
 
-The front is walked by epsilon constraints: under each of a few reserves the fastest decode, then the fastest decode
-whose prompts are a good deal faster than the last one's, and so on until nothing is.
+The Pareto front is walked by epsilon constraints: under each of a few reserves the fastest decode, then the fastest
+decode whose prompts are a good deal faster than the last one's, and so on until nothing is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Merit = tuple[float, float, float]  # decode and prompt tokens per second, MiB o
 
 
 def walk(search: Search, space: SearchSpace, tell: Callable[[str], None]) -> Iterator[Candidate]:
-    """Points that may stand on the front, each the fastest decode at its prompt speed and reserve, within 2 %."""
+    """Candidates of the Pareto front, each the fastest decode at its prompt speed and reserve, within 2 %."""
     for reserve in RESERVES:
         limited = replace(
             space,
@@ -34,7 +34,7 @@ def walk(search: Search, space: SearchSpace, tell: Callable[[str], None]) -> Ite
             reserve_fraction=max(reserve, space.reserve_fraction),
         )
         while (result := _next(search, limited)) is not None:
-            tell(f"the front: {result.speed.prompt_tps or 0:,.0f} t/s prompt")
+            tell(f"the Pareto front: {result.speed.prompt_tps or 0:,.0f} t/s prompt")
             yield result
             # a frame's prompt may be counted a few splits shorter than it is: the limit falls all the same
             last_s = min(result.speed.prompt_s, limited.max_prompt_s or math.inf)

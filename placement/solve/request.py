@@ -82,7 +82,7 @@ class Request:
     depth_tokens: int | None = None  # None: a quarter of a slot
     reserve_mib: float = 0.0  # kept free on every GPU
     objective: Objective = "turn"
-    n_best: int = 0  # so many of the best placements that differ, beside the front
+    n_best: int = 0  # so many of the best placements that differ, beside the Pareto front
     program: Program = "llama-server"
     min_decode_tps: float | None = None
     pins: tuple[str, ...] = ()  # "REGEX=DEVICE"
@@ -92,7 +92,7 @@ class Request:
     max_cpu_layers: int | None = None
     keep: str = ""  # llama.cpp arguments that stay
     fixed: FixedSettings = field(default_factory=FixedSettings)
-    load_modes: tuple[LoadMode, ...] = ("auto", "none")  # those that may be chosen
+    load_modes: tuple[LoadMode, ...] = ("auto", "none")  # those that may be selected
     time_limit_s: float = 10.0  # of each search
     seed: int = 1
 

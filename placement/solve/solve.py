@@ -1,4 +1,4 @@
-"""A model, a machine and what the user fixes → the named solutions: aggressive, moderate, and the front."""
+"""A model, a machine and what the user fixes → the named solutions: aggressive, moderate, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def solve_request(
     engine_planner: EnginePlanner | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> SolutionSet:
-    """Find the recommended placement, the moderate one, and the other points of the front.
+    """Find the recommended placement, the moderate one, and the other points of the Pareto front.
 
     With a `engine_planner` every solution shown is planned by the engine, and what does not fit there is searched anew.
     An impossible request gives a set without solutions, status INFEASIBLE, and a message that says which cap
@@ -230,7 +230,7 @@ def _search_space(request: Request) -> SearchSpace:
 def _points(
     search: Search, space: SearchSpace, n_best: int, tell: Callable[[str], None]
 ) -> list[tuple[str, Candidate]]:
-    """The named placements and the others that may stand on the front; empty when nothing fits."""
+    """The named placements and the others that may stand on the Pareto front; empty when nothing fits."""
     tell("aggressive")
     aggressive = search.best(space, search.lower_bounds(space))
     if aggressive is None and space.orders is None and search.problem.machine.devices:
@@ -262,7 +262,7 @@ def _shortest(aggressive: Candidate, others: Iterable[Candidate]) -> Candidate:
 
 
 def _shown(problem: Problem, points: list[tuple[str, Candidate]]) -> list[Solution]:
-    """The points as solutions: the named ones, then at most so many of the front that no other beats, spread out."""
+    """The points as solutions: the named ones, then at most so many of the Pareto front, spread out."""
     every = [as_solution(problem, result, name) for name, result in points]
     named = [each for each in every if each.name in (AGGRESSIVE, MODERATE)]
     pareto_front = [*named, *_non_dominated(named, [each for each in every if not each.name])]
@@ -289,7 +289,7 @@ def _with_verdict(problem: Problem, solution: Solution, verdict: PlannedPlacemen
 
 
 def as_solution(problem: Problem, result: Candidate, name: str) -> Solution:
-    """A found placement with its arguments, memory and proof."""
+    """A candidate with its arguments, memory and proof."""
     args = emit_arguments(problem.model, problem.machine, result.assignment, problem.program)
     coarse = backend_notes(problem.machine, result.assignment)
     return Solution(
@@ -327,7 +327,7 @@ def _non_dominated(named: list[Solution], others: Iterable[Solution]) -> list[So
 
 
 def _named(solutions: list[Solution]) -> list[Solution]:
-    """Names for the points of the front: their ubatch and cards, numbered where those repeat."""
+    """Names for the points of the Pareto front: their ubatch and cards, numbered where those repeat."""
     named: list[Solution] = []
     seen: Counter[str] = Counter()
     for solution in solutions:

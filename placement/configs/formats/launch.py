@@ -1,4 +1,4 @@
-"""`Launch`: one model's chosen arguments with what a consumer of them also needs."""
+"""`Launch`: one model's selected arguments with what a consumer of them also needs."""
 
 from __future__ import annotations
 

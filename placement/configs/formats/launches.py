@@ -1,4 +1,4 @@
-"""Solutions, or a models.conf's sections as they stand → launches, for the presets to write."""
+"""Solutions, or a models.conf's sections as they stand → launches, for the formats to write."""
 
 from __future__ import annotations
 

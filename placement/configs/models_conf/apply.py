@@ -243,7 +243,7 @@ def _undated(block: Sequence[str]) -> list[str]:
 
 
 def _reasons(choice: Choice, engine_build: str | None, measured: Measured | None) -> list[str]:
-    """The block's lines: what was chosen, why, what is predicted and what was measured."""
+    """The block's lines: what was selected, why, what is predicted and what was measured."""
     cards = [f"{name} {use.used_mib:,.0f} of {use.cap_mib:,.0f}" for name, use in choice.memory.items()]
     rows = [
         f"{BLOCK_BEGIN}: {choice.name} for {choice.model} on {choice.machine}",

@@ -24,7 +24,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The arguments chosen, what is predicted of them, and why they were chosen; unknown speeds are None."""
+    """The arguments selected, what is predicted of them, and why they were selected; unknown speeds are None."""
 
     model: str
     machine: str

@@ -1,4 +1,4 @@
-"""Which words of an argument list are about placement, and old arguments + chosen ones → new arguments.
+"""Which words of an argument list are about placement, and old arguments + selected ones → new arguments.
 
 The others keep their order and spelling; a placement option that stays keeps its place and the name it was
 written with; what the choice adds follows at the end; what it does not have goes.
@@ -73,12 +73,12 @@ def plain_words(tokens: Iterable[str]) -> list[Word]:
 
 
 def by_option(tokens: Sequence[str]) -> dict[str, OptionPart]:
-    """The options of chosen arguments by canonical name."""
+    """The options of selected arguments by canonical name."""
     return {part.option or part.values[0]: part for part in parts_of(plain_words(tokens))}
 
 
 def merged(old: Sequence[Word], picked: dict[str, OptionPart], elsewhere: Iterable[str]) -> list[Word]:
-    """The old words with their placement replaced by the chosen; options in `elsewhere` are said by keys."""
+    """The old words with their placement replaced by the choice's; options in `elsewhere` are said by keys."""
     left = {option: part for option, part in picked.items() if option not in set(elsewhere)}
     out: list[Word] = []
     for part in parts_of(old):

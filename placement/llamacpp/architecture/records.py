@@ -32,7 +32,7 @@ class LayerFacts:
 
     `cache_layer` is the layer whose cache it reads: itself, an earlier one, or None without attention memory.
     `state_extra` is state beyond r and s (compressors). `is_sparse`: attention reads only the cells that an
-    indexer, its own or an earlier layer's, has chosen.
+    indexer, its own or an earlier layer's, has selected.
     """
 
     index: int

@@ -22,7 +22,7 @@ def emit_arguments(
 ) -> list[str]:
     """The argument tokens that make the engine place a model so, without the model path.
 
-    One card is chosen with `-dev`: unlike `-sm none -mg N` it does not count RPC devices, and the engine puts
+    One card is selected with `-dev`: unlike `-sm none -mg N` it does not count RPC devices, and the engine puts
     an image projector on the same card. llama-server and llama-fit-params both take the result; `-kvu` is
     left out for the latter, which plans the shared cache as one sequence.
 

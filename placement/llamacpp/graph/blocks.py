@@ -14,7 +14,7 @@ EMPTY_CACHE_POSITIONS = CELL_PADDING  # what an empty cache counts as used: rese
 
 
 def has_blocks(builder: Builder, il: int) -> bool:
-    """Whether the layer attends to chosen blocks: flash attention, and sequences with own streams."""
+    """Whether the layer attends to selected blocks: flash attention, and sequences with own streams."""
     context = builder.context
     is_split = context.n_seq_max == 1 or not context.is_unified
     return context.is_flash and is_split and builder.layer(il).is_sparse
@@ -148,7 +148,7 @@ def _stream(
 def _block_mask(
     builder: Builder, il: int, st: int, n: int, iq: GraphTensor, ik: GraphTensor, cells: int
 ) -> GraphTensor:
-    """The mask of one stream, by indexer head, that leaves only the chosen blocks."""
+    """The mask of one stream, by indexer head, that leaves only the selected blocks."""
     n_head, positions, n_picked = iq.ne[1], _n_positions(builder), _n_picked(builder)
     n_blocks = positions // _block(builder)
     slots, bias, hidden = _slots(builder, "I32"), _bias(builder), _position_mask(builder)
@@ -181,7 +181,7 @@ def _block_mask(
 def _decoded(
     builder: Builder, q: GraphTensor, iq: GraphTensor, ik: GraphTensor, k: GraphTensor, v: GraphTensor
 ) -> GraphTensor:
-    """One token per stream: the chosen blocks' rows are gathered."""
+    """One token per stream: the selected blocks' rows are gathered."""
     ns, block, n_picked = builder.context.n_stream, _block(builder), _n_picked(builder)
     size, n_head, positions = iq.ne[0], iq.ne[1], _n_positions(builder)
     head, n_kv_head, cells = k.ne[:3]

@@ -25,7 +25,7 @@ class Routing:
     is_scaled: bool = False
     activation: Activation = "silu"
     is_weighted_before: bool = False  # Llama 4: weights applied to the input
-    selects_by: SelectsBy = "probs"  # what the best experts are chosen by
+    selects_by: SelectsBy = "probs"  # what the best experts are selected by
     clamp: SiluClamp | None = None
     is_scaled_by_tensor: bool = False
     has_exact_down: bool = False
@@ -129,7 +129,7 @@ def moe(
 ) -> GraphTensor:
     """Route the tokens through the experts and add up what they give.
 
-    With `is_shared_by_group` the chosen experts' numbers are divided by their group's size.
+    With `is_shared_by_group` the selected experts' numbers are divided by their group's size.
     """
     n_expert = builder.facts.n_expert
     n_used = n_used or builder.layer(il).n_expert_used
@@ -165,7 +165,7 @@ def _probabilities(builder: Builder, logits: GraphTensor, routing: Routing) -> G
             return builder.unary(logits, "sigmoid")
         case "sqrt_softplus":
             return builder.like("SQRT", builder.unary(logits, "softplus"))
-        case "softmax_weight":  # of the chosen ones, later
+        case "softmax_weight":  # of the selected ones, later
             return logits
         case unknown:
             assert_never(unknown)

@@ -244,7 +244,7 @@ class _Matcher:
         return n_ops - 1
 
     def _routing_ops(self, i: int) -> tuple[int, int] | None:
-        """(number of nodes, position of the chosen ids) of the fusable sequence at i."""
+        """(number of nodes, position of the selected ids) of the fusable sequence at i."""
         ops = self.ops
         p = i
         if ops[i] == "UNARY":

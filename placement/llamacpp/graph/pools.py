@@ -125,7 +125,7 @@ def _gated_pools(builder: Builder, il: int, rows: GraphTensor, size: int) -> Gra
 
 
 def pooled_latent_attention(builder: Builder, il: int, cur: GraphTensor) -> GraphTensor:
-    """Latent attention without rope over chosen pools (build_dsa_layer)."""
+    """Latent attention without rope over selected pools (build_dsa_layer)."""
     narrow, q = latent_query(builder, il, cur)
     n_head, n = builder.layer(il).n_head, builder.n_tokens
     q = builder.reshape(q, q.ne[0] // n_head, n_head, n)
@@ -181,7 +181,7 @@ def _pool_scores(builder: Builder, q: GraphTensor, keys: GraphTensor, weights: G
 
 
 def _in_order(builder: Builder, score: GraphTensor, best: GraphTensor) -> GraphTensor:
-    """The chosen pools, best first."""
+    """The selected pools, best first."""
     n, n_top = builder.n_tokens, _n_top(builder)
     scores = builder.get_rows(builder.reshape(score, 1, _n_pool(builder), n), best)
     order = builder.argsort(builder.reshape(scores, n_top, n))
@@ -198,7 +198,7 @@ def _cells_of(builder: Builder, pools: GraphTensor) -> GraphTensor:
 def _unmasked(
     builder: Builder, mask: GraphTensor, picked: GraphTensor, live: GraphTensor, dump: GraphTensor
 ) -> GraphTensor:
-    """A mask of everything with the chosen cells visible; dead choices go to spare columns."""
+    """A mask of everything with the selected cells visible; dead choices go to spare columns."""
     n, cells, n_sel = builder.n_tokens, mask.ne[0], picked.ne[0]
     everything = builder.like("FILL", builder.new(mask.type, cells + n_sel, 1, 1, 1))
     everything = builder.repeat(everything, cells + n_sel, n, 1, 1)

@@ -138,8 +138,8 @@ class ArchitectureRow:
     is_capped: bool = False  # attention scores have a soft cap
     post_attention_norm: Literal["post_attention_norm", "attn_output_norm"] | None = None  # before the sum
     is_post_attention_norm_pinned: bool = True
-    has_rows_after_sum: bool = False  # the last layer's rows are chosen after the sum with the residual
-    has_rows_after_norm: bool = False  # the last layer's rows are chosen after that norm
+    has_rows_after_sum: bool = False  # the last layer's rows are selected after the sum with the residual
+    has_rows_after_norm: bool = False  # the last layer's rows are selected after that norm
     is_residual_first: bool = False  # order of the sum after attention
     is_middle_first: bool = False  # order of the sum after the feed-forward block
     unread: tuple[Unread, ...] = ()  # tensors that are loaded and not used

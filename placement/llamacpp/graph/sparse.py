@@ -61,7 +61,7 @@ def scored(builder: Builder, q: GraphTensor, k: GraphTensor, weights: GraphTenso
 
 
 def sparse_mask(builder: Builder, mask: GraphTensor, top_k: GraphTensor) -> GraphTensor:
-    """The mask with every cell hidden that was not chosen."""
+    """The mask with every cell hidden that was not selected."""
     everything = builder.like("FILL", mask)
     nb = everything.nb
     rows = builder.view(everything, (1, mask.ne[0], mask.ne[1], mask.ne[3]), nb[:3])

@@ -243,7 +243,7 @@ def _excluded(subproblem: Subproblem, taken: Sequence[Candidate]) -> list[Answer
 
 
 def _picks(table: Table, result: Candidate) -> Iterator[int]:
-    """The choices that place a found placement's groups where they are; the first where the frame has none."""
+    """The choices that place a candidate's groups where they are; the first where the frame has none."""
     moved = dict(result.assignment.moved)
     number = {name: p for p, name in enumerate(table.frame.positions)}
     for layer, names, home in zip(table.frame.layers, table.group_names, result.answer.homes, strict=True):

@@ -1,4 +1,4 @@
-"""Ways looked at ever more closely: what they promise, their buffers, their frames; kept between questions."""
+"""Configurations refined step by step: their lower bounds, buffers and frames; kept between questions."""
 
 from __future__ import annotations
 
