@@ -7,7 +7,7 @@ import re
 import sys
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -321,3 +321,76 @@ def test_a_liberty_is_seen(text: str, expected: str) -> None:
 def test_reading_is_no_liberty(text: str) -> None:
     """Looking at the process, or catching what a call is known to raise, changes nothing."""
     assert list(liberties("compute.py", ast.parse(text))) == []
+
+
+# words that the glossary replaced, as parts of names
+_OLD_PART = re.compile(
+    r"ways?|leads?|hopes?|outlook|promise[sd]?|freedom|wish(es|ed)?|granted|settle[sd]?|settling|closer|judge[sd]?|"
+    r"rivals?|telling|survey(ed)?|chosen|presets|front|found",
+    re.IGNORECASE,
+)
+OLD_PARTS_KEPT = {"FileNotFoundError": "Python's own", "pareto_front": "the field's word, whole"}
+# of those the ones that plain English does without, in docstrings, comments and messages
+_OLD_PROSE = re.compile(
+    r"\b(hop(e|es|ed)|outlooks?|freedoms?|wish(es|ed)?|granted|judg(e|es|ed|ing)|rivals?|telling|"
+    r"survey(s|ed)?|(?<!pareto )front)\b",
+    re.IGNORECASE,
+)
+
+
+def identifiers(module: ast.Module) -> Iterator[str]:
+    """Every name that the source defines, uses or imports; those inside f-strings too."""
+    for node in ast.walk(module):
+        for _, value in ast.iter_fields(node) if not isinstance(node, ast.Constant) else ():
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, str):
+                    yield from each.split(".")
+
+
+def old_names(names: Iterable[str]) -> list[str]:
+    """The names of which a part, split at _ and at capitals, is a word that was replaced."""
+    parts = {name: re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name) for name in {*names} - {*OLD_PARTS_KEPT}}
+    return sorted(name for name, each in parts.items() if any(map(_OLD_PART.fullmatch, each)))
+
+
+def old_prose(text: str) -> list[str]:
+    """The words in a source that were replaced, wherever its lines break."""
+    return [match[0] for match in _OLD_PROSE.finditer(re.sub(r"[\s#]+", " ", text))]
+
+
+@pytest.mark.parametrize("name", list(files()))
+def test_a_source_has_the_words_of_the_glossary(name: str) -> None:
+    """No file, no name and no docstring, comment or message has a word that was replaced."""
+    text = files()[name].read_text(encoding="utf-8")
+    assert (old_names([*name.split("."), *identifiers(tree(name))]), old_prose(text)) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def _best_way(): pass", ["_best_way"]),
+        ("class LeadTable: pass", ["LeadTable"]),
+        ("f(wishes=1)", ["wishes"]),
+        ("f'{kept.found}'", ["found"]),
+        ("from a.outlook import b", ["outlook"]),
+        ("FRONT_GAP = 1", ["FRONT_GAP"]),
+        ("pareto_front, leading, always = FileNotFoundError, 'found', 'way'", []),
+    ],
+)
+def test_an_old_name_is_seen(text: str, expected: list[str]) -> None:
+    """Part of a name, a keyword, an attribute in an f-string and a module count; text and longer words do not."""
+    assert old_names(identifiers(ast.parse(text))) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("# what the user Wished", ["Wished"]),
+        ("# the Pareto\n# front", []),
+        ("print('on the front')", ["front"]),
+        ("is_settled = hopeless", []),
+    ],
+)
+def test_old_prose_is_seen(text: str, expected: list[str]) -> None:
+    """Whole words count, whatever their case and the line break before them."""
+    assert old_prose(text) == expected
