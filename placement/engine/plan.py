@@ -43,7 +43,6 @@ _NOISE = re.compile(
 )
 _TAIL_LINES = 40
 _TRIES = 8  # on a busy machine llama-fit-params loses its last lines in one run of five
-_REASON_TRIES = 3
 _RPC_TRIES = 5  # a worker that is just leaving its last client refuses the next one
 _RPC_PAUSE_S = 0.1
 _PAUSE_S = 0.02
@@ -221,9 +220,11 @@ def measuring_program(engine: Engine, program: str) -> str:
     return "llama-fit-params"
 
 
-def _command(engine: Engine, path: Path, arguments: Sequence[str], program: str) -> list[str | Path]:
+def _command(
+    engine: Engine, path: Path, arguments: Sequence[str], program: str, *, is_terse: bool = False
+) -> list[str | Path]:
     flags = program_flags(engine, program)
-    options = ["-lv", "5"] if "-lv" in flags else ["-v"]
+    options = [] if is_terse else ["-lv", "5"] if "-lv" in flags else ["-v"]
     options += ["--log-jsonl"] if "--log-jsonl" in flags else []
     if program == "llama-server":
         options += ["-fit", "on", "-fitt", "0", "--host", "127.0.0.1", "--port", "0"]
@@ -250,9 +251,7 @@ def _measure(request: _Request, path: Path) -> tuple[Finished, PlanReading]:
             stop_when=stop_when,
             cancel=request.cancel,
         )
-        if attempt < _REASON_TRIES and is_unexplained(finished):
-            continue
-        require_success(finished)
+        require_success(_explained(request, path, finished))
         if is_server and (not finished.is_stopped or _FIT_ERROR.search(finished.text)):
             raise EngineFailed(failure_line(finished))
         reading = read_plan(finished.text)
@@ -261,6 +260,22 @@ def _measure(request: _Request, path: Path) -> tuple[Finished, PlanReading]:
     if reading is None or not has_all_buffers(finished.text, reading):
         raise unreadable(finished, "memory breakdown")
     return finished, reading
+
+
+def _explained(request: _Request, path: Path, finished: Finished) -> Finished:
+    """Return a run whose log says why it failed, where the full log lost that with its last lines.
+
+    The engine's log has a thread of its own (common/log.cpp) that an abort ends: of a full log a third of the
+    runs lose the reason, of a log without the details none did.
+    """
+    if not is_unexplained(finished):
+        return finished
+    terse = _command(request.engine, path, request.arguments, request.program, is_terse=True)
+    again = run_on(
+        endpoints_of(request.arguments), terse, timeout_s=request.timeout_s, cancel=request.cancel,
+        stop_when=_is_measured if request.program == "llama-server" else None,
+    )  # fmt: skip
+    return again if again.returncode != 0 and not is_unexplained(again) else finished
 
 
 def _is_measured(line: str) -> bool:
