@@ -226,6 +226,7 @@ BROAD = frozenset(
 )
 FOREIGN = "what another program printed may have any shape"
 JUSTIFIED = {
+    ("cli/__init__.py", "gc"): "the command owns its process",
     ("files.py", "os.umask"): "it can only be read by setting it, and is put back at once",
     ("inputs/gguf_header/write.py", "os.umask"): "it can only be read by setting it, and is put back at once",
     ("engine/logs.py", "except TypeError"): FOREIGN,

@@ -76,7 +76,7 @@ class Scheduler:
         self.assigned = [-1] * flat.n_tensors
         for index, backend in pins.items():
             self.assigned[index] = backend
-        self.src = list(flat.src)  # a node's row is the graph's own until a copy stands in it
+        self.src = list(flat.src)  # a row is the graph's own until a copy stands in it
         self.splits: list[Split] = []
         self.copies: dict[tuple[int, int], list[int]] = {}
         self.copy_of: list[int] = []  # of the tensors after flat.n_tensors: what they copy
@@ -228,9 +228,8 @@ class Scheduler:
                 if place == current or (place == NO_BUFFER and assigned[source] == current):
                     continue
                 if assigned[source] != current and not self._is_readable(source, current):
-                    if src[i] is sources:
-                        src[i] = list(sources)
-                    src[i][j] = self._copy(source, current, split)
+                    row = src[i]
+                    src[i] = (*row[:j], self._copy(source, current, split), *row[j + 1 :])
         split.end = flat.n_tensors
 
     def _needs_new_split(self, i: int, current: int) -> bool:

@@ -28,7 +28,7 @@ class FlatGraph:
         self.tensors = tensors
         self.n_leafs = len(graph.leafs)
         self.n_tensors = n
-        self.src = [[source.index for source in tensor.src] for tensor in tensors]
+        self.src = [tuple([source.index for source in tensor.src]) for tensor in tensors]
         self.root = [-1 if tensor.root is None else tensor.root.index for tensor in tensors]
         self.buffer = [NO_BUFFER] * n
         self.held = self.buffer

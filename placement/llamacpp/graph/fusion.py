@@ -21,7 +21,7 @@ Dependencies = dict[int, list[tuple[int, ...]]]
 
 
 def keep_for_fusion(
-    flat: FlatGraph, src: Sequence[list[int]], start: int, end: int
+    flat: FlatGraph, src: Sequence[tuple[int, ...]], start: int, end: int
 ) -> tuple[list[int], Dependencies]:
     """The split's node order, and what must stay alive until after which node."""
     matcher = _Matcher(flat, src, start, end)
@@ -34,7 +34,7 @@ def keep_for_fusion(
 
 
 class _Matcher:
-    def __init__(self, flat: FlatGraph, src: Sequence[list[int]], start: int, end: int) -> None:
+    def __init__(self, flat: FlatGraph, src: Sequence[tuple[int, ...]], start: int, end: int) -> None:
         self.flat, self.src = flat, src
         self.order = list(range(start, end))
         self.ops = [flat.tensors[i].op for i in self.order]
@@ -62,7 +62,7 @@ class _Matcher:
     def _tensor(self, position: int) -> GraphTensor:
         return self.flat.tensors[self.order[position]]
 
-    def _sources(self, position: int) -> list[int]:
+    def _sources(self, position: int) -> tuple[int, ...]:
         return self.src[self.order[position]]
 
     def _can_fuse(self, positions: Sequence[int], outputs: Sequence[int]) -> bool:
@@ -264,7 +264,7 @@ class _Matcher:
         if ops[p : p + 3] != ["ARGSORT", "VIEW", "GET_ROWS"] or self._sources(p)[0] != scored:
             return None
         ids_at = p + 1
-        if self._sources(p + 2)[:2] != [reshaped, self.order[ids_at]]:
+        if self._sources(p + 2)[:2] != (reshaped, self.order[ids_at]):
             return None
         p += 3
         if tuple(ops[p : p + 5]) == _NORM_OPS:

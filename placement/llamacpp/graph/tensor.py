@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from placement.inputs.quants import BLOCKS
 
 TensorShape = tuple[int, int, int, int]  # ggml `ne` order: row length first
@@ -13,6 +15,7 @@ def row_size(type: str, n_elements: int) -> int:
     return n_elements // block_elements * block_bytes
 
 
+@functools.lru_cache(maxsize=4096)  # tensors of one shape share their strides
 def contiguous_strides(type: str, ne: TensorShape) -> TensorShape:
     """Byte strides of a contiguous tensor; the first is the bytes of one block, as in ggml."""
     block_elements, block_bytes = BLOCKS[type]
